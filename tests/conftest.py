@@ -1,0 +1,30 @@
+"""Shared by all tests: the repository on sys.path, the optional folder of real annotation files, and a way to run our scripts."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Real annotation files and CLIP's vocabulary, beside the project; they are not ours, so tests pass without them."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the return code is for the test to judge."""
+    def run(script, *args, cwd=None, env=None, timeout=300):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
+    return run
