@@ -5,9 +5,16 @@ Letters: N texts or images, L tokens (words, or patches + class), D joint width,
 The parameters carry OpenAI's names, so a state dict of theirs is a state dict of ours.
 """
 import gzip
+import hashlib
 import html
+import http.client
+import json
 import math
+import os
+import warnings
+import zipfile
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import ftfy
 import regex
@@ -303,3 +310,151 @@ def listed(keys, most=8):
     """Keys -> one line with the first few of them."""
     keys = sorted(map(str, keys))
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "") if keys else "nothing"
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
+VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+MODELS = {  # name -> file, SHA-256
+    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+}
+
+
+def load_vocabulary():
+    """CLIP's vocabulary, from the cache folder or downloaded on first use -> Tokenizer."""
+    return Tokenizer.from_file(fetch(VOCABULARY_URL, VOCABULARY_SHA256))
+
+
+def fetch(url, sha256):
+    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass), downloaded on first use; only ever the file with this SHA-256."""
+    folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
+    path = folder / url.rsplit("/", 1)[-1]
+    try:
+        if path.is_file():
+            found = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    found.update(chunk)
+            if found.hexdigest() == sha256:
+                return path
+            print(f"{path}: wrong SHA-256 (a partial or another file), downloading it again")
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url} to {path}", flush=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # under a temporary name until the whole hash is right
+        return path
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise WeightsError(f"{path.name}: no file with SHA-256 {sha256} from {url}: {error}. Put that file at {path} "
+                           "(another folder: TMASS_CACHE)") from None
+
+
+def read_weights(path):
+    """TorchScript archive, torch.save or .safetensors file -> the dict in it: a state dict, or a checkpoint with one inside."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: {'a folder; name the weights file in it' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):  # TorchScript
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files stay what they are
+                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise WeightsError(f"{path}: reading .safetensors needs a package: pip install safetensors") from None
+    except Exception as error:  # a file of another kind fails in pickle, zip or torch, each with errors of its own
+        why = ("it holds Python objects beside tensors, and loading those could run any code" if "GLOBAL" in str(error)
+               else "truncated, or not a TorchScript archive, torch.save or .safetensors file")
+        raise WeightsError(f"{path}: no readable weights: {why}") from None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, found another {type(weights).__name__}")
+    return weights
+
+
+HF_NAMES = {  # part of a name in transformers' CLIPModel -> in OpenAI's CLIP; in this order
+    "vision_model.": "visual.", "text_model.": "", "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
+    "embeddings.patch_embedding": "conv1", "embeddings.position_embedding.weight": "positional_embedding", "embeddings.": "",
+    "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final", "encoder.layers.": "transformer.resblocks.",
+    "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}
+
+
+def to_openai_names(sd):
+    """State dict of an HF CLIPModel, of either open_clip class or of OpenAI's CLIP -> the same tensors under OpenAI's names."""
+    if not_tensors := [k for k, v in sd.items() if not torch.is_tensor(v)]:
+        raise WeightsError(f"expected a state dict, a dict of tensors; these are none: {listed(not_tensors)}")
+    sd = {k.removeprefix("module.").removeprefix("text."): v for k, v in sd.items()}  # DistributedDataParallel's; CustomTextCLIP's
+    if not any(k.startswith("text_model.") for k in sd):
+        return sd
+    named = {}
+    for key, value in sd.items():
+        for theirs, openai in HF_NAMES.items():
+            key = key.replace(theirs, openai)
+        if not key.endswith("position_ids"):  # 0, 1, 2, ...
+            named[key] = value.T.contiguous() if key in ("visual.proj", "text_projection") else value
+    for key in [k for k in named if ".attn.q_proj." in k]:
+        parts = [key.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
+        if lost := [p for p in parts if p not in named]:
+            raise WeightsError(f"weights that don't fit a CLIP with a vision transformer, missing: {listed(lost)}")
+        named[key.replace("q_proj.", "in_proj_")] = torch.cat([named.pop(p) for p in parts])
+    return named
+
+
+def activation(weights, sd, path):
+    """Which GELU the weights were trained with: files don't say in their tensors -> (quick_gelu, why).
+
+    1. our checkpoints record it; 2. so does the config.json (HF) or open_clip_config.json beside a file of those projects;
+    3. HF names and OpenAI's archives (known by their input_resolution) are QuickGELU; 4. any other file is open_clip's: QuickGELU
+    if its name has "quickgelu" or "openai" in it, else GELU (LAION, DataComp). The argument `quick_gelu` goes before all of these.
+    """
+    if isinstance(weights.get("clip"), dict) and "quick_gelu" in weights["clip"]:
+        return weights["clip"]["quick_gelu"], "recorded in this checkpoint"
+    hf = any("text_model." in k for k in sd)
+    beside = path.with_name("config.json" if hf else "open_clip_config.json")
+    if beside.is_file():
+        try:
+            config = json.loads(beside.read_text(encoding="utf-8"))
+            if hf and "vision_config" in config:
+                return config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu", f"by {beside}"
+            if not hf and "model_cfg" in config:
+                return bool(config["model_cfg"].get("quick_gelu", False)), f"by {beside}"
+        except (ValueError, AttributeError) as error:
+            raise WeightsError(f"{beside}: not readable as JSON settings: {error}") from None
+    if hf:
+        return True, "HF's default; a config.json beside the file would tell"
+    if "input_resolution" in sd:
+        return True, "OpenAI's"
+    named = any(word in path.name.lower().replace("_", "") for word in ("quickgelu", "openai"))
+    return named, f"an open_clip file with{'' if named else 'out'} quickgelu or openai in its name; to change: quick_gelu={not named}"
+
+
+def load_clip(name_or_path, quick_gelu=None):
+    """"ViT-B/32", "ViT-B/16", "ViT-L/14", or a file -> CLIP in float32; says what it loaded and with which activation.
+
+    Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, checkpoints of this project and of T-MASS and X-Pool
+    as released, of which it takes the CLIP part. quick_gelu=None: by the rule of `activation`.
+    """
+    if name_or_path in MODELS:
+        file, sha256 = MODELS[name_or_path]
+        path = fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
+    else:
+        path = Path(name_or_path)
+        if not path.exists():
+            raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
+    weights = read_weights(path)
+    sd = next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), weights)
+    sd = {k.removeprefix("module."): v for k, v in sd.items()}
+    sd = {k.removeprefix("clip."): v for k, v in sd.items() if k.startswith("clip.")} or sd
+    try:
+        quick, why = activation(weights, sd, path) if quick_gelu is None else (quick_gelu, "as told")
+        clip = CLIP.from_state_dict(to_openai_names(sd), quick)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    size, patch = clip.config["image_size"], clip.config["patch_size"]
+    print(f"CLIP from {path}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, {size} px images in patches of {patch}, "
+          f"{'QuickGELU' if quick else 'GELU'} ({why})")
+    return clip

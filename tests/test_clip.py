@@ -1,13 +1,17 @@
 """clip_model.py: tokenizer, towers, and the weights that people have, against third-party code where that is installed."""
 import csv
 import gzip
+import hashlib
+import http.server
 import json
+import os
+import threading
 
 import pytest
 import torch
 
 import clip_model
-from clip_model import CLIP, Tokenizer, WeightsError
+from clip_model import CLIP, Tokenizer, WeightsError, load_clip, read_weights, to_openai_names
 
 TEXTS = ["a red circle on black", "", "  TWO   dogs,\tplaying!  ", "it's 2024: we're the BEST", "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u00df \u0130",
          "fish &amp;amp; chips &lt;b&gt; &quot;hi&quot; &#233;", "\u00e2\u20ac\u0153broken\u00e2\u20ac\ufffd quotes\u00e2\u20ac\u2122s", "x" * 300, "word " * 500,
@@ -159,3 +163,274 @@ def test_towers_that_cannot_be():
         CLIP.from_state_dict(sd | {"visual.ln_pre.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match="multiple of 64"):
         tiny(text_width=200)
+
+
+# ---------------------------------------------------------------------------------------- weights of other projects
+SIZES = {"small": TINY, "ViT-B/32": dict(embed_dim=512, image_size=224, patch_size=32, vision_width=768, vision_layers=12, context_length=77,
+                                         vocab_size=49408, text_width=512, text_layers=12)}
+SIZES = [pytest.param(SIZES["small"], id="small"), pytest.param(SIZES["ViT-B/32"], id="ViT-B/32", marks=pytest.mark.slow)]
+
+
+def batch(size, n=3):
+    """Random normalised images and ids of n texts, whose end is the largest id, padded with 0."""
+    g, end = torch.Generator().manual_seed(1), size["vocab_size"] - 1
+    ids = torch.randint(1, end - 1, (n, 77), generator=g)
+    for i, length in enumerate([5, 40, 77][:n]):
+        ids[i, 0], ids[i, length - 1:] = end - 1, 0
+        ids[i, length - 1] = end
+    return torch.randn(n, 3, size["image_size"], size["image_size"], generator=g), ids
+
+
+def shaken(model):
+    """Random biases and norms, which start at 0 and 1, where a mistake in the names would not show."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def assert_same_features(clip, size, image, text):
+    images, ids = batch(size)
+    with torch.no_grad():
+        for ours, theirs in ((clip.encode_image(images), image), (clip.encode_text(ids), text)):
+            assert theirs.std() > 1e-3 and ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max() <= 1e-5
+
+
+def hf_clip(size, act="quick_gelu"):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tower = lambda width, layers: dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                                       num_attention_heads=width // 64, hidden_act=act)
+    config = transformers.CLIPConfig(
+        projection_dim=size["embed_dim"],
+        text_config=tower(size["text_width"], size["text_layers"]) | dict(vocab_size=size["vocab_size"], eos_token_id=size["vocab_size"] - 1),
+        vision_config=tower(size["vision_width"], size["vision_layers"]) | dict(image_size=size["image_size"], patch_size=size["patch_size"]))
+    return shaken(transformers.CLIPModel(config))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hf_weights_give_hf_features(size, tmp_path, capsys):
+    hf = hf_clip(size)
+    torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
+    clip = load_clip(tmp_path / "pytorch_model.bin")
+    assert clip.config == size | {"quick_gelu": True} and ", QuickGELU (HF" in capsys.readouterr().out
+    images, ids = batch(size)
+    with torch.no_grad():
+        assert_same_features(clip, size, hf.get_image_features(images), hf.get_text_features(ids))
+
+
+def test_hf_safetensors_and_the_activation_that_a_config_beside_it_names(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    hf = hf_clip(TINY, act="gelu")
+    safetensors.save_file(hf.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf.config.to_dict()))
+    clip = load_clip(tmp_path / "model.safetensors")
+    assert not clip.config["quick_gelu"] and ", GELU (by" in capsys.readouterr().out
+    images, ids = batch(TINY)
+    with torch.no_grad():
+        assert_same_features(clip, TINY, hf.get_image_features(images), hf.get_text_features(ids))
+    assert load_clip(tmp_path / "model.safetensors", quick_gelu=True).config["quick_gelu"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="config.json: not readable"):
+        load_clip(tmp_path / "model.safetensors")
+
+
+def test_released_checkpoints_give_their_clip(tmp_path):
+    hf = hf_clip(TINY)
+    sd = {f"clip.{k}": v for k, v in hf.state_dict().items()} | {"pool_frames.linear_proj.weight": torch.zeros(2, 2)}
+    sd["clip.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    torch.save({"epoch": 5, "state_dict": sd, "optimizer": {}}, tmp_path / "model_best.pth")
+    images, ids = batch(TINY)
+    with torch.no_grad():
+        assert_same_features(load_clip(tmp_path / "model_best.pth"), TINY, hf.get_image_features(images), hf.get_text_features(ids))
+    del sd["clip.vision_model.encoder.layers.1.self_attn.k_proj.bias"]
+    torch.save({"state_dict": sd}, tmp_path / "model_best.pth")
+    with pytest.raises(WeightsError, match="model_best.pth: .*missing: visual.transformer.resblocks.1.attn.k_proj.bias"):
+        load_clip(tmp_path / "model_best.pth")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind, file, quick", [("CLIP", "epoch_5.pt", False), ("CustomTextCLIP", "vit_b_32-quickgelu-laion400m.pt", True)])
+def test_open_clip_weights_give_open_clip_features(kind, file, quick, size, tmp_path, capsys):
+    model = pytest.importorskip("open_clip.model")
+    torch.manual_seed(0)
+    vision = model.CLIPVisionCfg(size["vision_layers"], size["vision_width"], patch_size=size["patch_size"], image_size=size["image_size"])
+    text = model.CLIPTextCfg(vocab_size=size["vocab_size"], width=size["text_width"], heads=size["text_width"] // 64, layers=size["text_layers"])
+    theirs = shaken(getattr(model, kind)(size["embed_dim"], vision, text, quick_gelu=quick))
+    sd = theirs.state_dict()
+    if not quick:  # as open_clip's own training saves it
+        sd = {"epoch": 5, "name": "run", "state_dict": {f"module.{k}": v for k, v in sd.items()}}
+    torch.save(sd, tmp_path / file)
+    clip = load_clip(tmp_path / file)
+    assert clip.config == size | {"quick_gelu": quick} and f", {'QuickGELU' if quick else 'GELU'} (an open_clip" in capsys.readouterr().out
+    images, ids = batch(size)
+    with torch.no_grad():
+        assert_same_features(clip, size, theirs.encode_image(images), theirs.encode_text(ids))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": not quick}}))
+    assert load_clip(tmp_path / file).config["quick_gelu"] != quick
+
+
+class Archive(CLIP):
+    """Traced, this is what OpenAI's files are: TorchScript, half precision, OpenAI's names and three size entries."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        for name, value in (("input_resolution", 16), ("context_length", 77), ("vocab_size", 600)):
+            self.register_buffer(name, torch.tensor(value))
+        del self.mean, self.std  # a trace would save them
+
+    def forward(self, images, ids):
+        return self.encode_image(images), self.encode_text(ids)
+
+
+def save_archive(path):
+    torch.manual_seed(0)
+    archive = shaken(Archive(**TINY)).half()
+    images, ids = batch(TINY)
+    with pytest.warns(), torch.no_grad():  # TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(archive, (images.half(), ids)), path)
+        return [features.float() for features in archive.float()(images, ids)]
+
+
+def test_openai_archives(tmp_path, capsys):
+    features = save_archive(tmp_path / "ViT.pt")
+    clip = load_clip(tmp_path / "ViT.pt")
+    assert clip.config == TINY | {"quick_gelu": True} and "QuickGELU (OpenAI's)" in capsys.readouterr().out
+    assert_same_features(clip, TINY, *features)
+
+
+def test_our_own_checkpoints_give_their_clip(tmp_path, capsys):
+    clip = tiny(quick_gelu=False)
+    model = {f"clip.{k}": v for k, v in clip.state_dict().items()} | {"pool.weight": torch.zeros(2, 2)}
+    torch.save({"model": model, "clip": clip.config, "config": {"frames": 12}, "step": 3}, tmp_path / "model.pt")
+    again = load_clip(tmp_path / "model.pt")
+    assert again.config == clip.config and "GELU (recorded" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), clip.state_dict().values()))
+    assert to_openai_names(clip.state_dict()).keys() == clip.state_dict().keys()
+
+
+def test_files_that_are_no_weights(tmp_path):
+    sd = tiny().state_dict()
+    torch.save(sd, tmp_path / "good.pt")
+    torch.save(sd, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("good", "old"):
+        assert read_weights(tmp_path / f"{name}.pt").keys() == sd.keys()
+        (tmp_path / f"cut {name}.pt").write_bytes((tmp_path / f"{name}.pt").read_bytes()[:-20_000])
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("hello, this is text\n")
+    (tmp_path / "zip.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    (tmp_path / "text.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    torch.save([sd], tmp_path / "list.pt")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    torch.save({"weight": torch.zeros(1), "run": os.system}, tmp_path / "object.pt")
+    torch.save({"weight": torch.zeros(1), "epoch": 3}, tmp_path / "value.pt")
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pt")
+    save_archive(tmp_path / "whole.archive")
+    (tmp_path / "cut archive.pt").write_bytes((tmp_path / "whole.archive").read_bytes()[:-20_000])
+    for name, expected in {"cut good.pt": "truncated", "cut old.pt": "truncated", "cut archive.pt": "truncated", "empty.pt": "truncated", "text.pt": "truncated",
+                           "zip.pt": "truncated", "list.pt": "list", "numbered.pt": "named", "object.pt": "any code", "value.pt": "epoch",
+                           "resnet.pt": "conv1.weight", "text.safetensors": "truncated|pip install", "missing.pt": "no such file.*ViT-B/16", "": "a folder"}.items():
+        with pytest.raises(WeightsError, match=expected) as caught:
+            load_clip(str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A real HTTP server of the files in `files`; a body of None is answered with 404, `cut` ones stop in the middle."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, cut, asked = {}, set(), []
+
+        def do_GET(self):
+            self.asked.append(self.path)
+            body = self.files.get(self.path)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if self.path in self.cut else body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_port}"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "cache" / "tmass"))
+        monkeypatch.setattr(clip_model, "OPENAI_URL", url)
+        monkeypatch.setattr(clip_model, "VOCABULARY_URL", f"{url}/bpe_simple_vocab_16e6.txt.gz")
+        yield Handler
+        httpd.shutdown()
+
+
+@pytest.fixture
+def archive(server, monkeypatch, tmp_path):
+    """A small archive on the server under ViT-B/32's name -> its bytes and its place in the cache folder."""
+    save_archive(tmp_path / "served.pt")
+    body = (tmp_path / "served.pt").read_bytes()
+    sha256 = hashlib.sha256(body).hexdigest()
+    monkeypatch.setitem(clip_model.MODELS, "ViT-B/32", ("ViT-B-32.pt", sha256))
+    server.place = f"/{sha256}/ViT-B-32.pt"
+    server.files[server.place] = body
+    return body, tmp_path / "cache" / "tmass" / "ViT-B-32.pt"
+
+
+def test_a_name_is_downloaded_once_and_then_used_offline(server, archive, capfd):
+    body, path = archive
+    assert load_clip("ViT-B/32").config == TINY | {"quick_gelu": True}
+    assert path.read_bytes() == body and os.listdir(path.parent) == ["ViT-B-32.pt"]
+    said = capfd.readouterr()
+    assert f"downloading {clip_model.OPENAI_URL}{server.place} to {path}" in said.out and "100%" in said.err
+    server.files.clear()
+    assert load_clip("ViT-B/32").config["embed_dim"] == 24 and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("fault, says", [("other", "invalid hash value"), ("cut", "invalid hash value"), ("gone", "404"), ("offline", "refused")])
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(fault, says, server, archive, monkeypatch):
+    body, path = archive
+    if fault == "other":
+        server.files[server.place] = body[:-1] + bytes([body[-1] ^ 1])
+    elif fault == "cut":
+        server.cut.add(server.place)
+    elif fault == "gone":
+        server.files.clear()
+    else:
+        monkeypatch.setattr(clip_model, "OPENAI_URL", "http://127.0.0.1:1")
+    with pytest.raises(WeightsError, match=says) as caught:
+        load_clip("ViT-B/32")
+    assert f"Put that file at {path}" in str(caught.value) and clip_model.MODELS["ViT-B/32"][1] in str(caught.value)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_wrong_file_in_the_cache_is_never_used(server, archive, capsys):
+    body, path = archive
+    path.parent.mkdir(parents=True)
+    path.write_bytes(body[:1000])  # as an interrupted wget leaves it
+    server.cut.add(server.place)
+    with pytest.raises(WeightsError, match="ViT-B-32.pt"):
+        load_clip("ViT-B/32")
+    server.cut.clear()
+    load_clip("ViT-B/32")
+    assert path.read_bytes() == body and f"{path}: wrong SHA-256" in capsys.readouterr().out
+
+
+def test_the_vocabulary_is_downloaded_and_checked(server, shared, tmp_path):
+    body = (shared / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    server.files["/bpe_simple_vocab_16e6.txt.gz"] = body[:-1]
+    with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz"):
+        clip_model.load_vocabulary()
+    server.files["/bpe_simple_vocab_16e6.txt.gz"] = body
+    assert clip_model.load_vocabulary().vocab_size == 49408
+    server.files.clear()
+    assert clip_model.load_vocabulary().encode("a diagram") == [320, 22697]
+
+
+def test_a_cache_folder_that_cannot_be_written(server, archive, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(WeightsError, match="TMASS_CACHE"):
+        load_clip("ViT-B/32")
