@@ -1,0 +1,414 @@
+"""T-MASS: text as a stochastic embedding for text-video retrieval (CVPR 2024, arXiv 2403.17998), and its exact all-pairs scorer.
+
+One letter per axis, everywhere, text always left of video:
+
+    N texts   V videos   T frames   L tokens   D joint width   H heads   M noise samples   R pixels   K = H*T + 2 (scoring only)
+
+    captions -> ids (N,L)  -> encode_text    t (N,D)   ---+--> pool(t, f)    v (N,V,D) --+
+    frames (V,T,3,R,R)     -> encode_video   f (V,T,D) ---+--> cos(t, f)     S (N,V,T)   +--> sims (N,V)
+                                                          +--> radius(S)     R (N,V,D) --+
+
+Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support_text, symmetric_cross_entropy, TMASS.forward (the training
+objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video a text belongs to, except that `forward` takes
+matched pairs: the scorer cannot see the ground truth.
+"""
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_model import CLIP, Tokenizer, WeightsError, load_vocabulary, read_weights, to_openai_names
+
+RADII = ("none", "mean", "scaled", "linear")
+POOLINGS = ("xpool", "mean")
+PRIORS = ("normal", "uniform")
+SUPPORTS = ("matched", "batch")
+
+
+# ---- frame pooling: v = psi(f | t) ----
+
+class XPool(nn.Module):
+    """Feature fusion psi: text-conditioned frame pooling (X-Pool, arXiv 2203.15086). t (N,D), f (V,T,D) -> v (N,V,D)."""
+
+    def __init__(self, width, heads=1, dropout=0.3):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.ln1, self.ln2, self.ln3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out, self.linear = (nn.Linear(width, width) for _ in range(5))
+        for layer in (self.q, self.k, self.v, self.out, self.linear):  # identity start: at first, psi is a softmax-weighted mean of frames
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t, f, generator=None):
+        N, D = t.shape
+        V, T, _ = f.shape
+        H = self.heads
+        f1 = self.ln1(f)  # one LN1 is shared by text and frames
+        q = self.q(self.ln1(t)).view(N, H, D // H)
+        k = self.k(f1).view(V, T, H, D // H)
+        u = self.v(f1).view(V, T, H, D // H)
+        a = (torch.einsum("nhd,vthd->nvht", q, k) / math.sqrt(D // H)).softmax(-1)  # a = softmax_j(q·k_j / sqrt(D/H))
+        o = self.out(torch.einsum("nvht,vthd->nvhd", a, u).flatten(2))              # o = Wo concat_h(Σ_j a_j u_j) + bo
+        x = self.ln2(o)
+        return self.ln3(x + drop(self.linear(x), self.dropout * self.training, generator))  # v = LN3(x + Dropout(W x + b))
+
+    def span(self, f):
+        """Everything about v that needs no text: K vectors Z_k with v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> tuple, see Videos.
+
+        All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in: Σ_j a_j = 1 per head;
+        j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
+            x = LN2(Σ a_j u_j) = Σ (a_j/s) g2⊙ũ_j + b2,        s²  = aᵀ G a + ε,   G = ũ ũᵀ / D
+            y = x + W x + b    = Σ (a_j/s) z_j + z_0,          z_j = (I+W)(g2⊙ũ_j),   z_0 = (I+W) b2 + b
+            v = LN3(y)         = Σ c_j g3⊙z̃_j + c_0 g3⊙z̃_0 + b3,   (c, c_0) = (a/s, 1)/s',   s'² = (a/s, 1)ᵀ Q (a/s, 1) + ε,   Q = z̃ z̃ᵀ / D
+        """
+        V, T, D = f.shape
+        H = self.heads
+        f1 = self.ln1(f)
+        u = self.v(f1).view(V, T, H, D // H)
+        u = torch.einsum("vthd,ehd->vhte", u, self.out.weight.view(D, H, D // H)) + self.out.bias / H  # (V,H,T,D)
+        u = u.flatten(1, 2)  # (V,H*T,D)
+        u = u - u.mean(-1, keepdim=True)
+        x = torch.cat([self.ln2.weight * u, self.ln2.bias.expand(V, 1, D)], 1)  # (V,H*T+1,D)
+        z = x + x @ self.linear.weight.T
+        z[:, -1] += self.linear.bias
+        z = z - z.mean(-1, keepdim=True)
+        Z = torch.cat([self.ln3.weight * z, self.ln3.bias.expand(V, 1, D)], 1)  # (V,K,D), K = H*T + 2
+        return self.k(f1).view(V, T, H, D // H).transpose(1, 2), u @ u.mT / D, z @ z.mT / D, Z, Z @ Z.mT
+
+    def query(self, t):
+        """q of every text, once. t (N,D) -> (N,H,D/H)."""
+        return self.q(self.ln1(t)).unflatten(-1, (self.heads, -1))
+
+    def coefficients(self, q, videos):
+        """The c of `span`'s derivation, video first because that is how batched products want it. q (N,H,D/H) -> c (V,N,K)."""
+        N, H, d = q.shape
+        a = torch.cat([dots(q[:, h], videos.k[:, h]).div_(math.sqrt(d)).softmax(-1) for h in range(H)], -1)  # (V,N,H*T)
+        a *= ((a @ videos.G * a).sum(-1, keepdim=True) + self.ln2.eps).rsqrt()                               # a/s
+        c = F.pad(a, (0, 1), value=1.0)                                                                      # (a/s, 1)
+        c *= ((c @ videos.Q * c).sum(-1, keepdim=True) + self.ln3.eps).rsqrt()                               # (c, c_0)
+        return F.pad(c, (0, 1), value=1.0)                                                                   # b3 counts once
+
+
+class MeanPool(nn.Module):
+    """v = mean_j f_j whatever the text (the CLIP4Clip baseline). t (N,D), f (V,T,D) -> v (N,V,D)."""
+
+    def forward(self, t, f, generator=None):
+        return f.mean(1).expand(len(t), -1, -1)
+
+    def span(self, f):
+        Z = f.mean(1, keepdim=True)  # K = 1, c = 1
+        return None, None, None, Z, Z @ Z.mT
+
+    def query(self, t):
+        return t.new_ones(len(t), 1)
+
+    def coefficients(self, q, videos):
+        return q.expand(len(videos.Z), -1, -1)
+
+
+class Videos(NamedTuple):
+    """Per-video terms of scoring: unit frames (V,T,D), and XPool.span's k (V,H,T,D/H), G (V,H*T,H*T), Q (V,H*T+1,H*T+1), Z (V,K,D), Z Zᵀ (V,K,K)."""
+    unit: torch.Tensor
+    k: torch.Tensor
+    G: torch.Tensor
+    Q: torch.Tensor
+    Z: torch.Tensor
+    ZZ: torch.Tensor
+
+    def rows(self, start, end):
+        return Videos(*(x if x is None else x[start:end] for x in self))
+
+
+class Texts(NamedTuple):
+    """Per-text terms of scoring: t (N,D), unit t (N,D), |t|² (N), pooling query q (N,H,D/H)."""
+    t: torch.Tensor
+    unit: torch.Tensor
+    tt: torch.Tensor
+    q: torch.Tensor
+
+    def rows(self, start, end):
+        return Texts(*(x[start:end] for x in self))
+
+
+def dots(t, z):
+    """Dot products of texts with vectors of videos, as one product of two matrices. t (N,D), z (V,K,D) -> (V,N,K), video first."""
+    return (t @ z.flatten(0, 1).T).view(len(t), *z.shape[:2]).transpose(0, 1).contiguous()
+
+
+def drop(x, p, generator=None):
+    """Dropout from an explicit generator (torch's own takes none), so that a step can be repeated exactly. x (...) -> (...)."""
+    if p == 0:
+        return x
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator) / (1 - p)
+
+
+# ---- the text mass: t_s = t + R·ε ----
+
+class Radius(nn.Module):
+    """Similarity-aware radius of the text mass (paper, section 3.3). S = cos(t, f_j) (...,T) -> R (...,D).
+
+    none R = 0 (T-MASS becomes X-Pool) | mean exp(mean_j S_j) | scaled exp(θ mean_j S_j) | linear exp(S W + b), W (T,D).
+    """
+
+    def __init__(self, kind, frames, width):
+        super().__init__()
+        self.kind, self.frames, self.width = kind, frames, width
+        if kind == "scaled":
+            self.theta = nn.Parameter(torch.ones(()))  # differs from the released code, which leaves θ uninitialised
+        if kind == "linear":
+            self.linear = nn.Linear(frames, width)  # identity start: only the first T dimensions see S
+            nn.init.eye_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def scalar(self, S):
+        """The radius where one number serves all dimensions. S (...,T) -> (...)."""
+        if self.kind == "none":
+            return S.new_zeros(S.shape[:-1])
+        return (S.mean(-1) if self.kind == "mean" else self.theta * S.mean(-1)).exp()
+
+    def forward(self, S):
+        if S.shape[-1] != self.frames:
+            raise WeightsError(f"this model was built for {self.frames} frames per video and got {S.shape[-1]}: sample {self.frames}")
+        if self.kind == "linear":
+            return self.linear(S).exp()  # R = exp(S W + b)
+        return self.scalar(S).unsqueeze(-1).expand(*S.shape[:-1], self.width)
+
+
+def stochastic_text(t, r, eps):
+    """A sample of the text mass (paper, eq. 4). t, r, eps (...,D) -> (...,D)."""
+    return t + r * eps  # t_s = t + R·ε
+
+
+def support_text(t, v, r):
+    """The point of the text mass's surface that looks towards the video (paper, eq. 7). t, v, r (...,D) -> (...,D)."""
+    return t + F.normalize(v - t, dim=-1) * r  # t_sup = t + (v-t)/|v-t| · R
+
+
+def cosine(a, b):
+    """cos of last axes, broadcast. (...,D), (...,D) -> (...)."""
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
+
+
+def symmetric_cross_entropy(sims, scale):
+    """Text->video (rows) and video->text (columns) InfoNCE, averaged; pair i is (i, i). sims (N,N) -> ()."""
+    logits, target = scale * sims, torch.arange(len(sims), device=sims.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# ---- the model ----
+
+class TMASS(nn.Module):
+    """CLIP + frame pooling + radius. `model(ids, video)` is the training objective, `model.score(t, f)` ranks.
+
+    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean. radius: none | mean | scaled | linear. prior of ε: normal (times prior_std) |
+    uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t). support_video: the v of t_sup, `matched` psi(f_i | t_i) as in the
+    paper, or `batch`, the mean of psi(f_i | t_n) over the batch's texts n as in the released code.
+    """
+
+    def __init__(self, clip, frames=12, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
+                 support_weight=0.8, ce_weight=0.0, support_video="matched"):
+        super().__init__()
+        D = clip.config["embed_dim"]
+        for name, value, known in (("pooling", pooling, POOLINGS), ("radius", radius, RADII), ("prior", prior, PRIORS),
+                                   ("support_video", support_video, SUPPORTS)):
+            if value not in known:
+                raise WeightsError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        if D % heads:
+            raise WeightsError(f"heads={heads} does not divide the joint width {D}")
+        self.config = dict(frames=frames, pooling=pooling, heads=heads, dropout=dropout, radius=radius, prior=prior, prior_std=prior_std,
+                           support_weight=support_weight, ce_weight=ce_weight, support_video=support_video)
+        self.frames, self.prior, self.prior_std = frames, prior, prior_std
+        self.support_weight, self.ce_weight, self.support_video = support_weight, ce_weight, support_video
+        self.clip = clip
+        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else MeanPool()
+        self.radius = Radius(radius, frames, D)
+
+    def encode_text(self, ids):
+        """ids (N,L) -> t (N,D), float32, not normalised."""
+        return self.clip.encode_text(ids).float()
+
+    def encode_video(self, frames):
+        """frames (V,T,3,R,R), uint8 or normalised float -> f (V,T,D), float32, not normalised; CLIP sees each frame alone."""
+        V, T = frames.shape[:2]
+        return self.clip.encode_image(frames.flatten(0, 1)).float().view(V, T, -1)
+
+    def sample_noise(self, shape, generator=None, device=None):
+        """ε ~ P: N(0, prior_std²), or U[0,1) per dimension (the released code's default; its mean is not 0)."""
+        if self.prior == "uniform":
+            return torch.rand(shape, generator=generator, device=device)
+        return torch.randn(shape, generator=generator, device=device) * self.prior_std
+
+    def forward(self, ids, video, generator=None, gather=None):
+        """Training objective on matched pairs. ids (N,L), video (N,T,3,R,R) -> dict(loss, ce, stochastic, support) of scalars.
+
+        generator: where noise and dropout come from (default: torch's global one). gather: a function that joins every process' rows with
+        gradient, so that the contrast is over the global batch.
+        """
+        t, f = self.encode_text(ids), self.encode_video(video)
+        if gather is not None:
+            t, f = gather(t), gather(f)
+        with torch.autocast(t.device.type, enabled=False):  # losses stay float32
+            return self.losses(t, f, generator)
+
+    def losses(self, t, f, generator=None):
+        """L_total = L(t_s) + α L(t_sup) + β L(t) (paper, eq. 9). t (N,D), f (N,T,D) -> dict(loss, ce, stochastic, support)."""
+        scale = self.clip.logit_scale.exp()
+        v = self.pool(t, f, generator)                                # v_ij = psi(f_j | t_i)  (N,N,D)
+        v_pair = v.diagonal().T                                       # psi(f_i | t_i)  (N,D)
+        r = self.radius(cosine(t[:, None], f))                        # R of the matched pair only  (N,D)
+        eps = self.sample_noise(t.shape, generator, t.device)
+        v_sup = v_pair if self.support_video == "matched" else v.mean(0)
+        z = dict(ce=t, stochastic=stochastic_text(t, r, eps), support=support_text(t, v_sup, r))
+        out = {name: symmetric_cross_entropy(cosine(z_i[:, None], v), scale) for name, z_i in z.items()}
+        return dict(loss=out["stochastic"] + self.support_weight * out["support"] + self.ce_weight * out["ce"], **out)
+
+    # ---- exact scoring of all pairs ----
+
+    def noise(self, trials, seed=24):
+        """The M samples of ε that all pairs share. -> (M,D); drawn on the CPU, so that every device scores with the same noise."""
+        width = self.clip.config["embed_dim"]
+        return self.sample_noise((trials, width), torch.Generator().manual_seed(seed)).to(self.clip.logit_scale.device)
+
+    @torch.no_grad()
+    def precompute(self, f):
+        """The per-video terms of `score`, to be kept when the same videos are scored often. f (V,T,D) -> Videos."""
+        f = f.float()
+        return Videos(F.normalize(f, dim=-1), *self.pool.span(f))
+
+    @torch.no_grad()
+    def score(self, t, f, trials=20, seed=24, chunk_mb=256):
+        """Score every text with every video: max_m cos(t_i + R_ij·ε_m, v_ij). t (N,D), f (V,T,D) -> sims (N,V).
+
+        f: frame embeddings, or what `precompute` made of them. trials: M; 0 scores the point text t. seed: of the noise, which all pairs share
+        (differs from the released code, which draws fresh noise per pair: a pair's score has the same distribution here, and does not depend on
+        what else is in the gallery). float32, on the device of t; temporaries stay within about chunk_mb megabytes.
+        Equals the literal formula up to rounding: three products with eps per pair take the place of M noisy copies of t, and the span of
+        each video (XPool.span) takes the place of two D x D products per pair.
+        """
+        with torch.autocast(t.device.type, enabled=False):
+            t = t.float()
+            texts = Texts(t, F.normalize(t, dim=-1), t.square().sum(-1), self.pool.query(t))
+            eps = self.noise(trials, seed).to(t.device) if trials and self.radius.kind != "none" else None
+            N, V, D = len(t), len(f[0] if isinstance(f, Videos) else f), t.shape[1]
+            floats, K = chunk_mb * 2 ** 20 / 4, self.config["heads"] * self.frames + 2
+            pairs = int(floats / 2 / (10 * K + 4 * trials))  # in a block: everything that is not of width D
+            tile = int(floats / 4 / (3 * D))                 # in a tile of a block: r and two products of width D
+            if t.device.type == "cpu":
+                pairs, tile = min(pairs, 65536), min(tile, 512)  # what stays in the cache is several times faster
+            n = max(1, min(N, tile))
+            v = max(1, min(V, pairs // n, int(floats / 4 / (7 * K * D))))
+            sims = t.new_empty(N, V)
+            for j in range(0, V, v):
+                videos = f.rows(j, j + v) if isinstance(f, Videos) else self.precompute(f[j:j + v])
+                for i in range(0, N, n):
+                    sims[i:i + n, j:j + v] = self._score_block(texts.rows(i, i + n), videos, eps, max(1, tile // n)).T
+            return sims
+
+    def _score_block(self, texts, videos, eps, tile):
+        """Scores of a block by the algebra of XPool.span, video first. texts of N, videos of V, eps (M,D) or None, tile: videos -> (V,N).
+
+        With v = Σ_k c_k Z_k:  t·v = Σ_k c_k (t·Z_k),  |v|² = cᵀ (Z Zᵀ) c, and for every sample m
+            cos(t + R⊙ε, v) = (t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)).
+        """
+        t, tt = texts.t, texts.tt
+        c = self.pool.coefficients(texts.q, videos)                       # (V,N,K)
+        tv = (dots(t, videos.Z) * c).sum(-1)                              # t·v  (V,N)
+        v_norm = (c @ videos.ZZ * c).sum(-1).clamp_min(1e-16).sqrt()      # |v|  (V,N)
+        if eps is None:
+            return tv / (v_norm * tt.sqrt().clamp_min(1e-8))
+        S = dots(texts.unit, videos.unit)                                 # cos(t, f_j)  (V,N,T)
+        if self.radius.kind == "linear":
+            rv, rt, rr = (S.new_empty(*tv.shape, len(eps)) for _ in range(3))
+            e, e2 = eps.T.contiguous(), eps.square().T.contiguous()       # (D,M)
+            for j in range(0, len(S), tile):
+                part = slice(j, j + tile)
+                r = self.radius(S[part])                                  # R  (V,N,D)
+                torch.matmul((c[part] @ videos.Z[part]).mul_(r), e, out=rv[part])  # (R⊙v)·ε  (V,N,M)
+                torch.matmul(r * t, e, out=rt[part])
+                torch.matmul(r.mul_(r), e2, out=rr[part])
+        else:  # one number per pair: R leaves the products, and nothing of width D is left
+            r = self.radius.scalar(S).unsqueeze(-1)                       # (V,N,1)
+            rv = c @ (videos.Z @ eps.T) * r
+            rt = t @ eps.T * r
+            rr = eps.square().sum(-1) * r.square()
+        ts_norm = rr.add_(rt, alpha=2).add_(tt[:, None]).clamp_min_(1e-16).sqrt_()  # |t_s|  (V,N,M)
+        return rv.add_(tv.unsqueeze(-1)).div_(ts_norm).amax(-1) / v_norm
+
+
+def best_cosine(t, v, r, eps):
+    """max_m cos(t + r·ε_m, v) for given v and r, without an (...,M,D) tensor. t, v, r (...,D) broadcast together, eps (M,D) -> (...)."""
+    rv = (r * v) @ eps.T
+    ts_norm = (t.square().sum(-1, keepdim=True) + 2 * (r * t) @ eps.T + r.square() @ eps.square().T).clamp_min(1e-16).sqrt()
+    return ((t * v).sum(-1, keepdim=True) + rv).div(ts_norm).amax(-1) / v.norm(dim=-1).clamp_min(1e-8)
+
+
+# ---- checkpoints ----
+
+def save_checkpoint(path, model, tokenizer, config, **state):
+    """Write one self-contained file: config, weights, tokenizer, and whatever training state is given (tensors and plain values only).
+
+    Written beside the target, flushed to disk, renamed: a kill at any moment leaves the old file or the new one. Raises WeightsError.
+    """
+    path = os.fspath(path)
+    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config, model=model.state_dict(),
+                   merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        if os.path.isfile(part):
+            os.unlink(part)
+        raise WeightsError(f"cannot write checkpoint {path}: {str(e).splitlines()[0]}; an earlier {path}, if any, is intact") from e
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of ours, or a released T-MASS or X-Pool one. -> (model in eval mode on the CPU, tokenizer, config dict)."""
+    content = read_weights(path)
+    if content.get("format") == "tmass":
+        model = TMASS(CLIP(**content["clip"]), **content["tmass"])
+        _load_strictly(model, content["model"], path)
+        return model.eval(), Tokenizer(content["merges"], content["context_length"]), content["config"]
+    state = content.get("state_dict", content)
+    if not any(key.startswith("pool_frames.") for key in state):
+        raise WeightsError(f"{path} is not a T-MASS checkpoint: neither written by train.py nor with the released code's pool_frames.* keys")
+    return _from_released(state, path)
+
+
+RENAMED = {"pool_frames.cross_attn.q_proj.": "pool.q.", "pool_frames.cross_attn.k_proj.": "pool.k.", "pool_frames.cross_attn.v_proj.": "pool.v.",
+           "pool_frames.cross_attn.out_proj.": "pool.out.", "pool_frames.linear_proj.": "pool.linear.", "pool_frames.layer_norm1.": "pool.ln1.",
+           "pool_frames.layer_norm2.": "pool.ln2.", "pool_frames.layer_norm3.": "pool.ln3.",
+           "stochastic.std_branch.linear_proj.": "radius.linear."}
+
+
+def _from_released(state, path):
+    """The released key layout (HF CLIP under clip., pool_frames, stochastic) -> (model, tokenizer, config). Everything must fit."""
+    clip = CLIP.from_state_dict(to_openai_names({k[5:]: x for k, x in state.items() if k.startswith("clip.")}))
+    head = {}
+    for key, x in state.items():
+        if key.startswith("clip.") or key == "stochastic.std_branch.learnable_scalar":  # the scalar is unused there, and uninitialised
+            continue
+        old = next((old for old in RENAMED if key.startswith(old)), "")
+        head[RENAMED.get(old, "") + key[len(old):]] = x.float()
+    radius = "linear" if "radius.linear.weight" in head else "none"
+    frames = head["radius.linear.weight"].shape[1] if radius == "linear" else 12
+    method = dict(frames=frames, radius=radius, prior="uniform", support_video="batch", support_weight=0.8 if radius == "linear" else 0.0)
+    model = TMASS(clip, **method)
+    _load_strictly(model, {**{"clip." + k: x for k, x in clip.state_dict().items()}, **head}, path)
+    return model.eval(), load_vocabulary(), dict(released=True, frames=frames)
+
+
+def _load_strictly(model, state, path):
+    """load_state_dict, with every key that does not fit named in one error."""
+    own = model.state_dict()
+    odd = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if odd:
+        raise WeightsError(f"{path} does not fit the model: {'; '.join(odd[:10])}{f'; and {len(odd) - 10} more' if len(odd) > 10 else ''}")
+    model.load_state_dict(state)
