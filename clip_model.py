@@ -174,27 +174,28 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x (N,L,W) -> (N,L,W); nn.MultiheadAttention's parameter names."""
+    """Multi-head self-attention, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W); nn.MultiheadAttention's parameter names."""
 
     def __init__(self, width, heads):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a tower of width {width} doesn't split into {heads} heads; choose a multiple of 64")
+            raise WeightsError(f"a tower of width {width} doesn't split into {heads} heads; choose a multiple of 64")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal):
+    def forward(self, x, causal, Q):
         N, L, W = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(N, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each (N,heads,L,W/heads)
+        q = F.linear(x[:, :Q], self.in_proj_weight[:W], self.in_proj_bias[:W]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = F.linear(x, self.in_proj_weight[W:], self.in_proj_bias[W:])
+        k, v = kv.view(N, L, 2, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # q (N,heads,Q,W/heads), k and v (N,heads,L,W/heads)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(o.transpose(1, 2).reshape(N, L, W))
+        return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, x (N,L,W) -> (N,L,W)."""
+    """Pre-norm residual block, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W)."""
 
     def __init__(self, width, heads, layers, act):
         super().__init__()
@@ -206,21 +207,22 @@ class Block(nn.Module):
             nn.init.zeros_(out.bias)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x, causal=False, Q=None):
+        x = x[:, :Q] + self.attn(self.ln_1(x), causal, Q)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, x (N,L,W) -> (N,L,W)."""
+    """A stack of blocks, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W): the last block then leaves out the others' share."""
 
     def __init__(self, width, heads, layers, act):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, layers, act) for _ in range(layers))
 
-    def forward(self, x, causal=False, grad_checkpoint=False):
+    def forward(self, x, causal=False, Q=None, grad_checkpoint=False):
         for block in self.resblocks:
-            x = checkpoint(block, x, causal, use_reentrant=False) if grad_checkpoint and torch.is_grad_enabled() else block(x, causal)
+            args = x, causal, Q if block is self.resblocks[-1] else None
+            x = checkpoint(block, *args, use_reentrant=False) if grad_checkpoint and torch.is_grad_enabled() else block(*args)
         return x
 
 
@@ -245,7 +247,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x, grad_checkpoint=False):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (N,patches,W)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x), grad_checkpoint=grad_checkpoint)
+        x = self.transformer(self.ln_pre(x), Q=1, grad_checkpoint=grad_checkpoint)  # only the class token is read
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -329,7 +331,7 @@ def load_vocabulary():
 
 
 def fetch(url, sha256):
-    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass), downloaded on first use; only ever the file with this SHA-256."""
+    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass), downloaded on first use; its SHA-256 is checked each time."""
     folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
     path = folder / url.rsplit("/", 1)[-1]
     try:
@@ -346,8 +348,8 @@ def fetch(url, sha256):
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # under a temporary name until the whole hash is right
         return path
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise WeightsError(f"{path.name}: no file with SHA-256 {sha256} from {url}: {error}. Put that file at {path} "
-                           "(another folder: TMASS_CACHE)") from None
+        raise WeightsError(f"{path.name}: could not be had from {url}: {error}; put the file with SHA-256 {sha256} at {path} "
+                           "(TMASS_CACHE sets another folder)") from None
 
 
 def read_weights(path):
