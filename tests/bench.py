@@ -26,7 +26,7 @@ def seconds(runs, repeat=7):
     return {name: min(t[1:]) for name, t in times.items()}
 
 
-def encode(images=16, texts=64):
+def encode(images=16, texts=32):
     """ViT-B/32 with random weights, float32, one batch for all: our image tower against transformers' (sdpa) and open_clip's,
     and texts cut to the longest of their batch against padding to 77."""
     import open_clip
@@ -70,17 +70,86 @@ def encode(images=16, texts=64):
         gap = max((ours.encode_image(x) - f).norm() / f.norm() for f in (hf.get_image_features(x), oc.encode_image(x)))
         print(f"image tower: {images / t['ours']:.1f} images/s; speed against transformers {t['transformers'] / t['ours']:.2f}x, "
               f"open_clip {t['open_clip'] / t['ours']:.2f}x; features differ by {gap:.1e}")
-        t = seconds({"cut": lambda: [ours.encode_text(i) for i in cut], "padded": lambda: [ours.encode_text(i) for i in batches],
-                     "transformers": lambda: [hf.get_text_features(i) for i in batches],
-                     "open_clip": lambda: [oc.encode_text(i) for i in batches]}, repeat=3)
+        t = seconds({"cut": lambda: [ours.encode_text(i) for i in cut], "padded": lambda: [ours.encode_text(i) for i in batches]})
         gap = max((ours.encode_text(a) - ours.encode_text(b)).norm() / ours.encode_text(b).norm() for a, b in zip(cut, batches))
-        print(f"text tower: {len(cut) * texts / t['cut']:.0f} texts/s, cut to {[i.shape[1] for i in cut]} tokens; speed against padding "
-              f"to 77 {t['padded'] / t['cut']:.2f}x (transformers, padded: {t['transformers'] / t['cut']:.2f}x, open_clip, padded: "
-              f"{t['open_clip'] / t['cut']:.2f}x); features differ by {gap:.1e}")
+        print(f"text tower: {len(cut) * texts / t['cut']:.0f} texts/s, cut to {[i.shape[1] for i in cut]} tokens; "
+              f"speed against padding to 77 {t['padded'] / t['cut']:.2f}x; features differ by {gap:.1e}")
+
+
+def literal_score(model, t, f, trials):
+    """Section 2's inference as a careful person would write it: a loop over videos and trials, all texts at once."""
+    import torch.nn.functional as F
+    eps, sims = model.noise(trials), []
+    for j in range(len(f)):
+        v = model.pool(t, f[j:j + 1])[:, 0]  # psi(f_j | t_i)  (N,D)
+        r = model.radius(F.cosine_similarity(t[:, None], f[j][None], dim=-1))
+        best = torch.full((len(t),), -2.0, device=t.device)
+        for m in range(trials):
+            best = torch.maximum(best, F.cosine_similarity(t + r * eps[m], v, dim=-1))
+        sims.append(best)
+    return torch.stack(sims, 1)
+
+
+def scoring_model(D, T, **method):
+    """An untrained T-MASS whose head is moved off its identity start; CLIP itself plays no part in scoring."""
+    from clip_model import CLIP
+    from tmass import TMASS
+    torch.manual_seed(0)
+    model = TMASS(CLIP(D, 32, 32, 64, 1, 8, 514, 64, 1), frames=T, **method).eval()
+    for name, p in model.named_parameters():
+        if not name.startswith("clip."):
+            p.data += 0.05 * torch.randn_like(p) / p.shape[-1] ** 0.5
+    return model
+
+
+def peak_memory(function):
+    """How far a call lifts this process' (or the GPU's) peak memory above what is in use, in GB. On Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    size = lambda name: int(next(x for x in open("/proc/self/status") if x.startswith(name)).split()[1])
+    before = size("VmRSS")
+    function()
+    return (size("VmHWM") - before) / 2 ** 20
+
+
+@torch.no_grad()
+def scoring(D=512, T=12, M=20):
+    """Exact all-pairs scoring, D=512, T=12, M=20: against the literal formula, the floor (three GEMMs and one exp on tiles in the cache), and as it grows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, g = scoring_model(D, T).to(device), torch.Generator().manual_seed(0)
+    xpool = scoring_model(D, T, radius="none").to(device)
+    features = lambda n: (torch.randn(n, D, generator=g).to(device),
+                          (torch.randn(n, 1, D, generator=g) + 0.7 * torch.randn(n, T, D, generator=g)).to(device))
+    print(f"device {device}, {torch.get_num_threads()} threads, D={D} T={T} M={M}")
+    for n in (250, 500, 2000) + ((10_000,) if device == "cuda" else ()):
+        t, f = features(n)
+        s = seconds({"score": lambda: model.score(t, f, M)}, repeat=3)["score"]
+        print(f"{n:6d} x {n:<6d} {s:7.2f} s   {s / n / n * 1e6:.2f} us/pair")
+    t, f = features(1000)
+    P = 512 if device == "cpu" else 65536
+    r, e, tiles = torch.randn(P, D, device=device), torch.randn(D, M, device=device), 1_000_000 // P
+    product, grown = torch.empty(P, M, device=device), torch.empty_like(r)
+
+    def floor():
+        for _ in range(tiles):
+            torch.exp(r, out=grown)
+            for _ in range(3):
+                torch.mm(grown, e, out=product)
+    s = seconds({"score": lambda: model.score(t, f, M), "floor": floor, "point": lambda: model.score(t, f, 0), "X-Pool": lambda: xpool.score(t, f, M)}, repeat=5)
+    literal = seconds({"literal": lambda: literal_score(model, t, f, M)}, repeat=1)["literal"]
+    gap = (model.score(t, f, M) - literal_score(model, t, f, M)).abs().max()
+    print(f"  1000 x 1000   {s['score']:7.2f} s   {s['score']:.2f} us/pair; the literal formula {literal:.1f} s: {literal / s['score']:.0f} times as long; "
+          f"floor {s['floor']:.2f} s: we take {s['score'] / s['floor']:.1f} times that")
+    print(f"  point text {s['point']:.2f} s; X-Pool (radius none) {s['X-Pool']:.2f} s")
+    print(f"  largest difference from the literal formula {gap:.1e}; extra peak memory {peak_memory(lambda: model.score(t, f, M)):.2f} GB")
 
 
 if __name__ == "__main__":
-    benches = {f.__name__: f for f in (encode,)}
+    benches = {f.__name__: f for f in (encode, scoring)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():
