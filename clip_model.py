@@ -449,7 +449,7 @@ def load_clip(name_or_path, quick_gelu=None):
             raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
     weights = read_weights(path)
     sd = next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), weights)
-    sd = {k.removeprefix("module."): v for k, v in sd.items()}
+    sd = {str(k).removeprefix("module."): v for k, v in sd.items()}
     sd = {k.removeprefix("clip."): v for k, v in sd.items() if k.startswith("clip.")} or sd
     try:
         quick, why = activation(weights, sd, path) if quick_gelu is None else (quick_gelu, "as told")
