@@ -32,6 +32,13 @@ class DataError(ValueError):
     """Something about the user's data: one line that says what, where, and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong options end as every user mistake does: one line, exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 class Clip(NamedTuple):
     """A video file, or the seconds [start, end) of one; None means from the beginning or to the end."""
     path: str
@@ -503,8 +510,7 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24):
 
 def has_splits(path):
     """Does a csv say itself which row belongs to which split?"""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return "split" in next(csv.reader(file), [])
+    return "split" in next(csv.reader(io.StringIO(read_text(Path(path).parent, Path(path).name, "--data"), newline="")), [])
 
 
 def present(ann, skip_bad=False):
@@ -565,7 +571,7 @@ def check(args):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("check", help="what of a data set is there, what is missing, and where it belongs")
     c.add_argument("--data", required=True, help=f"{', '.join(READERS)}, shapes, or a .csv")

@@ -1,0 +1,538 @@
+"""Train T-MASS.
+
+    python train.py                                        # the embedded data set, on a laptop CPU, in minutes
+    python train.py --data msrvtt --clip ViT-B/32          # a benchmark, from OpenAI's CLIP
+    python train.py --data my.csv --root videos/           # your own videos: columns video, caption[, split, start, end]
+    torchrun --nproc_per_node 8 train.py --data msrvtt     # several GPUs: the batch is the global one, whatever their number
+
+Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step number and nothing else.
+"""
+import argparse
+import csv
+import math
+import os
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import data
+from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
+from eval import evaluate, format_metrics
+from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
+
+# Defaults per data set (design, section 6: as released); every value can be overridden on the command line.
+BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1, pretrain=0,
+            pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0, support_weight=0.8,
+            support_video="matched", ce_weight=0.0)
+MSRVTT = dict(head_lr=3e-5, prior="uniform", support_video="batch")
+RECIPES = {
+    "shapes": dict(clip="tiny", batch=64, epochs=4, head_lr=1e-3, clip_lr=5e-4, pretrain=400, dropout=0.1, prior_std=0.1),
+    "msrvtt": MSRVTT, "msrvtt-7k": MSRVTT,
+    "lsmdc": dict(prior_std=0.003, support_weight=0.0),
+    "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
+    "vatex": {}, "charades": {}, "msvd": {}, "csv": {},
+}
+TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48, text_width=128, text_layers=2)
+RUN_ONLY = ("out", "resume", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint", "root")  # free to change on resume
+
+
+def parse_args(argv=None):
+    """Command line -> settings; what is not given comes from the data set's recipe, or on --resume from the checkpoint."""
+    p = data.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="Defaults marked (recipe) depend on --data:\n  all: " + ", ".join(f"{k}={v}" for k, v in BASE.items())
+                                + "".join(f"\n  {n}: " + (", ".join(f"{k}={v}" for k, v in r.items()) or "-") for n, r in RECIPES.items()))
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default=None, help=f"{', '.join(n for n in RECIPES if n != 'csv')}, or the path of a .csv (default: shapes)")
+    g.add_argument("--root", help="folder of the data set (default: data/NAME; for a .csv, the folder it lies in)")
+    g.add_argument("--val-videos", type=int, help="msrvtt, charades: hold this many training videos out to choose the checkpoint (default: 0, the last epoch is the result)")
+    g.add_argument("--skip-bad", action="store_true", help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
+    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
+    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
+    g = p.add_argument_group("model (recipe)")
+    g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny (from scratch)")
+    g.add_argument("--init", metavar="CKPT", help="start from a whole checkpoint: ours, released T-MASS or X-Pool")
+    g.add_argument("--frames", type=int, help="T, frames sampled per video")
+    g.add_argument("--pooling", choices=POOLINGS, help="how frames become a video: for each text (xpool), or their mean")
+    g.add_argument("--heads", type=int, help="attention heads of xpool")
+    g.add_argument("--dropout", type=float, help="in xpool")
+    g.add_argument("--radius", choices=RADII, help="of the text mass; none is the X-Pool baseline")
+    g.add_argument("--prior", choices=PRIORS, help="distribution of the noise")
+    g.add_argument("--prior-std", type=float, help="standard deviation of the normal prior; N(0,1) is larger than |t| itself for CLIP")
+    g.add_argument("--support-weight", type=float, help="weight of the support text's loss")
+    g.add_argument("--support-video", choices=SUPPORTS, help="where the support text looks: at its own pooled video, or the batch's mean as released")
+    g.add_argument("--ce-weight", type=float, help="weight of the point text's loss")
+    g = p.add_argument_group("optimisation (recipe)")
+    g.add_argument("--epochs", type=int, help="passes over all (caption, video) pairs; 0 writes the starting point")
+    g.add_argument("--batch", type=int, help="pairs per step over all processes; each pair is contrasted with all of them")
+    g.add_argument("--head-lr", type=float, help="peak learning rate of pooling and radius")
+    g.add_argument("--clip-lr", type=float, help="peak learning rate of CLIP")
+    g.add_argument("--weight-decay", type=float, help="of AdamW")
+    g.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate; cosine to 0 after")
+    g.add_argument("--pretrain", type=int, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP on single pictures first, as real runs start from a pretrained CLIP")
+    g.add_argument("--seed", type=int, help="of everything random (default: 24)")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", default="model.pt", help="the checkpoint; log.csv is written beside it (default: %(default)s)")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly (if there is none, start it)")
+    g.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="also save within an epoch (default: %(default)s)")
+    g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(default: %(default)s)")
+    g.add_argument("--amp", choices=("off", "bf16"), help="bf16: towers in bfloat16, losses in float32; faster and smaller on recent GPUs and CPUs (default: off)")
+    g.add_argument("--grad-checkpoint", action="store_true", help="recompute the towers in the backward pass: much less memory, about a third slower")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    args = p.parse_args(argv)
+    given = {k for k, v in vars(args).items() if v is not None}
+
+    saved = None
+    if os.path.isfile(args.out):
+        saved = read_weights(args.out)
+        if args.resume or not saved.get("finished", True):
+            _check_resumable(args, saved, given)
+    if args.resume and saved:
+        for k, v in saved["config"].items():
+            if k not in RUN_ONLY or getattr(args, k, None) is None:
+                setattr(args, k, v)
+    args.data = args.data or "shapes"
+    name = "csv" if args.data.endswith(".csv") else args.data
+    if name not in RECIPES:
+        raise data.DataError(f"unknown data set {args.data!r}: choose {', '.join(n for n in RECIPES if n != 'csv')}, or give the path of a .csv file")
+    recipe = {**BASE, **RECIPES[name]}
+    for k, v in {**recipe, "val_videos": 0, "seed": 24, "amp": "off"}.items():
+        if getattr(args, k) is None:
+            setattr(args, k, v)
+    if args.radius == "none" and "support_weight" not in given:
+        args.support_weight = 0.0  # a mass of no size has no support text: this is X-Pool
+    if name == "csv":
+        args.data = os.path.abspath(args.data)
+    if args.root:
+        args.root = os.path.abspath(args.root)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for bad, message in (
+            (args.batch < 2, f"--batch {args.batch}: a contrast needs at least 2 pairs"),
+            (args.batch % world, f"--batch {args.batch} is the global batch and must be a multiple of the {world} processes"),
+            (args.frames < 1, f"--frames {args.frames}: at least 1"), (args.epochs < 0, f"--epochs {args.epochs}: at least 0"),
+            (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: from 0 to below 1"), (not 0 <= args.warmup <= 1, f"--warmup {args.warmup}: a share from 0 to 1"),
+            (args.prior_std < 0, f"--prior-std {args.prior_std}: at least 0"), (args.workers < 0, f"--workers {args.workers}: at least 0"),
+            (args.save_every < 1 or args.log_every < 1, "--save-every and --log-every: at least 1"), (args.val_videos < 0, f"--val-videos {args.val_videos}: at least 0"),
+            (args.pretrain and name != "shapes", "--pretrain makes its pictures with --data shapes only; give --clip weights for other data")):
+        if bad:
+            p.error(message)
+    return args, saved if args.resume else None
+
+
+def _check_resumable(args, saved, given):
+    """An unfinished run in --out is not overwritten by accident, nor continued with other settings."""
+    if saved.get("format") != "tmass":
+        raise WeightsError(f"{args.out} is not a checkpoint of ours: choose another --out")
+    if not args.resume:
+        raise WeightsError(f"{args.out} holds an unfinished run at step {saved['step']}: continue it with --resume, or delete it, or choose another --out")
+    for k in given - set(RUN_ONLY):
+        then, now = saved["config"].get(k), getattr(args, k)
+        if now != then and not (k == "data" and os.path.abspath(now) == then):
+            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, or start anew with another --out")
+
+
+# ---- pure functions of the step ----
+
+def learning_rate(step, total, warmup):
+    """Linear warm-up over the first share of steps, then cosine to 0; a factor of each group's peak. step from 0 -> (0, 1]."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+
+def generator(device, *numbers):
+    """A generator seeded by a tuple such as (seed, step)."""
+    mixed = 0
+    for n in numbers:
+        mixed = (mixed * 1_000_003 + n + 1) % (2 ** 63 - 1)
+    return torch.Generator(device).manual_seed(mixed)
+
+
+class Batches:
+    """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair). The last incomplete batch is dropped."""
+
+    def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
+        self.pairs, self.batch, self.epochs, self.seed, self.start, self.rank, self.world = pairs, batch, epochs, seed, start, rank, world
+        self.per_epoch = pairs // batch
+
+    def __len__(self):
+        return self.per_epoch * self.epochs - self.start
+
+    def __iter__(self):
+        share = self.batch // self.world
+        for step in range(self.start, self.per_epoch * self.epochs):
+            epoch, k = divmod(step, self.per_epoch)
+            if k == 0 or step == self.start:
+                order = torch.randperm(self.pairs, generator=generator("cpu", self.seed, epoch)).tolist()
+            first = k * self.batch + self.rank * share
+            yield [(epoch, i) for i in order[first:first + share]]
+
+
+class Collate:
+    """Pairs -> (ids (B,L), video uint8 (B,T,3,R,R), the DataErrors of pairs that can't be read)."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, items):
+        bad = [x for x in items if isinstance(x, Exception)]
+        good = [x for x in items if not isinstance(x, Exception)]
+        if not good:
+            return None, None, bad
+        return self.tokenizer([caption for _, caption, _ in good]), torch.stack([frames for frames, _, _ in good]), bad
+
+
+# ---- several processes ----
+
+class Gather(torch.autograd.Function):
+    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, in rank order.
+
+    Every process computes the same global loss, so the sum of their gradients, which DDP then averages, is exactly one process' gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        counts = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, torch.tensor(len(x), device=x.device))  # counts differ where --skip-bad left pairs out
+        counts = [int(n) for n in counts]
+        ctx.rows = slice(sum(counts[:dist.get_rank()]), sum(counts[:dist.get_rank() + 1]))
+        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded.contiguous())
+        return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.rows]
+
+
+def start_processes(device):
+    """Join the job that torchrun started, if it did. -> (rank, world, this process' device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+# ---- what is trained ----
+
+def build(args, captions):
+    """The model to start from and its tokenizer, as --clip and --init say."""
+    torch.manual_seed(args.seed)
+    method = {k: getattr(args, k) for k in ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")}
+    if args.init:
+        start, tokenizer, _ = load_checkpoint(args.init)
+        model = TMASS(start.clip, **method)
+        state, own = start.state_dict(), model.state_dict()
+        odd = sorted(k for k in state.keys() ^ own.keys() if not k.startswith("radius."))
+        odd += [k for k in own if k in state and state[k].shape != own[k].shape]
+        if odd:
+            raise WeightsError(f"--init {args.init} does not fit the model asked for: {', '.join(odd[:5])}; give the same --pooling and --frames")
+        new = [k for k in own if k not in state]
+        print(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
+        model.load_state_dict({**own, **{k: x for k, x in state.items() if k in own}})
+        return model, tokenizer
+    if args.clip == "tiny":
+        tokenizer = Tokenizer.learn(captions, 512)
+        tokenizer.context_length = TINY["context_length"]
+        return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
+    clip = load_clip(args.clip)
+    ours = read_weights(args.clip) if os.path.isfile(args.clip) else {}
+    tokenizer = Tokenizer(ours["merges"], ours["context_length"]) if ours.get("format") == "tmass" else load_vocabulary()
+    return TMASS(clip, **method), tokenizer
+
+
+def pretrain(clip, tokenizer, args, device, say):
+    """Image-text warm-up of the tiny CLIP on single pictures, fresh at every step: what a pretrained CLIP is to a real run."""
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=0, weight_decay=args.weight_decay, fused=True)
+    started = time.time()
+    for step in range(args.pretrain):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
+        pictures, phrases = data.shapes_pictures(256, generator("cpu", args.seed, step), clip.config["image_size"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            t, v = clip.encode_text(tokenizer(phrases).to(device)), clip.encode_image(pictures.to(device))
+        loss = symmetric_cross_entropy(F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T, clip.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        if (step + 1) % args.log_every == 0 or step + 1 == args.pretrain:
+            passed = time.time() - started
+            say(f"pretrain {step + 1:5d}/{args.pretrain}  loss {loss.item():.3f}  {clock(passed / (step + 1) * (args.pretrain - step - 1))} left")
+
+
+def clock(seconds):
+    """Seconds -> h:mm:ss or m:ss."""
+    m, s = divmod(int(seconds + 0.5), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+def check_writable(path):
+    """Fail before training, not after it."""
+    if os.path.isdir(path):
+        raise WeightsError(f"--out {path} is a folder: give the name of a file, such as {os.path.join(path, 'model.pt')}")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path + ".part", "wb"):
+            pass
+        os.unlink(path + ".part")
+    except OSError as e:
+        raise WeightsError(f"--out {path} cannot be written: {e.strerror}; choose another --out") from e
+
+
+class Log:
+    """log.csv beside the checkpoint: one row per logged step. Resuming drops the rows after the step it starts from."""
+    FIELDS = ("step", "epoch", "loss", "stochastic", "support", "ce", "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
+
+    def __init__(self, out, start):
+        path = os.path.join(os.path.dirname(os.path.abspath(out)), "log.csv")
+        rows = []
+        if start and os.path.isfile(path):
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def row(self, **values):
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        self.file.flush()
+
+
+# ---- the run ----
+
+def main(argv=None):
+    args, saved = parse_args(argv)
+    rank, world, device = start_processes(args.device)
+    say = print if rank == 0 else lambda *_, **__: None
+    if rank == 0:
+        check_writable(args.out)
+    if saved and saved.get("finished"):
+        say(f"{args.out} is finished (step {saved['step']}): nothing to resume. Evaluate it: python eval.py --ckpt {args.out}")
+        return 0
+
+    # data
+    if rank == 0 and args.data == "shapes":
+        data.load_split(args.data, args.root, "train")  # renders on first use; one process only
+    if world > 1:
+        dist.barrier()
+    splits, missing = {}, []
+    for split in ("train", "val", "test"):
+        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed)
+        splits[split], gone = data.present(ann, args.skip_bad)
+        missing += gone
+    train = splits["train"]
+    if len(train.captions) < args.batch:
+        raise data.DataError(f"{args.data} has {len(train.captions)} training pairs, fewer than one batch of {args.batch}: give a smaller --batch")
+
+    # model
+    if saved:
+        model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
+        model.load_state_dict(saved.get("training", saved)["model"])
+        tokenizer = Tokenizer(saved["merges"], saved["context_length"])
+    else:
+        model, tokenizer = build(args, train.captions)
+    model.to(device)
+    model.clip.grad_checkpoint = args.grad_checkpoint
+    config = {k: v for k, v in vars(args).items() if k != "resume"}
+    clip_parameters = list(model.clip.parameters())
+    head_parameters = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+    groups = [dict(params=clip_parameters, peak=args.clip_lr), dict(params=head_parameters, peak=args.head_lr)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
+
+    start, best, bad_videos = 0, None, []
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        start, best, bad_videos = saved["step"], saved["best"], saved["bad_videos"]
+    batches = Batches(len(train.captions), args.batch, args.epochs, args.seed, start, rank, world)
+    total = batches.per_epoch * args.epochs
+    say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(config.items())))
+    for split, ann in splits.items():
+        say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
+    if missing:
+        say(f"--skip-bad: {len(missing)} missing videos left out")
+    say(f"parameters: CLIP {sum(p.numel() for p in clip_parameters):,} (lr {args.clip_lr:g}), head {sum(p.numel() for p in head_parameters):,} (lr {args.head_lr:g})")
+    say(f"{total} steps of {args.batch} pairs ({args.batch // world} on each of {world} processes) on {device}, {'bf16 towers' if args.amp == 'bf16' else 'float32'}")
+    if not splits["val"].clips:
+        say("no validation split: the last epoch is the result" + ("; --val-videos 500 would hold some out of train" if args.data in ("msrvtt", "msrvtt-7k", "charades") else ""))
+
+    if args.pretrain and not saved:
+        pretrain(model.clip, tokenizer, args, device, say)
+
+    best_weights = {k: x.cpu() for k, x in saved["model"].items()} if saved and "training" in saved else None
+
+    def save(step, finished=False):
+        """One file holds the result (the best epoch on the validation split, or the latest weights) and, until finished, all that resuming needs."""
+        if rank:
+            return
+        state = dict(step=step, best=best, bad_videos=bad_videos, finished=finished)
+        if not finished:
+            state["optimizer"] = optimizer.state_dict()
+        current = None
+        if best_weights is not None:
+            current = {k: x.detach().clone() for k, x in model.state_dict().items()}
+            model.load_state_dict(best_weights)
+            if not finished:
+                state["training"] = dict(model=current)
+        save_checkpoint(args.out, model, tokenizer, config, **state)
+        if current is not None and not finished:
+            model.load_state_dict(current)
+
+    save(start)
+    log = Log(args.out, start) if rank == 0 else None
+    dataset = data.PairDataset(train, args.frames, data.train_transform(model.clip.config["image_size"]), seed=args.seed,
+                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer), pin_memory=device.type == "cuda")
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    gather = Gather.apply if world > 1 else None
+    stop = []  # signals received; looked at after each step, by all processes together
+    pid = os.getpid()
+
+    def on_signal(number, frame):
+        if os.getpid() != pid:  # a forked DataLoader worker: leave Ctrl-C to the main process, which still wants its batch
+            os._exit(143) if number == signal.SIGTERM else None
+        elif number in stop:  # asked twice
+            raise KeyboardInterrupt
+        else:
+            stop.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    model.train()
+    skipped_in_a_row, skipped, seen, started = 0, 0, 0, time.time()
+    for step, (ids, video, bad) in enumerate(named_deaths(loader, dataset), start):
+        factor = learning_rate(step, total, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        if bad and not args.skip_bad:
+            raise bad[0]
+        bad_videos += [str(e) for e in bad if str(e) not in bad_videos]
+        if ids is None:
+            raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            out = ddp(ids.to(device, non_blocking=True), video.to(device, non_blocking=True), generator(device, args.seed, step), gather)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if torch.isfinite(out["loss"] + norm):
+            optimizer.step()
+            with torch.no_grad():
+                model.clip.logit_scale.clamp_(max=math.log(100))
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
+            if skipped_in_a_row == 10:
+                raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and {args.clip_lr * factor:.2e}, "
+                                   f"logit scale {model.clip.logit_scale.exp().item():.1f}): {args.out} keeps the last good state; lower the rates")
+        seen += args.batch
+        done, end_of_epoch = step + 1, (step + 1) % batches.per_epoch == 0
+        if done % args.log_every == 0 or end_of_epoch:
+            speed = seen / (time.time() - started)
+            terms = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}
+            say(f"step {done:5d}/{total}  epoch {step // batches.per_epoch + 1}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
+                + f"  lr {args.head_lr * factor:.1e}/{args.clip_lr * factor:.1e}  {speed:.0f} pairs/s  {clock((total - done) * args.batch / speed)} left")
+            if rank == 0:
+                log.row(step=done, epoch=step // batches.per_epoch + 1, head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor,
+                        scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(), pairs_per_s=speed, **terms)
+        if end_of_epoch and splits["val"].clips:
+            paused = time.time()
+            val = evaluate(model, tokenizer, splits["val"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+            model.train()
+            started += time.time() - paused
+            say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
+            if rank == 0:
+                log.row(step=done, epoch=done // batches.per_epoch, val_R1=val["t2v"]["R1"])
+            if best is None or val["t2v"]["R1"] > best[1]:
+                best, best_weights = [done, val["t2v"]["R1"]], {k: x.detach().to("cpu", copy=True) for k, x in model.state_dict().items()}
+        stopping = torch.tensor(max(stop, default=0), device=device)
+        if world > 1:
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+        if (done % args.save_every == 0 or end_of_epoch or stopping) and not skipped_in_a_row:
+            save(done)
+        if stopping:
+            write_bad(args.out, missing + bad_videos, rank)
+            say(f"stopped by {signal.Signals(int(stopping)).name} after step {done}; continue with: {resume_command()}")
+            return 128 + int(stopping)
+
+    save(total, finished=True)  # from here on, model holds the result
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    write_bad(args.out, missing + bad_videos, rank)
+    if best:
+        say(f"the result is that of step {best[0]}, the best on the validation split")
+    if splits["test"].clips:
+        test = evaluate(model, tokenizer, splits["test"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+        say(f"test: {format_metrics(test)}")
+    say(f"checkpoint: {args.out}   evaluate it again: python eval.py --ckpt {args.out}")
+    return 0
+
+
+def named_deaths(loader, dataset):
+    """The loader's batches; when a worker process dies (out of memory, a crash in a codec), say which video it was reading."""
+    try:
+        yield from loader
+    except RuntimeError as e:
+        pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
+        if not pid:
+            raise
+        raise data.DataError(f"a data worker died while reading {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): check that video, "
+                             "or the machine's memory (fewer --workers); the last checkpoint is intact") from e
+
+
+def write_bad(out, lines, rank):
+    """List what --skip-bad left out, in a file beside the checkpoint; the processes' lists are joined."""
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, lines)
+        lines = [x for part in parts for x in part]
+    if lines and rank == 0:
+        path = os.path.splitext(out)[0] + ".bad.txt"
+        with open(path, "w") as file:
+            file.writelines(line + "\n" for line in dict.fromkeys(lines))
+        print(f"--skip-bad: {len(set(lines))} videos left out, listed in {path}")
+
+
+def resume_command():
+    """What the user typed, with --resume."""
+    return " ".join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
+
+
+def cli():
+    """User mistakes end in one clear line and exit status 2; anything else is a bug and shows where."""
+    try:
+        return main()
+    except (data.DataError, WeightsError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as e:
+        if not dist.is_initialized() or "peer" not in str(e).lower():
+            raise
+        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: {resume_command()}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
