@@ -170,7 +170,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's approximation of GELU: their weights need it."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return x * (1.702 * x).sigmoid_()  # in place: one large tensor less
 
 
 class Attention(nn.Module):

@@ -1,6 +1,7 @@
 """Measurements, printed as ratios and asserted nowhere: python tests/bench.py encode (one function per subcommand)."""
 import argparse
 import csv
+import math
 import statistics
 import sys
 import time
@@ -66,7 +67,7 @@ def encode(images=16, texts=32):
 
     with torch.inference_mode():
         t = seconds({"ours": lambda: ours.encode_image(x), "transformers": lambda: hf.get_image_features(x),
-                     "open_clip": lambda: oc.encode_image(x)})
+                     "open_clip": lambda: oc.encode_image(x)}, repeat=15)
         gap = max((ours.encode_image(x) - f).norm() / f.norm() for f in (hf.get_image_features(x), oc.encode_image(x)))
         print(f"image tower: {images / t['ours']:.1f} images/s; speed against transformers {t['transformers'] / t['ours']:.2f}x, "
               f"open_clip {t['open_clip'] / t['ours']:.2f}x; features differ by {gap:.1e}")
@@ -148,10 +149,59 @@ def scoring(D=512, T=12, M=20):
     print(f"  largest difference from the literal formula {gap:.1e}; extra peak memory {peak_memory(lambda: model.score(t, f, M)):.2f} GB")
 
 
+@torch.no_grad()
+def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
+    """A query in a big gallery of random features, memory-mapped from disk (1.3 GB per 100,000 videos): seconds of both stages and peak memory;
+    with --ckpt of a trained model, how much of the exact top 10 of its test split a shortlist keeps."""
+    import tempfile
+
+    import eval as ev
+    from tmass import load_checkpoint
+    g = torch.Generator().manual_seed(0)
+    model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
+    with tempfile.TemporaryDirectory() as folder:
+        mapped = lambda name, *shape: torch.from_file(f"{folder}/{name}", shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
+        frames, mean = mapped("frames", videos, T, D), mapped("mean", videos, D)
+        for rows in ev.blocks(videos, 4096):
+            n = len(mean[rows])
+            f = torch.randn(n, 1, D, generator=g) + 0.7 * torch.randn(n, T, D, generator=g)
+            frames[rows], mean[rows] = f, ev.pooled(f)
+        del frames, mean  # mapped anew, nothing of it in this process' memory
+        index = ev.Index(mapped("frames", videos, T, D), mapped("mean", videos, D), None)
+        one = t[:1]
+        memory = peak_memory(lambda: ev.search(model, one, index, shortlist))
+        points = ev.best_points(one, index.mean, shortlist)[0].sort().values
+        s = seconds({"both": lambda: ev.search(model, one, index, shortlist), "points": lambda: ev.best_points(one, index.mean, shortlist),
+                     "points of 16": lambda: ev.best_points(t, index.mean, shortlist), "exact": lambda: model.score(one, index.frames[points].float())})
+        print(f"{videos} videos, {torch.get_num_threads()} threads, T={T} D={D}, shortlist {shortlist}: a query takes {s['both'] * 1e3:.0f} ms: "
+              f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms with 16 queries at once), "
+              f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included")
+        part = ev.Index(index.frames[:10_000], index.mean[:10_000], None)
+        exact = seconds({"exact": lambda: ev.search(model, one, part, 0)}, repeat=2)["exact"]
+        print(f"exact scores of everything (--shortlist 0): {exact / len(part.frames) * 1e4:.2f} s per 10,000 videos")
+    if ckpt is None:
+        return
+    import data
+    model, tokenizer, config = load_checkpoint(ckpt)
+    ann = data.load_split(config["data"], config.get("root"), "test", config.get("val_videos", 0), config.get("seed", 24))
+    split = ev.rank_split(model, tokenizer, ann, workers=2)
+    index = ev.Index(split.f.half(), ev.pooled(split.f).half(), None)
+    exact = ev.search(model, split.t, index, 0, 10)[1]
+    for K in (10, 20, 50, 100, 200):
+        if K < len(split.f):
+            found = ev.search(model, split.t, index, K, 10)[1]
+            kept = (exact[:, :, None] == found[:, None]).any(-1).double().mean()
+            print(f"shortlist of {K:4d} of {len(split.f)} videos keeps {100 * kept:.1f} % of the exact top 10 ({len(split.t)} queries of {config['data']})")
+
+
 if __name__ == "__main__":
-    benches = {f.__name__: f for f in (encode, scoring)}
+    benches = {f.__name__: f for f in (encode, scoring, search)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():
-        commands.add_parser(name, help=" ".join(bench.__doc__.split()))
-    benches[parser.parse_args().bench]()
+        command = commands.add_parser(name, help=" ".join(bench.__doc__.split()).replace("%", "%%"))
+        if name == "search":
+            command.add_argument("--videos", type=int, default=100_000, help="size of the gallery (default: %(default)s)")
+            command.add_argument("--ckpt", help="a trained model: what a shortlist keeps on its test split")
+    args = vars(parser.parse_args())
+    benches[args.pop("bench")](**args)
