@@ -1,0 +1,365 @@
+"""Ranks and metrics by hand and against literal loops, the released protocol, evaluation on real files by one and two processes, search."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as ev
+from clip_model import CLIP, Tokenizer
+from tmass import TMASS, load_checkpoint, save_checkpoint
+from videos import write_video
+
+D, T, NAN = 64, 4, float("nan")
+ENV = {"OMP_NUM_THREADS": "1"}
+
+
+# ---- ranks and metrics ----
+
+def test_ranks_by_hand():
+    """Four videos, the last a distractor; video 0 has two captions, one of them tied; video 2's caption ties with the distractor."""
+    sims = torch.tensor([[0.9, 0.1, 0.9, 0.0],    # caption 0 of video 0: first, tied with video 2 -> 1.5
+                         [0.2, 0.5, 0.1, 0.6],    # caption 1 of video 0: after the distractor and video 1 -> 3
+                         [0.9, 0.4, 0.0, 0.7],    # caption 2 of video 1: -> 3
+                         [0.1, 0.5, 0.3, 0.3]])   # caption 3 of video 2: one above, tied with the distractor -> 2.5
+    t2v, v2t = ev.ranks(sims, [0, 0, 1, 2])
+    assert t2v.tolist() == [1.5, 3, 3, 2.5]
+    # video 0: own captions' best 0.9, video 1's caption 0.9 too, video 2's 0.1 -> 1.5; video 1: own 0.4 against 0.5 and 0.5 -> 3;
+    # video 2: own 0.3 against max(0.9, 0.1) and 0 -> 2; the distractor has no captions
+    torch.testing.assert_close(v2t, torch.tensor([1.5, 3, 2, NAN], dtype=torch.float64), equal_nan=True)
+    # strict: video 0's best own caption ties with caption 2 -> 1.5; video 1: 0.4 after 0.5, 0.5 -> 3; video 2: 0.3 after 0.9 -> 2
+    torch.testing.assert_close(ev.strict_v2t_ranks(sims, [0, 0, 1, 2]), torch.tensor([1.5, 3, 2, NAN], dtype=torch.float64), equal_nan=True)
+    m = ev.metrics(v2t)
+    assert m == dict(R1=0, R5=100, R10=100, R50=100, MdR=2, MnR=6.5 / 3)
+    assert ev.metrics([1, 2, 6, 60]) == dict(R1=25, R5=50, R10=75, R50=75, MdR=4, MnR=17.25)
+
+
+def test_strict_ties_between_own_captions():
+    """Equal captions of one video can't push each other down; a tying stranger is above the first of two own ones a third of the time."""
+    assert ev.strict_v2t_ranks(torch.ones(2, 1), [0, 0]).tolist() == [1]
+    strict = ev.strict_v2t_ranks(torch.ones(3, 2), [0, 0, 1])
+    torch.testing.assert_close(strict, torch.tensor([4 / 3, 2], dtype=torch.float64))
+
+
+def literal_ranks(sims, owner):
+    N, V = sims.shape
+
+    def rank(own, others):
+        return 1 + sum(x > own for x in others) + sum(x == own for x in others) / 2
+    captions = {v: [i for i in range(N) if owner[i] == v] for v in range(V)}
+    best = {v: {w: max(sims[i, w].item() for i in c) for w in range(V)} for v, c in captions.items() if c}
+    t2v = [rank(sims[i, owner[i]].item(), [sims[i, v].item() for v in range(V) if v != owner[i]]) for i in range(N)]
+    v2t = [rank(best[w][w], [best[v][w] for v in best if v != w]) if w in best else NAN for w in range(V)]
+    strict = []
+    for w in range(V):
+        if w not in best:
+            strict.append(NAN)
+            continue
+        mine = sum(sims[i, w].item() == best[w][w] for i in captions[w])
+        others = [sims[i, w].item() for i in range(N) if owner[i] != w]
+        strict.append(1 + sum(x > best[w][w] for x in others) + sum(x == best[w][w] for x in others) / (mine + 1))
+    return t2v, v2t, strict
+
+
+def test_ranks_equal_literal_loops(monkeypatch):
+    """Random sizes, many ties, distractors; blocks smaller than the matrix, so that their seams are inside it."""
+    whole = ev.blocks
+    monkeypatch.setattr(ev, "blocks", lambda n, size: whole(n, 5))
+    g = torch.Generator().manual_seed(0)
+    for N, V in ((13, 7), (1, 1), (6, 12), (23, 11)):
+        sims = torch.randint(0, 6, (N, V), generator=g) / 8
+        owner = torch.randint(0, V, (N,), generator=g)
+        expected = literal_ranks(sims, owner.tolist())
+        for ours, literal in zip((*ev.ranks(sims, owner), ev.strict_v2t_ranks(sims, owner.tolist())), expected):
+            torch.testing.assert_close(ours, torch.tensor(literal, dtype=torch.float64), equal_nan=True)
+
+
+def test_scores_that_are_not_numbers_rank_at_chance():
+    sims = torch.full((5, 5), NAN)
+    for ranks in (*ev.ranks(sims, range(5)), ev.strict_v2t_ranks(sims, range(5))):
+        assert ranks.tolist() == [3] * 5
+    sims[0, 1:] = -5.0
+    assert ev.ranks(sims, range(5))[0][0] == 5  # its own score is the one that is not a number
+
+
+def test_dsl_by_hand():
+    sims = torch.tensor([[0.5, 0.4], [0.5, 0.1]])
+    torch.testing.assert_close(ev.dsl(sims), torch.tensor([[0.25, 0.4], [0.25, 0.1 * torch.tensor(-30.0).exp().item()]]))
+    torch.testing.assert_close(ev.dsl(sims.T, 1), ev.dsl(sims).T)
+
+
+# ---- a small model, real files ----
+
+def make(**method):
+    torch.manual_seed(0)
+    clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16, vocab_size=514,
+                text_width=64, text_layers=1)
+    model = TMASS(clip, **{"frames": T, "dropout": 0.0, **method}).eval()
+    for name, p in model.named_parameters():
+        p.data += 0.1 * torch.randn_like(p) * (not name.startswith("clip."))
+    if model.config["pooling"] == "xpool":
+        model.pool.q.weight.data *= 10  # attention sharp enough for the text to matter
+    return model
+
+
+def noise_video(path, seed):
+    g = torch.Generator().manual_seed(seed)
+    frames = F.interpolate(torch.rand(6, 3, 4, 4, generator=g), size=(32, 48)) * 255
+    write_video(path, frames.permute(0, 2, 3, 1).byte().contiguous())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven videos (odd), one caption each in one.csv, up to three in many.csv, and a checkpoint 'trained' on many.csv."""
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "videos").mkdir()
+    one, many = ["video,caption"], ["video,caption,split"]
+    for v in range(7):
+        noise_video(folder / "videos" / f"v{v}.mp4", v)
+        one.append(f"v{v}.mp4,{'ab cdefg'[v:]} {v}")  # at most 16 byte-level tokens, or they would all be cut to the same
+        many += [f"v{v}.mp4,{i} of {v},test" for i in range(v % 3 + 1)]
+    many += ["v0.mp4,someone,test", "v1.mp4,someone,test"]  # one text, two owners: an exact tie
+    (folder / "one.csv").write_text("\n".join(one) + "\n")
+    (folder / "many.csv").write_text("\n".join(many) + "\n")
+    config = dict(data=str(folder / "many.csv"), root=str(folder / "videos"), seed=24)
+    save_checkpoint(folder / "model.pt", make(), Tokenizer((), 16), config)
+    return folder
+
+
+def literal_sims(model, tokenizer, ann, released=False):
+    """Every score from its definition: one text, one video, one sample at a time. `released`: v pooled by the video's own caption."""
+    t = [model.encode_text(tokenizer([c]))[0] for c in ann.captions]
+    transform = data.test_transform(16)
+    f = [model.encode_video(transform(data.read_frames(clip, T))[None])[0] for clip in ann.clips]
+    sims = torch.empty(len(t), len(f))
+    for i in range(len(t)):
+        for j in range(len(f)):
+            v = model.pool(t[ann.owner.index(j) if released else i][None], f[j][None])[0, 0]
+            r = model.radius(F.cosine_similarity(t[i][None], f[j], dim=-1))
+            sims[i, j] = max(F.cosine_similarity(t[i] + r * eps, v, dim=0) for eps in model.noise(3, seed=5))
+    return sims
+
+
+@torch.no_grad()
+def test_evaluate_equals_literal_loops(folder):
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    ann = data.load_annotations(str(folder / "one.csv"), str(folder / "videos"), "all")
+    split = ev.rank_split(model, tokenizer, ann, batch=3, trials=3, seed=5)
+    assert (split.sims - literal_sims(model, tokenizer, ann)).abs().max() < 1e-5
+    caption_of = torch.tensor(ann.owner).argsort()
+    leaking = ev.released_scores(model, split.t, split.f, caption_of, 3, 5)
+    assert (leaking - literal_sims(model, tokenizer, ann, released=True)).abs().max() < 1e-5
+    assert (leaking - split.sims).abs().max() > 1e-3  # it is another thing
+    assert (leaking.diagonal() - split.sims.diagonal()).abs().max() < 1e-5  # but on the matched pairs
+    point = ev.released_scores(model, split.t, split.f, caption_of, trials=0)
+    assert (point.diagonal() - model.score(split.t, split.f, 0).diagonal()).abs().max() < 1e-5
+    result = ev.evaluate(model, tokenizer, ann, trials=3, seed=5, with_dsl=True, released=True)
+    assert result["t2v"] == ev.metrics(ev.ranks(split.sims, ann.owner)[0])
+    assert result["released_protocol"]["t2v"] == ev.metrics(ev.ranks(leaking, ann.owner)[0])
+    assert result["dsl"]["v2t"] == ev.metrics(ev.ranks(ev.dsl(split.sims, 1), ann.owner)[1])
+    json.dumps(result, allow_nan=False)
+    assert all(word in ev.report(result) for word in ("LEAKING", "transductive", "7 texts, 7 videos"))
+    assert f"R@1 {result['t2v']['R1']:.1f}" in ev.format_metrics(result) and "7 videos" in ev.format_metrics(result)
+
+
+def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
+    seen, texts = [], []
+    read, encode = data.read_frames, model.encode_text
+    monkeypatch.setattr(data, "read_frames", lambda clip, frames: seen.append(clip) or read(clip, frames))
+    monkeypatch.setattr(model, "encode_text", lambda ids: texts.append(len(ids)) or encode(ids))
+    model.train()
+    split = ev.rank_split(model, tokenizer, ann)
+    assert model.training  # left as it was
+    assert sorted(seen) == sorted(ann.clips) and sum(texts) == len(set(ann.captions)) == len(ann.captions) - 1
+    assert torch.equal(split.sims[-1], split.sims[-2]) and torch.equal(split.t[-1], split.t[-2])
+
+
+def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
+    monkeypatch.setattr(data, "read_frames", lambda clip, frames: os._exit(9))
+    with pytest.raises(data.DataError, match="v3.mp4.*--workers"):
+        ev.encode_videos(make(), [data.Clip(str(folder / "videos" / "v3.mp4"), None, None)], workers=1)
+
+
+def test_two_processes_report_what_one_does(folder, tmp_path):
+    """Seven videos and 14 distinct texts in batches of 2: neither divides."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *start, ev.__file__, "--ckpt", folder / "model.pt", "--batch", 2, "--workers", 1, "--split", "all", "--dsl",
+                   "--device", "cpu", "--json", tmp_path / name]
+        done = subprocess.run(list(map(str, command)), env={**os.environ, **ENV}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("7 videos") == 1  # one process speaks
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert one == two and one["videos"] == 7 and one["texts"] == 15
+
+
+def test_command_line(folder, run, tmp_path, capsys, monkeypatch):
+    """What the checkpoint was trained on; another csv: all rows; a bad video: named, or left out and counted."""
+    arguments = ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu"]
+    status, out, err = called(capsys, monkeypatch, *arguments, "--trials", 3, "--seed", 5, "--prior", "uniform",
+                              "--cache", tmp_path / "cache", "--json", tmp_path / "out.json")
+    assert status == 0 and "15 texts, 7 videos" in out and "prior uniform" in out, out + err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["split"], result["prior"], result["trials"], result["seed"]) == ("test", "uniform", 3, 5)
+    assert len(os.listdir(tmp_path / "cache")) == 7
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    other = tmp_path / "other.csv"
+    names = [folder / "videos" / "v1.mp4", "broken.mp4", folder / "videos" / "v2.mp4", "gone.mp4"]
+    other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
+    arguments += ["--data", other]
+    status, out, err = called(capsys, monkeypatch, *arguments, "--skip-bad", "--released-protocol")
+    assert status == 0 and "1 unreadable videos left out; 2 texts, 2 videos remain" in out and "LEAKING" in out, out + err
+    assert "1 missing videos left out; 3 texts, 3 videos remain" in out
+    assert one_error(*called(capsys, monkeypatch, *arguments), "gone.mp4")
+    other.write_text("video,caption\nbroken.mp4,two\n")
+    assert one_error(*called(capsys, monkeypatch, *arguments), "broken.mp4")
+    assert one_error(*called(capsys, monkeypatch, *arguments, "--skip-bad"), "nothing to evaluate")
+    done = run("eval.py", *arguments, env=ENV)  # and once in a process of its own
+    assert one_error(done.returncode, done.stdout, done.stderr, "broken.mp4") and len(done.stderr.splitlines()) == 1
+
+
+def one_error(status, out, err, *words):
+    """Exit status 2 and a last line that says why, no traceback."""
+    last = err.strip().splitlines()[-1]
+    return status == 2 and "error: " in last and "Traceback" not in err and all(w in last for w in words)
+
+
+def called(capsys, monkeypatch, *args):
+    """eval.py's command line in this process, for the many ways to get it wrong. -> (status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    try:
+        status = ev.cli()
+    except SystemExit as e:  # argparse
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch):
+    good, videos = folder / "model.pt", folder / "videos"
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    content = torch.load(good, weights_only=True)
+    torch.save({**content, "tmass": {**content["tmass"], "frames": 12}}, tmp_path / "frames.pt")
+    torch.save({**content, "config": {}}, tmp_path / "nodata.pt")
+    (tmp_path / "empty").mkdir()
+    search = ["--ckpt", good, "--query", "x", "--videos"]
+    for arguments, *words in (
+            (["--ckpt", tmp_path / "none.pt"], "none.pt"), (["--ckpt", tmp_path / "cut.pt"], "cut.pt"),
+            (["--ckpt", tmp_path / "text.pt"], "text.pt"), (["--ckpt", tmp_path / "other.pt"], "other.pt"),
+            (["--ckpt", tmp_path / "frames.pt"], "frames.pt", "radius.linear"), (["--ckpt", tmp_path / "nodata.pt"], "--data"),
+            (["--ckpt", good, "--released-protocol"], "one caption per video", "15", "7"),
+            (["--ckpt", good, "--data", tmp_path / "none.csv"], "none.csv"), (["--ckpt", good, "--data", "nonsense"], "nonsense"),
+            (["--ckpt", good, "--json", tmp_path], "--json"), (["--ckpt", good, "--json", tmp_path / "no" / "x.json"], "--json"),
+            (["--ckpt", good, "--trials", -1], "--trials -1"), (["--ckpt", good, "--batch", 0], "--batch 0"),
+            (["--ckpt", good, "--prior", "odd"], "--prior"), (["--ckpt", good, "--prior-std", -1], "--prior-std"),
+            (["--ckpt", good, "--query", "x"], "--videos"), (["--ckpt", good, "--videos", videos], "--query"),
+            (["--ckpt", good, "--query", " ", "--videos", videos], "--query"), ([*search, videos, "--dsl"], "--dsl"),
+            ([*search, tmp_path / "nowhere"], "nowhere", "no such folder"), ([*search, good], "model.pt", "no such folder"),
+            ([*search, tmp_path / "empty"], "empty", "no videos")):
+        status, out, err = called(capsys, monkeypatch, *arguments, "--workers", 0, "--device", "cpu")
+        assert one_error(status, out, err, *words), (arguments, status, err)
+
+
+# ---- search ----
+
+def test_search_refreshes_its_index(folder, tmp_path, capsys, monkeypatch):
+    """New, changed and gone files; a second query encodes nothing; other weights start anew; scores are the exact ones."""
+    for v in range(3):
+        noise_video(tmp_path / f"v{v}.mp4", v)
+    (tmp_path / "below").mkdir()
+    noise_video(tmp_path / "below" / "v3.MP4", 3)
+    (tmp_path / "notes.txt").write_text("not a video")
+
+    def query(*more, ckpt=folder / "model.pt"):
+        arguments = ["--ckpt", ckpt, "--query", "a red dog", "--videos", tmp_path, "--workers", 0, "--device", "cpu", *more]
+        status, out, err = called(capsys, monkeypatch, *arguments)
+        assert status == 0, err
+        return out
+    out = query("--query", "a cat", "--top", 3, "--json", tmp_path / "hits.json")
+    assert "encoded 4 videos, 4 in the index" in out and "a cat" in out
+    hits = json.loads((tmp_path / "hits.json").read_text())
+    assert [h["rank"] for h in hits["a red dog"]] == [1, 2, 3] and list(hits) == ["a red dog", "a cat"]
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
+    f = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
+    scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f)[0]
+    expected = [(scores[v].item(), str(tmp_path / files[v])) for v in scores.argsort(descending=True)[:3]]
+    for h, (score, file) in zip(hits["a red dog"], expected):
+        assert abs(h["score"] - score) < 1e-3 and h["file"] == file  # float16 in the index
+    index = torch.load(tmp_path / ev.INDEX, weights_only=True)
+    assert index["frames"].dtype == index["mean"].dtype == torch.float16
+    assert index["frames"].shape == (4, T, D) and list(index["files"]) == files
+
+    assert "encoded 0 videos, 4 in the index" in query()
+    noise_video(tmp_path / "v4.mp4", 4)        # new
+    noise_video(tmp_path / "v1.mp4", 11)       # changed
+    os.utime(tmp_path / "v1.mp4", ns=(1, 1))
+    (tmp_path / "v0.mp4").unlink()             # gone
+    assert "encoded 2 videos, 4 in the index" in query()
+    kept, again = ev.build_index(model, str(tmp_path)), torch.load(tmp_path / ev.INDEX, weights_only=True)
+    files = ["below/v3.MP4", "v1.mp4", "v2.mp4", "v4.mp4"]
+    fresh = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
+    assert kept.names == list(again["files"]) == files and (kept.frames.float() - fresh).abs().max() < 1e-2 * fresh.abs().max()
+    assert (kept.mean.float() - ev.pooled(fresh)).abs().max() < 1e-3
+
+    (tmp_path / ev.INDEX).write_bytes((tmp_path / ev.INDEX).read_bytes()[:3000])  # damaged
+    out = query()
+    assert "not a readable index" in out and "encoded 4 videos, 4 in the index" in out
+    with torch.no_grad():
+        model.clip.visual.proj += 0.1
+    save_checkpoint(tmp_path / "other.pt", model, tokenizer, {})
+    out = query(ckpt=tmp_path / "other.pt")
+    assert "other weights" in out and "encoded 4 videos, 4 in the index" in out and "encoded 0 videos" in query(ckpt=tmp_path / "other.pt")
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_search_with_bad_videos_and_folders(folder, tmp_path, capsys, monkeypatch):
+    noise_video(tmp_path / "good.mp4", 0)
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:200])
+    arguments = ["--ckpt", folder / "model.pt", "--query", "x", "--videos", tmp_path, "--workers", 0, "--device", "cpu"]
+    status, _, err = called(capsys, monkeypatch, *arguments)
+    assert status == 2 and "bad.mp4" in err and len(err.strip().splitlines()) == 1
+    status, out, _ = called(capsys, monkeypatch, *arguments, "--skip-bad")
+    assert status == 0 and "encoded 1 videos, 1 in the index; 1 unreadable ones left out: bad.mp4" in out
+    status, out, _ = called(capsys, monkeypatch, *arguments, "--skip-bad")
+    assert status == 0 and "encoded 0 videos, 1 in the index; 1 unreadable" in out
+    status, _, err = called(capsys, monkeypatch, *arguments)  # known from the index, and still an error
+    assert status == 2 and "bad.mp4" in err
+    noise_video(tmp_path / "bad.mp4", 1)  # repaired
+    status, out, _ = called(capsys, monkeypatch, *arguments)
+    assert status == 0 and "encoded 1 videos, 2 in the index" in out
+    (tmp_path / ev.INDEX).unlink()
+    (tmp_path / ev.INDEX).mkdir()  # nothing can be written there
+    status, out, _ = called(capsys, monkeypatch, *arguments)
+    assert status == 0 and "searching without saving" in out and "good.mp4" in out
+    assert sorted(os.listdir(tmp_path)) == [ev.INDEX, "bad.mp4", "good.mp4"]
+
+
+@pytest.mark.parametrize("trials", [0, 5])
+def test_search_is_exact(trials):
+    """Over everything: the order of `score`. A shortlist as long as the gallery: the same. Shards: merged as the whole."""
+    model, g = make(), torch.Generator().manual_seed(1)
+    t, f = torch.randn(3, D, generator=g), torch.randn(50, 1, D, generator=g) + 0.7 * torch.randn(50, T, D, generator=g)
+    half = f.half()
+    index = ev.Index(half, ev.pooled(half).half(), [str(v) for v in range(50)])
+    scores, ids = model.score(t, half.float(), trials).sort(dim=1, descending=True)
+    for shortlist in (0, 50, 49):
+        found, where = ev.search(model, t, index, shortlist, top=7, trials=trials)
+        assert torch.equal(where, ids[:, :7]) and (found - scores[:, :7]).abs().max() < 1e-6, shortlist
+    parts = []
+    for first, last in ((0, 20), (20, 50)):
+        found, where = ev.search(model, t, ev.Index(half[first:last], index.mean[first:last], index.names[first:last]), 0, 7, trials)
+        parts.append((found, where + first))
+    assert torch.equal(ev.merge(parts, 7)[1], ids[:, :7])
+    points = (F.normalize(t, dim=-1) @ index.mean.float().T).sort(dim=1, descending=True).indices
+    found, where = ev.search(model, t, index, 4, 4, trials)
+    assert all(set(a.tolist()) == set(b.tolist()) for a, b in zip(where, points[:, :4]))
+    assert ev.search(model, t, index, 1000, top=99, trials=trials)[1].shape == (3, 50)
