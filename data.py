@@ -3,12 +3,13 @@
     python data.py check --data msrvtt [--root DIR] [--decode]     # what is there, what is missing, where it belongs
     python data.py render --root DIR --videos 300 60 60            # a `shapes` data set of another size
 
-Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers of each data set's own
-files, and `shapes`, the data set that makes itself.
+Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers of each data
+set's own files, and `shapes`, the data set that makes itself.
 """
 import argparse
 import bisect
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -58,7 +59,8 @@ class Annotations:
         """The annotations of some videos, by index, in their order here."""
         new = {v: k for k, v in enumerate(sorted(videos))}
         pairs = [(c, new[o]) for c, o in zip(self.captions, self.owner) if o in new]
-        return Annotations([self.clips[v] for v in new], [c for c, _ in pairs], [o for _, o in pairs], self.where and [self.where[v] for v in new])
+        where = self.where and [self.where[v] for v in new]
+        return Annotations([self.clips[v] for v in new], [c for c, _ in pairs], [o for _, o in pairs], where)
 
 
 # ---- frames ----
@@ -73,8 +75,9 @@ def sample_indices(n, frames):
 def read_frames(clip, frames):
     """Decode T frames of a clip, sampled evenly. -> uint8 (T,3,H,W), turned as the file says. Raises DataError, which names the file.
 
-    mp4/mov and matroska/webm tell every frame's time without decoding: seek to the keyframe before each wanted frame, and skip what no other
-    frame refers to. Everything else is decoded from the start and counted. A frame that can't be decoded is replaced by the one before.
+    mp4/mov and matroska/webm tell every frame's time without decoding: seek to the keyframe before each wanted frame, and skip what no
+    other frame refers to. Everything else is decoded from the start and counted. A frame that can't be decoded is replaced by the one
+    before.
     """
     path, T = str(clip.path), frames
     try:
@@ -82,15 +85,32 @@ def read_frames(clip, frames):
             raise DataError(f"video {path} is missing")
         if os.path.getsize(path) == 0:
             raise DataError(f"video {path} is empty (0 bytes)")
-        with av.open(path) as file:
-            name = file.format.name
-            stream = next((s for s in file.streams.video if s.codec_context is not None and not s.disposition & av.stream.Disposition.attached_pic), None)
-            if stream is None or name == "tty" or name.endswith("_pipe") or name == "image2":
-                raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be decoded")
-            found = _seek_frames(file, stream, clip, T) if "mp4" in name or "matroska" in name else None
-        return torch.stack(found or _count_frames(path, clip, T))
+        file, stream = _open(path)
+        with file:
+            found = _seek_frames(file, stream, clip, T) if "mp4" in file.format.name or "matroska" in file.format.name else None
+        return torch.stack(_fill(found or _count_frames(path, clip, T)))
     except av.FFmpegError as e:
         raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from None
+
+
+def _open(path):
+    """-> (open file, its first stream of moving pictures)."""
+    file = av.open(path, metadata_errors="ignore")  # old files have titles that are not UTF-8
+    covers, name = av.stream.Disposition.attached_pic, file.format.name
+    stream = next((s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers), None)
+    if stream is None or name in ("tty", "image2") or name.endswith("_pipe"):
+        file.close()
+        raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be decoded")
+    stream.codec_context.thread_type = "NONE"  # one thread per DataLoader worker: frame threads cost more than they give
+    return file, stream
+
+
+def _packets(file, stream):
+    """The packets as far as the file goes: where it is damaged, what came before still counts."""
+    try:
+        yield from file.demux(stream)
+    except av.FFmpegError:
+        pass
 
 
 def _span(times, clip):
@@ -104,7 +124,7 @@ def _span(times, clip):
 
 def _seek_frames(file, stream, clip, T):
     """The fast way of read_frames. -> list of T (3,H,W), or None where it does not apply or a frame was not found."""
-    packets = [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard]
+    packets = [(p.pts, p.is_keyframe) for p in _packets(file, stream) if p.size and not p.is_discard]
     if not packets or any(pts is None for pts, _ in packets):
         return None
     times = sorted(pts for pts, _ in packets)
@@ -112,14 +132,13 @@ def _seek_frames(file, stream, clip, T):
     wanted = [times[a + i] for i in sample_indices(b - a, T)]
     keys = sorted(pts for pts, key in packets if key)
     code, found, last_key = stream.codec_context, {}, None
-    code.thread_type = "NONE"  # one thread per DataLoader worker: frame threads cost more than they give
     for target in sorted(set(wanted)):
         if target in found:
             continue
         key = keys[max(0, bisect.bisect_right(keys, target) - 1)] if keys else times[0]
         if key != last_key:  # else: go on decoding where we are
             file.seek(key, stream=stream)
-            last_key, packet_source = key, file.demux(stream)
+            last_key, packet_source = key, _packets(file, stream)
         for packet in packet_source:
             code.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
             try:
@@ -135,8 +154,9 @@ def _seek_frames(file, stream, clip, T):
 
 def _count_frames(path, clip, T):
     """The exact way of read_frames for any container: decode from the start, and count. -> list of T (3,H,W)."""
-    with av.open(path) as file:  # the number of packets is that of frames nearly always; where it isn't, a second pass follows
-        n = sum(1 for p in file.demux(file.streams.video[0]) if p.size)
+    file, stream = _open(path)
+    with file:  # the number of packets is that of frames nearly always; where it isn't, a second pass follows
+        n = sum(1 for p in _packets(file, stream) if p.size)
     times, kept = _decode_all(path, set(sample_indices(n, T)) if n and clip[1:] == (None, None) else set())
     if not times:
         raise DataError(f"video {path} has no frame that can be decoded")
@@ -144,17 +164,16 @@ def _count_frames(path, clip, T):
     wanted = [a + i for i in sample_indices(b - a, T)]
     if any(i not in kept for i in wanted):
         kept = _decode_all(path, set(wanted))[1]
-    return _fill([kept.get(i) for i in wanted])
+    return [kept.get(i) for i in wanted]
 
 
 def _decode_all(path, keep):
     """Decode everything. -> (time of every frame in seconds, {number: (3,H,W)} of the frames to keep)."""
     times, kept = [], {}
-    with av.open(path) as file:
-        stream = file.streams.video[0]
-        stream.codec_context.thread_type = "NONE"
+    file, stream = _open(path)
+    with file:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        for packet in file.demux(stream):
+        for packet in _packets(file, stream):
             try:
                 for frame in packet.decode():
                     if len(times) in keep:
@@ -173,7 +192,7 @@ def _pixels(frame):
 
 
 def _fill(found):
-    """Frames that were not found repeat the one before (the first found, at the start); all get the first one's size. -> list of (3,H,W)."""
+    """Frames that were not found repeat the one before (the first found, at the start); all get the first one's size."""
     last = next(x for x in found if x is not None)
     size, out = last.shape[1:], []
     for x in found:
@@ -186,7 +205,8 @@ class FrameCache:
     """Each video's T sampled frames as JPEG (quality 95, short side at most 256) in one file per clip, so that a video is decoded once.
 
     A file counts only while the video's size, time of change, T and span are what they were. Files are written beside and renamed: any
-    number of workers and processes may share a folder. Where it can't be written, videos are decoded as without it, after one warning.
+    number of workers and processes may share a folder. Where it can't be written, videos are decoded each time, after one warning.
+    Frames pass through JPEG the first time too: a run sees the same pixels whatever the cache held before.
     """
 
     def __init__(self, folder, frames):
@@ -201,6 +221,10 @@ class FrameCache:
             self.warned.fill_(1)
             print(f"warning: frame cache {self.folder} can't be written ({e.strerror or e}): videos are decoded instead", file=sys.stderr)
 
+    def _decode(self, body, sizes):
+        pictures = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
+        return torch.stack(decode_jpeg(list(pictures), ImageReadMode.RGB))
+
     def read(self, clip):
         """The clip's frames, from the cache or decoded into it. -> uint8 (T,3,H,W). Raises DataError as read_frames does."""
         path = os.path.abspath(clip.path)
@@ -211,23 +235,28 @@ class FrameCache:
         key = [path, stat.st_size, stat.st_mtime_ns, self.frames, clip.start, clip.end]
         file = self.folder / (hashlib.sha1(json.dumps([path, *key[3:]]).encode()).hexdigest() + ".jpegs")
         try:
-            saved = torch.load(file, weights_only=True)
-            if saved["key"] == key:
-                return torch.stack([decode_jpeg(x, ImageReadMode.RGB) for x in saved["jpegs"]])
-        except Exception:  # absent, or damaged in whatever way: decode again
+            head, body = file.read_bytes().split(b"\n", 1)  # a line of JSON, then the pictures one after the other
+            saved, sizes, crc = json.loads(head)
+            if saved == key and zlib.crc32(body) == crc:
+                return self._decode(body, sizes)
+        except (OSError, ValueError, TypeError, RuntimeError):  # absent or damaged: the video again
             pass
         frames = read_frames(clip, self.frames)
         if min(frames.shape[-2:]) > 256:
             frames = v2.functional.resize(frames, 256, antialias=True)
-        part = f"{file}.{os.getpid()}.part"
+        jpegs = [encode_jpeg(x, quality=95).numpy().tobytes() for x in frames]
+        body, sizes = b"".join(jpegs), [len(x) for x in jpegs]
+        part = Path(f"{file}.{os.getpid()}.part")
         try:
-            with open(part, "wb") as out:
-                torch.save(dict(key=key, jpegs=[encode_jpeg(x, quality=95) for x in frames]), out)
+            part.write_bytes(json.dumps([key, sizes, zlib.crc32(body)]).encode() + b"\n" + body)
             os.replace(part, file)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-            self._warn(e if isinstance(e, OSError) else e.__context__ or e)
-            Path(part).unlink(missing_ok=True)
-        return frames
+        except OSError as e:
+            self._warn(e)
+            try:
+                part.unlink(missing_ok=True)
+            except OSError:
+                pass
+        return self._decode(body, sizes)
 
 
 # ---- transforms and datasets: uint8 throughout, CLIP normalises ----
@@ -247,8 +276,8 @@ class VideoDataset(Dataset):
 
     def __init__(self, clips, frames, transform, cache=None):
         self.clips, self.transform = clips, transform
-        self.read = cache.read if cache else lambda clip: read_frames(clip, frames)
-        self.reading = torch.zeros(os.cpu_count() or 1, 2, dtype=torch.long).share_memory_()  # rows of (worker's pid, clip + 1), should it die
+        self.read = cache.read if cache else functools.partial(read_frames, frames=frames)  # not a lambda: workers may be spawned
+        self.reading = torch.zeros(256, 2, dtype=torch.long).share_memory_()  # per worker its pid and clip + 1, should it die
 
     def __len__(self):
         return len(self.clips)
@@ -287,7 +316,7 @@ class PairDataset(VideoDataset):
         epoch, i = item
         try:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + i)
+                torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
                 return self.video(self.ann.owner[i]), self.ann.captions[i], i
         except DataError as e:
             return e
@@ -307,9 +336,12 @@ def read_text(root, name, what):
         raise DataError(f"{path} can't be read: {e}") from None
 
 
-def read_json(root, name, what):
+def read_json(root, name, what, kind):
     try:
-        return json.loads(read_text(root, name, what))
+        content = json.loads(read_text(root, name, what))
+        if not isinstance(content, kind):
+            raise DataError(f"{Path(root) / name}: should hold a JSON {'object' if kind is dict else 'list'}: fetch the file again")
+        return content
     except json.JSONDecodeError as e:
         raise DataError(f"{Path(root) / name}, line {e.lineno}: not valid JSON ({e.msg}): fetch the file again") from None
 
@@ -321,10 +353,13 @@ def read_table(root, name, what, columns):
     if missing:
         raise DataError(f"{Path(root) / name} has no column {', '.join(missing)}; its first line is {reader.fieldnames}")
     rows = []
-    for row in reader:
-        if None in row or any(row[c] is None for c in columns):
-            raise DataError(f"{Path(root) / name}, row {reader.line_num}: not as many fields as the header has")
-        rows.append((reader.line_num, row))
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{Path(root) / name}, row {reader.line_num}: not as many fields as the header has")
+            rows.append((reader.line_num, row))
+    except csv.Error as e:  # mostly a quote that is never closed
+        raise DataError(f"{Path(root) / name}, row {reader.line_num}: {e}") from None
     return rows
 
 
@@ -339,6 +374,8 @@ def read_csv(path, root, split):
     path = Path(path)
     for number, row in read_table(path.parent, path.name, "--data", ["video", "caption"]):
         where = f"{path}, row {number}"
+        if "split" in row and row["split"].strip() not in SPLITS:
+            raise DataError(f"{where}: split {row['split']!r} must be train, val or test")
         if split != "all" and row.get("split", split).strip() != split:
             continue
         if not row["video"].strip() or not row["caption"].strip():
@@ -347,7 +384,7 @@ def read_csv(path, root, split):
             start, end = (float(row[c]) if (row.get(c) or "").strip() else None for c in ("start", "end"))
         except ValueError:
             raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must be seconds") from None
-        if (start or 0) < 0 or (end is not None and end <= (start or 0)):
+        if not 0 <= (start or 0) < (math.inf if end is None else end):
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be negative")
         yield str(Path(root) / row["video"].strip()), start, end, row["caption"].strip(), where
 
@@ -360,8 +397,8 @@ def read_msrvtt(root, split, size="9k"):
         return
     name = f"MSRVTT_train.{size}.csv"
     ids = {row["video_id"] for _, row in read_table(root, name, "msrvtt", ["video_id"])}
-    content, files = read_json(root, "MSRVTT_data.json", "msrvtt"), {}
-    for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json")):
+    content, files = read_json(root, "MSRVTT_data.json", "msrvtt", dict), {}
+    for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json", list)):
         where = f"MSRVTT_data.json, sentence {k + 1}"
         video = _field(sentence, "video_id", where)
         if video in ids:
@@ -370,9 +407,9 @@ def read_msrvtt(root, split, size="9k"):
             yield files[video], None, None, _field(sentence, "caption", where), where
 
 
-def _field(row, key, where):
-    if not isinstance(row, dict) or key not in row:
-        raise DataError(f"{where}: has no {key!r}; fetch the file again")
+def _field(row, key, where, kind=str):
+    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+        raise DataError(f"{where}: has no {key!r} as expected; fetch the file again")
     return row[key]
 
 
@@ -394,12 +431,13 @@ def read_lsmdc(root, split):
 
 def read_didemo(root, split):
     name = f"didemo_{split}_label.csv"
-    files = lambda base: video_file(root, base, *(re.sub(r"\.[^.]*$", "", base) + x for x in (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")))  # noqa: E731
+    suffixes = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")  # names end in any of them, or in a bare dot
+    files = lambda base: video_file(root, base, *(re.sub(r"\.[^.]*$", "", base) + x for x in suffixes))
     if not (Path(root) / name).is_file() and (Path(root) / f"{split}_data.json").is_file():
         name = f"{split}_data.json"
-        for k, item in enumerate(read_json(root, name, "didemo"), 1):
+        for k, item in enumerate(read_json(root, name, "didemo", list), 1):
             where = f"{name}, entry {k}"
-            text = _field(item, "description", where)
+            text = _field(item, "description", where, (str, list))
             yield files(_field(item, "video", where)), None, None, text if isinstance(text, str) else " ".join(text), where
         return
     for number, row in read_table(root, name, "didemo (or the json form)", ["video_path", "starts", "ends", "text"]):
@@ -413,7 +451,7 @@ def read_didemo(root, split):
 def read_vatex(root, split):
     name = "vatex_training_v1.0.json" if split == "train" else "vatex_validation_v1.0.json"
     listed = None if split == "train" else set(read_text(root, f"{split}_list.txt", "vatex").split())
-    for k, item in enumerate(read_json(root, name, "vatex"), 1):
+    for k, item in enumerate(read_json(root, name, "vatex", list), 1):
         where = f"{name}, entry {k}"
         video = _field(item, "videoID", where)
         match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
@@ -436,14 +474,14 @@ def read_charades(root, split):
 
 
 def read_msvd(root, split):
-    captions = read_json(root, "captions_msvd.json", "msvd")
+    captions = read_json(root, "captions_msvd.json", "msvd", dict)
     for number, video in enumerate(read_text(root, f"{split}_list.txt", "msvd").split(), 1):
         path = video_file(root, video + ".avi", video + ".mp4")
         for caption in captions.get(video, []):
             yield path, None, None, caption, f"{split}_list.txt, row {number}"
 
 
-READERS = {"msrvtt": read_msrvtt, "msrvtt-7k": lambda root, split: read_msrvtt(root, split, "7k"), "lsmdc": read_lsmdc, "didemo": read_didemo,
+READERS = {"msrvtt": read_msrvtt, "msrvtt-7k": functools.partial(read_msrvtt, size="7k"), "lsmdc": read_lsmdc, "didemo": read_didemo,
            "vatex": read_vatex, "charades": read_charades, "msvd": read_msvd}
 NO_VAL = ("msrvtt", "msrvtt-7k", "charades")  # no official validation split
 SPLITS = ("train", "val", "test")
@@ -465,7 +503,8 @@ def load_annotations(name_or_csv, root=None, split="train"):
     if name not in READERS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(['shapes', *READERS])}, or give the path of a .csv file")
     if not root.is_dir():
-        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the folder with --root; `python data.py check --data {name}` lists them")
+        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the folder with --root; "
+                        f"`python data.py check --data {name}` lists them")
     splits = [s for s in (SPLITS if split == "all" else [split]) if s != "val" or name not in NO_VAL]
     return _collect(row for s in splits for row in READERS[name](root, s))
 
@@ -487,17 +526,21 @@ def _collect(rows):
 def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24):
     """The split that training and evaluation use: disjoint, and the test split never chooses anything. -> Annotations.
 
-    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice, are held out of train.
+    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice, are held out of
+    train.
     A csv without a split column is divided by a hash of each file's name, 80 % train, 10 % val, 10 % test: adding rows moves no video.
     """
     name = str(name_or_csv)
-    if name.endswith(".csv") and split != "all" and not has_splits(name):
+    if name.endswith(".csv") and split != "all":
         ann = load_annotations(name, root, "all")
+        if has_splits(name):
+            return load_annotations(name, root, split)
         base = str(root or Path(name).parent)
         part = [zlib.crc32(os.path.relpath(c.path, base).encode()) % 10 for c in ann.clips]
         ann = ann.take([v for v, p in enumerate(part) if ("test" if p == 0 else "val" if p == 1 else "train") == split])
         if not ann.clips and split != "val":
-            raise DataError(f"{name} has no split column, and none of its videos falls into {split} (10 % of them, by name): add the column")
+            raise DataError(f"{name} has no split column, and none of its videos falls into {split} (80 % train, 10 % val, 10 % test, "
+                            "by a hash of the name): add the column")
         return ann
     if name in NO_VAL and split in ("train", "val"):
         ann = load_annotations(name, root, "train")
@@ -514,7 +557,7 @@ def has_splits(path):
 
 
 def present(ann, skip_bad=False):
-    """Check that every video file is there, before anything long starts. -> (annotations of those that are, lines about those that are not)."""
+    """Check that every video file is there, before anything long starts. -> (annotations of those that are, lines about the others)."""
     gone = [v for v, clip in enumerate(ann.clips) if not os.path.isfile(clip.path)]
     lines = [f"{ann.clips[v].path} ({ann.where[v]})" if ann.where else str(ann.clips[v].path) for v in gone]
     if gone and not skip_bad:
@@ -532,10 +575,13 @@ def render_shapes(root, **settings):
 
 # ---- command line ----
 
-PUBLISHED = {  # (texts or None, videos) per split
-    "msrvtt": dict(train=(180_000, 9_000), test=(1_000, 1_000)), "msrvtt-7k": dict(train=(140_200, 7_010), test=(1_000, 1_000)),
-    "lsmdc": dict(train=(None, 101_055), val=(None, 7_408), test=(1_000, 1_000)), "didemo": dict(train=(8_362, None), val=(1_062, None), test=(1_004, None)),
-    "vatex": dict(train=(259_910, 25_991), val=(15_000, 1_500), test=(15_000, 1_500)), "charades": dict(train=(None, 7_985), test=(None, 1_863)),
+PUBLISHED = {  # (texts, videos) per split, None where the number is not published
+    "msrvtt": dict(train=(180_000, 9_000), test=(1_000, 1_000)),
+    "msrvtt-7k": dict(train=(140_200, 7_010), test=(1_000, 1_000)),
+    "lsmdc": dict(train=(101_079, None), val=(7_408, None), test=(1_000, 1_000)),
+    "didemo": dict(train=(8_362, None), val=(1_062, None), test=(1_004, None)),
+    "vatex": dict(train=(259_910, 25_991), val=(15_000, 1_500), test=(15_000, 1_500)),
+    "charades": dict(train=(None, 7_985), test=(None, 1_863)),
     "msvd": dict(train=(None, 1_200), val=(None, 100), test=(27_763, 670)),
 }
 
@@ -543,25 +589,24 @@ PUBLISHED = {  # (texts or None, videos) per split
 def check(args):
     """What of a data set is there. -> 0, or 1 where something is missing or bad."""
     good = True
-    for split in SPLITS:
-        if split == "val" and args.data in NO_VAL:
-            continue
+    whole = args.data.endswith(".csv") and os.path.isfile(args.data) and not has_splits(args.data)
+    for split in ["all"] if whole else [s for s in SPLITS if s != "val" or args.data not in NO_VAL]:
         try:
             ann = load_annotations(args.data, args.root, split)
         except DataError as e:
-            if str(args.data).endswith(".csv") or args.data not in READERS:
+            if args.data not in READERS:
                 raise
             good, _ = False, print(f"{split:5s} {e}")
             continue
-        texts, videos = PUBLISHED.get(args.data, {}).get(split, (None, None))
         found, gone = present(ann, skip_bad=True)
-        print(f"{split:5s} {len(ann.captions)} texts{f' (published {texts})' if texts else ''}, {len(ann.clips)} videos{f' (published {videos})' if videos else ''}, "
-              f"{len(gone)} of them missing")
+        counts = zip(("texts", "videos"), (len(ann.captions), len(ann.clips)), PUBLISHED.get(args.data, {}).get(split, (None, None)))
+        told = [f"{n} {what}{f' (published {published})' if published else ''}" for what, n, published in counts]
+        print(f"{split:5s} {', '.join(told)}, {len(gone)} of them missing")
         for line in gone[:10]:
             print(f"      missing {line}")
         bad = []
         if args.decode:
-            loader = DataLoader(VideoDataset(found.clips, 12, lambda x: torch.zeros(0)), batch_size=None, num_workers=args.workers)
+            loader = DataLoader(VideoDataset(found.clips, 12, len), batch_size=None, num_workers=args.workers)
             bad = [x for x in loader if isinstance(x, Exception)]
             print(f"      {len(found.clips) - len(bad)} decode, {len(bad)} don't")
             for e in bad:

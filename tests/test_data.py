@@ -1,0 +1,626 @@
+"""Videos of every container, annotation files of every data set, the frame cache, and what a user's mistakes look like."""
+import csv
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+from collections import Counter
+
+import av
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from videos import numbered, numbers, write_video
+
+import data
+from data import Clip, DataError, FrameCache, PairDataset, VideoDataset, load_annotations, load_split, present, read_frames, sample_indices
+
+
+def test_sampling_rule():
+    assert sample_indices(120, 12) == [4 + 10 * i for i in range(12)]
+    assert sample_indices(10, 4) == [0, 3, 5, 8]  # [0,2) [2,5) [5,7) [7,10): (start + end) // 2
+    assert sample_indices(3, 5) == [0, 1, 2, 2, 2]
+    assert sample_indices(1, 2) == [0, 0]
+    for n in range(12, 200):
+        bounds = [int(x) for x in torch.linspace(0, n, 13, dtype=torch.float64) + 1e-9]  # the rule as the paper's code states it
+        assert sample_indices(n, 12) == [(a + b - 1) // 2 for a, b in zip(bounds, bounds[1:])]
+
+
+# ---- decoding ----
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+FILES = {  # containers and codecs that people have; 100 frames at 25 per second
+    "bframes.mp4": dict(bf=3, g=30),
+    "opengop.mp4": {"bf": 3, "g": 20, "x264-params": "open-gop=1:b-pyramid=normal"},
+    "fragmented.mp4": dict(bf=2, g=25),
+    "x.mkv": dict(bf=2, g=25),
+    "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": 8},
+    "mpeg4.avi": dict(codec="mpeg4", bf=2),
+    "x.ts": dict(bf=2, g=25),
+    "x.mpg": dict(codec="mpeg2video", bf=2),
+}
+
+
+def make(folder, name, n=100):
+    path = folder / f"{n}_{name}"
+    if not path.exists():
+        write_video(path, numbered(n), fps=25, **FILES[name])
+        if name.startswith("fragmented"):  # as cameras and browsers write it: no index at all
+            with av.open(str(path)) as source, av.open(str(path) + ".mp4", "w", options={"movflags": "frag_keyframe+empty_moov"}) as out:
+                stream = out.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        out.mux(packet)
+            os.replace(str(path) + ".mp4", path)
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_exact_frames(folder, name):
+    path = make(folder, name)
+    for T in (1, 12, 110):
+        assert numbers(read_frames(Clip(path), T)) == sample_indices(100, T)
+    x = read_frames(Clip(str(path), 1.0, 2.0), 5)
+    assert x.dtype == torch.uint8 and x.shape == (5, 3, 64, 64) and x.is_contiguous()
+    assert numbers(x) == [25 + i for i in sample_indices(25, 5)]
+    assert numbers(read_frames(Clip(path, 3.5), 4)) == [88 + i for i in sample_indices(12, 4)]
+    assert numbers(read_frames(Clip(path, None, 0.2), 8)) == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert numbers(read_frames(Clip(path, 2.0, 31.0), 5)) == [50 + i for i in sample_indices(50, 5)]  # didemo: shorter than said
+    with pytest.raises(DataError, match=f"{name} ends after 4.0 s, before the clip's start at 9"):
+        read_frames(Clip(path, 9.0, 10.0), 4)
+
+
+def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
+    path = make(folder, "bframes.mp4")
+    fast = read_frames(Clip(path), 12)
+    with monkeypatch.context() as m:
+        m.setattr(data, "_count_frames", None)  # would raise
+        assert torch.equal(read_frames(Clip(path), 12), fast)
+    monkeypatch.setattr(data, "_seek_frames", lambda *_: None)
+    assert torch.equal(read_frames(Clip(path), 12), fast)
+
+
+def test_variable_frame_rate(tmp_path):
+    path, frames = tmp_path / "vfr.mp4", numbered(60)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.codec_context.thread_type = "yuv420p", "FRAME"
+        for i, x in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+            frame.pts = i if i < 30 else 30 + 4 * (i - 30)  # slows down to a quarter
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    assert numbers(read_frames(Clip(path), 12)) == sample_indices(60, 12)  # by frames, not by time
+    assert numbers(read_frames(Clip(path, 1.2, None), 3)) == [30 + i for i in sample_indices(30, 3)]
+
+
+def test_rotation_and_odd_metadata(tmp_path):
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "qqqqqqqq"
+        stream = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(90)  # counter-clockwise
+        x = torch.zeros(32, 64, 3, dtype=torch.uint8)
+        x[:, :32] = 250  # the left half is light
+        for _ in range(4):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")))
+        file.mux(stream.encode())
+    assert b"qqqqqqqq" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"qqqqqqqq", b"caf\xe9 \xff\xfe\xe9"))  # a title that is not UTF-8
+    y = read_frames(Clip(path), 2)
+    assert y.shape == (2, 3, 64, 32)
+    assert y[:, :, 36:].min() > 220 and y[:, :, :28].max() < 30  # left has become bottom
+
+
+def test_cover_picture_is_not_the_video(folder, tmp_path):
+    """An mkv/mp4 whose first video stream is a still picture; and one that is nothing else."""
+    picture = tmp_path / "cover.png"
+    write_video(picture, numbered(1), codec="png", container="image2", pix_fmt="rgb24")
+    for wanted in (True, False):
+        path = tmp_path / f"cover{wanted}.mp4"
+        with av.open(str(make(folder, "bframes.mp4"))) as film, av.open(str(picture)) as still, av.open(str(path), "w") as out:
+            cover = out.add_stream_from_template(still.streams.video[0])
+            cover.disposition = av.stream.Disposition.attached_pic
+            sources = [(still, cover)] + ([(film, out.add_stream_from_template(film.streams.video[0]))] if wanted else [])
+            for source, stream in sources:
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        out.mux(packet)
+        if wanted:
+            assert numbers(read_frames(Clip(path), 12)) == sample_indices(100, 12)
+        else:
+            with pytest.raises(DataError, match="coverFalse.mp4"):
+                read_frames(Clip(path), 12)
+
+
+def bad_videos(folder, tmp_path):
+    good = make(folder, "bframes.mp4").read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 2])  # its index is at the end
+    (tmp_path / "cut_index.mp4").write_bytes(good[:-300])
+    (tmp_path / "header.avi").write_bytes(make(folder, "mpeg4.avi").read_bytes()[:2000])
+    (tmp_path / "text.mp4").write_text("This is not a video.\n" * 50)
+    (tmp_path / "noise.mp4").write_bytes(bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0)).tolist()))
+    write_video(tmp_path / "picture.png", numbered(1), codec="png", container="image2", pix_fmt="rgb24")
+    os.replace(tmp_path / "picture.png", tmp_path / "picture.mp4")
+    with av.open(str(tmp_path / "audio.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=16000)
+        for k in range(4):
+            frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+            frame.sample_rate, frame.pts = 16000, 1024 * k
+            frame.planes[0].update(bytes(4096))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (tmp_path / "folder.mp4").mkdir()
+    return ["missing.mp4", "empty.mp4", "cut.mp4", "cut_index.mp4", "header.avi", "text.mp4", "noise.mp4", "picture.mp4", "audio.mp4",
+            "folder.mp4"]
+
+
+def test_bad_videos_name_the_file(folder, tmp_path):
+    for name in bad_videos(folder, tmp_path):
+        with pytest.raises(DataError) as e:
+            read_frames(Clip(str(tmp_path / name)), 4)
+        assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value), name
+
+
+def test_damaged_videos_give_what_they_hold(folder, tmp_path):
+    for name in ("x.mkv", "mpeg4.avi", "x.ts", "vp9.webm"):
+        body = make(folder, name).read_bytes()
+        (tmp_path / name).write_bytes(body[:len(body) * 6 // 10])
+        got = numbers(read_frames(Clip(tmp_path / name), 8))
+        assert len(got) == 8 and got == sorted(got) and 8 < got[-1] < 90, (name, got)
+        hole = bytearray(body)
+        hole[len(body) // 2:len(body) // 2 + 300] = bytes(300)
+        (tmp_path / name).write_bytes(hole)
+        assert read_frames(Clip(tmp_path / name), 8).shape == (8, 3, 64, 64), name
+
+
+def test_frames_of_other_sizes_are_brought_to_the_first():
+    a, b = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(3, 4, 6, dtype=torch.uint8)
+    got = data._fill([None, a, None, b])
+    assert [x.shape for x in got] == [(3, 8, 8)] * 4 and got[3].min() == 1 and got[2] is a and got[0] is a
+
+
+# ---- transforms and datasets ----
+
+def test_transforms():
+    x = torch.randint(0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for transform in (data.train_transform(32), data.test_transform(32)):
+        y = transform(x)
+        assert y.shape == (5, 3, 32, 32) and y.dtype == torch.uint8
+    same = x[:1].expand(5, -1, -1, -1)
+    y = data.train_transform(32)(same)
+    assert (y == y[:1]).all()  # one crop for the whole video
+    assert torch.equal(data.test_transform(32)(x), data.test_transform(32)(x))
+
+
+def pair_items(dataset, items, workers):
+    return list(DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, collate_fn=lambda x: x))
+
+
+def test_augmentation_depends_on_seed_epoch_and_item_only(folder):
+    ann = data.Annotations([Clip(str(make(folder, "bframes.mp4"))), Clip(str(make(folder, "mpeg4.avi")))], ["a", "b", "c"], [0, 1, 1])
+    dataset = PairDataset(ann, 4, data.train_transform(32), seed=3)
+    items = [(0, 0), (0, 1), (1, 0), (0, 2), (0, 0)]
+    here, there = pair_items(dataset, items, 0), pair_items(dataset, items, 2)
+    state = torch.get_rng_state()
+    again = [dataset[item] for item in reversed(items)][::-1]
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b, c in zip(here, there, again):
+        assert a[1:] == b[1:] == c[1:] and torch.equal(a[0], b[0]) and torch.equal(a[0], c[0])
+    assert [x[1:] for x in here] == [("a", 0), ("b", 1), ("a", 0), ("c", 2), ("a", 0)]
+    assert not torch.equal(here[0][0], here[2][0])  # another epoch
+    assert not torch.equal(here[0][0], PairDataset(ann, 4, data.train_transform(32), seed=4)[0, 0][0])
+    assert PairDataset(ann, 4, data.train_transform(32), seed=2 ** 62)[5, 0][0].shape == (4, 3, 32, 32)
+
+
+def test_bad_video_is_a_value(folder, tmp_path):
+    clips = [Clip(str(make(folder, "bframes.mp4"))), Clip(str(tmp_path / "gone.mp4"))]
+    pairs = PairDataset(data.Annotations(clips, ["a", "b"], [0, 1]), 4, data.test_transform(32))
+    for workers in (0, 1):
+        good, bad = pair_items(VideoDataset(clips, 4, data.test_transform(32)), [0, 1], workers)
+        assert good.shape == (4, 3, 32, 32) and isinstance(bad, DataError) and "gone.mp4" in str(bad)
+        good, bad = pair_items(pairs, [(0, 0), (0, 1)], workers)
+        assert good[1:] == ("a", 0) and isinstance(bad, DataError) and "gone.mp4" in str(bad)
+
+
+# ---- the frame cache ----
+
+@pytest.fixture
+def film(folder, tmp_path):
+    path = tmp_path / "film.mp4"
+    shutil.copy(make(folder, "bframes.mp4"), path)
+    return Clip(str(path))
+
+
+def close(a, b):
+    return a.shape == b.shape and (a.float() - b.float()).abs().mean() < 4  # JPEG's loss on hard edges
+
+
+def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
+    cache, frames = FrameCache(tmp_path / "c", 6), read_frames(film, 6)
+    first = cache.read(film)
+    assert close(first, frames) and numbers(first) == numbers(frames) and first.dtype == torch.uint8
+    stat = os.stat(film.path)
+    with open(film.path, "wb") as file:  # same size and time, nothing to decode in it
+        file.write(bytes(stat.st_size))
+    os.utime(film.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert torch.equal(cache.read(film), first)  # the same pixels whether it came from the video or the cache
+    assert torch.equal(FrameCache(tmp_path / "c", 6).read(film), first)  # a later run
+    with pytest.raises(DataError, match="film.mp4"):
+        FrameCache(tmp_path / "c", 7).read(film)  # another T is another file
+    with pytest.raises(DataError, match="film.mp4"):
+        cache.read(Clip(film.path, 1.0, None))  # another span too
+    os.utime(film.path)
+    with pytest.raises(DataError, match="film.mp4"):
+        cache.read(film)  # a changed video is decoded again
+    assert capfd.readouterr() == ("", "") and len(os.listdir(tmp_path / "c")) == 1
+
+
+def test_cache_sees_a_changed_video(film, folder, tmp_path):
+    cache = FrameCache(tmp_path / "c", 4)
+    assert numbers(cache.read(film)) == sample_indices(100, 4)
+    shutil.copy(make(folder, "bframes.mp4", 40), film.path)
+    assert numbers(cache.read(film)) == sample_indices(40, 4)
+    os.unlink(film.path)
+    with pytest.raises(DataError, match="missing"):
+        cache.read(film)
+
+
+def test_large_videos_are_cached_small(tmp_path):
+    write_video(tmp_path / "large.mp4", torch.full((4, 300, 400, 3), 90, dtype=torch.uint8), preset="ultrafast")
+    assert FrameCache(tmp_path / "c", 2).read(Clip(str(tmp_path / "large.mp4"))).shape == (2, 3, 256, 341)
+
+
+def test_corrupt_cache_file_is_replaced(film, tmp_path):
+    cache = FrameCache(tmp_path / "c", 4)
+    first = cache.read(film)
+    file = next((tmp_path / "c").iterdir())
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-200] ^= 255
+    for damage in (b"", b"\n", whole[:50], whole[:-100], bytes(flipped), b"[]\n" + whole, b"1\n", bytes(3000)):
+        file.write_bytes(damage)
+        assert torch.equal(cache.read(film), first) and file.read_bytes() == whole
+
+
+def read_many(folder, clips, out):
+    torch.set_num_threads(1)
+    out.put(sum(sum(numbers(FrameCache(folder, 4).read(clip))) for clip in clips))
+
+
+def test_two_processes_share_a_cache(film, tmp_path):
+    context = multiprocessing.get_context("fork")
+    clips, out = [Clip(film.path, s / 10) for s in range(10)] * 2, context.Queue()
+    people = [context.Process(target=read_many, args=(tmp_path / "c", clips, out)) for _ in range(2)]
+    [p.start() for p in people]
+    want = sum(sum(numbers(read_frames(clip, 4))) for clip in clips)
+    assert [out.get(timeout=60) for _ in people] == [want, want]
+    [p.join() for p in people]
+    assert len(os.listdir(tmp_path / "c")) == 10 and not list((tmp_path / "c").glob("*.part"))
+
+
+def test_unwritable_cache_warns_once(film, tmp_path, capfd):
+    (tmp_path / "file").write_text("")  # below a regular file not even root can write
+    cache = FrameCache(tmp_path / "file" / "c", 4)
+    frames = read_frames(film, 4)
+    assert close(cache.read(film), frames) and close(cache.read(film), frames)
+    assert all(close(x, frames) for x in pair_items(VideoDataset([film] * 3, 4, data.test_transform(64), cache), [0, 1, 2], 2))
+    err = capfd.readouterr().err
+    assert err.count("warning: frame cache") == 1 and str(tmp_path / "file" / "c") in err and len(err.splitlines()) == 1
+
+
+def with_full_disk(folder, clip, out):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # a file can't grow beyond 500 bytes
+    torch.set_num_threads(1)
+    cache = FrameCache(folder, 4)
+    out.put([numbers(cache.read(clip)) for _ in range(2)])
+
+
+def test_full_disk_falls_back_to_decoding(film, tmp_path, capfd):
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    child = context.Process(target=with_full_disk, args=(tmp_path / "c", film, out))
+    child.start()
+    assert out.get(timeout=60) == [sample_indices(100, 4)] * 2
+    child.join()
+    assert os.listdir(tmp_path / "c") == []  # no half-written file stays
+    assert capfd.readouterr().err.count("warning: frame cache") == 1
+
+
+# ---- your own csv ----
+
+def table(path, *rows, encoding="utf-8"):
+    with open(path, "w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows(rows)
+    return str(path)
+
+
+def test_csv(tmp_path):
+    name = table(tmp_path / "my.csv", ["video", "caption", "split", "start", "end"],
+                 ["a.mp4", "Ein Café, \"rot\"\nund blau", "train", "", ""],
+                 ["a.mp4", "again", "train", "", ""], ["a.mp4", "a part", "train", "1.5", "3"], ["/abs/b.mp4", " b ", "test", "", "2"],
+                 encoding="utf-8-sig")  # as Excel writes it: with a byte order mark
+    train = load_annotations(name, split="train")
+    assert train.clips == [Clip(str(tmp_path / "a.mp4"), None, None), Clip(str(tmp_path / "a.mp4"), 1.5, 3.0)] and train.owner == [0, 0, 1]
+    assert train.captions == ['Ein Café, "rot"\nund blau', "again", "a part"] and train.where[1] == f"{name}, row 5"
+    assert load_annotations(name, split="test").clips == [Clip("/abs/b.mp4", None, 2.0)]
+    assert load_annotations(name, split="test").captions == ["b"] and load_annotations(name, split="val").clips == []
+    assert len(load_annotations(name, split="all").captions) == 4
+    assert load_annotations(name, "/elsewhere").clips[0].path == "/elsewhere/a.mp4"
+    assert load_split(name, split="train").captions == train.captions
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([["file", "caption"], ["a", "b"]], "has no column video"),
+    ([["video", "text"], ["a", "b"]], "has no column caption"),
+    ([], "has no column video, caption"),
+    ([["video", "caption"], ["a.mp4", "x"], ["a.mp4", " "]], "row 3: empty caption"),
+    ([["video", "caption"], ["", "x"]], "row 2: empty video"),
+    ([["video", "caption"], ["a.mp4"]], "row 2: not as many fields"),
+    ([["video", "caption"], ["a.mp4", "one", "two"]], "row 2: not as many fields"),
+    ([["video", "caption", "split"], ["a.mp4", "one"]], "row 2: not as many fields"),
+    ([["video", "caption", "split"], ["a.mp4", "one", "training"]], "row 2: split 'training' must be"),
+    ([["video", "caption", "start"], ["a.mp4", "x", "soon"]], "row 2: start 'soon'"),
+    ([["video", "caption", "start", "end"], ["a.mp4", "x", "3", "3"]], "row 2: end 3.0 must come after start 3.0"),
+    ([["video", "caption", "start"], ["a.mp4", "x", "-1"]], "row 2: end None"),
+    ([["video", "caption", "end"], ["a.mp4", "x", "nan"]], "row 2: end nan"),
+])
+def test_csv_mistakes(tmp_path, rows, message):
+    name = table(tmp_path / "my.csv", *rows)
+    with pytest.raises(DataError) as e:
+        load_annotations(name)
+    assert f"{name}" in str(e.value) and message in str(e.value)
+
+
+def test_csv_files_that_are_none(tmp_path):
+    (tmp_path / "open.csv").write_text('video,caption\na.mp4,"never closed\n' + "b.mp4,x\n" * 30000)
+    (tmp_path / "latin.csv").write_bytes("video,caption\na.mp4,café\n".encode("latin-1"))
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("open.csv", "latin.csv", "folder.csv", "gone.csv"):
+        for load in (load_annotations, load_split):
+            with pytest.raises(DataError, match=name):
+                load(tmp_path / name)
+    with pytest.raises(DataError, match="unknown split 'dev'"):
+        load_annotations(tmp_path / "open.csv", split="dev")
+    with pytest.raises(DataError, match="unknown data set 'mrsvtt': choose shapes, msrvtt"):
+        load_annotations("mrsvtt")
+
+
+def test_csv_without_split_column_is_divided_by_name(tmp_path):
+    rows = [[f"v{i // 2}.mp4", f"caption {i}"] for i in range(400)]
+    name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
+    assert len(load_annotations(name, split="val").captions) == 400  # as the file says: every row in any split
+    parts = {s: load_split(name, split=s) for s in data.SPLITS}
+    paths = {s: {c.path for c in ann.clips} for s, ann in parts.items()}
+    assert sum(map(len, paths.values())) == len(set.union(*paths.values())) == 200
+    assert 140 <= len(paths["train"]) <= 175 and len(paths["val"]) >= 10 and len(paths["test"]) >= 10
+    for ann in parts.values():
+        assert all(int(c.split()[1]) // 2 == int(ann.clips[o].path.split("/v")[-1][:-4]) for c, o in zip(ann.captions, ann.owner))
+        assert all(int(w.split()[-1]) == 2 + 2 * int(c.path.split("/v")[-1][:-4]) for c, w in zip(ann.clips, ann.where))
+    more = tmp_path / "elsewhere"
+    more.mkdir()
+    grown = table(more / "other.csv", ["video", "caption"], *[[f"new{i}.mp4", "x"] for i in range(50)], *reversed(rows))
+    for split in data.SPLITS:  # more rows, in another order, in another folder: no video moves
+        assert {os.path.basename(p) for p in paths[split]} <= {os.path.basename(c.path) for c in load_split(grown, split=split).clips}
+    with pytest.raises(DataError, match="none of its videos falls into test"):
+        load_split(table(tmp_path / "one.csv", ["video", "caption"], ["v0.mp4", "x"], ["v1.mp4", "x"]), split="test")
+
+
+# ---- the data sets' files ----
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def relative(ann, root):
+    return [(os.path.relpath(c.path, root), c.start, c.end) for c in ann.clips]
+
+
+def msrvtt(root):
+    (root / "MSRVTT_data.json").write_text(json.dumps(dict(
+        videos=[dict(video_id=f"video{i}", split="train") for i in range(12)],
+        sentences=[dict(caption=f"sentence {k} of {i}", video_id=f"video{i}", sen_id=3 * i + k) for k in range(3) for i in range(12)])))
+    table(root / "MSRVTT_train.9k.csv", ["video_id"], *[[f"video{i}"] for i in range(10)])
+    table(root / "MSRVTT_train.7k.csv", ["video_id"], *[[f"video{i}"] for i in range(7)])
+    table(root / "MSRVTT_JSFUSION_test.csv", ["key", "vid_key", "video_id", "sentence"], ["ret0", "msr11", "video11", "a, b"],
+          ["ret1", "msr10", "video10", "c"])
+    return root
+
+
+def test_msrvtt(tmp_path):
+    root = msrvtt(tmp_path)
+    touch(root, "videos/all/video1.mp4", "video2.mp4")
+    train = load_annotations("msrvtt", root)
+    assert len(train.clips) == 10 and len(train.captions) == 30
+    assert all(c.endswith(f"of {os.path.basename(train.clips[o].path)[5:-4]}") for c, o in zip(train.captions, train.owner))
+    assert [p for p, *_ in relative(train, root)[:3]] == ["videos/video0.mp4", "videos/all/video1.mp4", "video2.mp4"]
+    assert len(load_annotations("msrvtt-7k", root).clips) == 7 and load_annotations("msrvtt", root, "val").clips == []
+    test = load_split("msrvtt", root, "test")
+    assert test.captions == ["a, b", "c"] and [p for p, *_ in relative(test, root)] == ["videos/video11.mp4", "videos/video10.mp4"]
+    # val_videos: held out of train by a seeded choice
+    held, kept = load_split("msrvtt", root, "val", 3, 5), load_split("msrvtt", root, "train", 3, 5)
+    assert len(held.clips) == 3 and len(held.captions) == 9 and len(kept.clips) == 7 and not set(held.clips) & set(kept.clips)
+    assert held == load_split("msrvtt", root, "val", 3, 5) != load_split("msrvtt", root, "val", 3, 6)
+    assert load_split("msrvtt", root, "val").clips == [] and load_split("msrvtt", root, "train") == train
+    with pytest.raises(DataError, match="--val-videos 10: msrvtt has 10"):
+        load_split("msrvtt", root, "train", 10)
+
+
+def test_missing_and_broken_annotation_files(tmp_path):
+    with pytest.raises(DataError, match="nowhere is missing.*--root"):
+        load_annotations("msrvtt", tmp_path / "nowhere")
+    root = msrvtt(tmp_path)
+    for content, message in ((None, "is missing: it belongs to msrvtt"), ("{", "line 1: not valid JSON"), ("[]", "JSON object"),
+                             ("{}", "'sentences'"),
+                             ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
+                             ('{"sentences": [{"video_id": "video1", "caption": ""}]}', "sentence 1: empty caption"),
+                             ('{"sentences": [{"video_id": "video1", "caption": "x"}, {"caption": 3}]}', "sentence 2: has no 'video_id'")):
+        (root / "MSRVTT_data.json").unlink() if content is None else (root / "MSRVTT_data.json").write_text(content)
+        with pytest.raises(DataError, match="MSRVTT_data.json") as e:
+            load_annotations("msrvtt", root)
+        assert message in str(e.value)
+
+
+GOOD = "0001_American_Beauty_00.00.51.926-00.00.54.129"
+
+
+def lsmdc_row(clip, sentence="SOMEONE waits."):
+    return "\t".join([clip, "00.00.51.926", "00.00.54.129", "00.00.51.926", "00.00.54.129", sentence])
+
+
+def test_lsmdc(tmp_path):
+    rows = [lsmdc_row(GOOD), lsmdc_row('"3002_30_MINUTES_OR_LESS_00.00.05.016-00.00.06.821', 'He says "no'), lsmdc_row(GOOD, "Again\r"),
+            lsmdc_row("1012_Unbreakable_00.05.16.065-00.05.21.941")]
+    (tmp_path / "LSMDC16_annos_training.csv").write_text("\n".join(rows) + "\n")
+    ann = load_annotations("lsmdc", tmp_path)
+    assert ann.captions == ["SOMEONE waits.", 'He says "no', "Again"] and ann.owner == [0, 1, 0]  # a clip that repeats is one video
+    assert relative(ann, tmp_path) == [(f"videos/0001_American_Beauty/{GOOD}.avi", None, None), (
+        "videos/3002_30_MINUTES_OR_LESS/3002_30_MINUTES_OR_LESS_00.00.05.016-00.00.06.821.avi", None, None)]
+    (tmp_path / "LSMDC16_challenge_1000_publictect.csv").write_text(lsmdc_row(GOOD))
+    assert len(load_annotations("lsmdc", tmp_path, "test").captions) == 1
+    (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row(GOOD) + "\n" + GOOD + "\tshort\n")
+    with pytest.raises(DataError, match="LSMDC16_annos_val.csv, row 2: 2 tab-separated fields, expected 6"):
+        load_annotations("lsmdc", tmp_path, "val")
+
+
+def test_didemo(tmp_path):
+    head = ["success", "video_path", "starts", "ends", "text", "formatted_data"]
+    row = lambda video, ends="tensor([[31]])": ["True", f"/home/x/all/{video}", "tensor([[0]])", ends, "one. two, three", "/home/x.pth"]
+    touch(tmp_path, "videos/12@N01_dot.avi", "videos/34@N02.mov")
+    table(tmp_path / "didemo_test_label.csv", head, row("12@N01_dot."), row("34@N02.mp4"), row("56@N03.mpg"))
+    ann = load_annotations("didemo", tmp_path, "test")
+    assert relative(ann, tmp_path) == [("videos/12@N01_dot.avi", 0, 31), ("videos/34@N02.mov", 0, 31), ("videos/56@N03.mpg", 0, 31)]
+    assert ann.captions == ["one. two, three"] * 3
+    table(tmp_path / "didemo_val_label.csv", head, row("a.mp4"), row("b.mp4", "tensor([[]])"))
+    with pytest.raises(DataError, match="didemo_val_label.csv, row 3: .*no seconds"):
+        load_annotations("didemo", tmp_path, "val")
+    (tmp_path / "train_data.json").write_text(json.dumps([dict(video="34@N02.mp4", description=["a dog.", "a cat."], times=[[0, 0]]),
+                                                          dict(video="c.mp4", description="whole", times=[])]))
+    ann = load_annotations("didemo", tmp_path, "train")
+    assert ann.captions == ["a dog. a cat.", "whole"] and [p for p, *_ in relative(ann, tmp_path)] == ["videos/34@N02.mov", "videos/c.mp4"]
+
+
+def test_vatex(tmp_path):
+    entry = lambda name, **more: dict(videoID=name, chCap=["x"], **more)
+    entries = [entry("abc_-defg12_000005_000015", enCap=["one", "two"]), entry("uncutvideo1_000012_000022", enCap=["three"]),
+               entry("nocaptions1_000000_000010"), entry("gonegonego1_000001_000011", enCap=["four"])]
+    touch(tmp_path, "videos/abc_-defg12_000005_000015.mp4", "videos/uncutvideo1.mp4", "videos/abc_-defg12.mp4")
+    (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(entries))
+    ann = load_annotations("vatex", tmp_path)
+    assert relative(ann, tmp_path) == [("videos/abc_-defg12_000005_000015.mp4", None, None), ("videos/uncutvideo1.mp4", 12, 22),
+                                       ("videos/gonegonego1_000001_000011.mp4", None, None)]
+    assert ann.captions == ["one", "two", "three", "four"] and ann.owner == [0, 0, 1, 2]
+    (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match="val_list.txt is missing"):
+        load_annotations("vatex", tmp_path, "val")
+    (tmp_path / "val_list.txt").write_text("uncutvideo1_000012_000022\n")
+    (tmp_path / "test_list.txt").write_text("abc_-defg12_000005_000015\r\ngonegonego1_000001_000011\n")
+    assert load_annotations("vatex", tmp_path, "val").captions == ["three"]
+    assert load_annotations("vatex", tmp_path, "test").captions == ["one", "two", "four"]
+    (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps([entries[0], entry("short_1_2")]))
+    with pytest.raises(DataError, match="vatex_training_v1.0.json, entry 2: videoID 'short_1_2'"):
+        load_annotations("vatex", tmp_path)
+
+
+def test_charades(tmp_path):
+    head = ["id", "subject", "scene", "script", "length"]
+    table(tmp_path / "Charades_v1_train.csv", head, *[[f"V{i}", "S", "Kitchen", f"A person, no {i}", "30"] for i in range(4)],
+          ["V9", "S", "x", "", "3"])
+    table(tmp_path / "Charades_v1_test.csv", head, ["46GP8", "HR43", "Kitchen", "A person cooks\nand eats.", "24.8"], ["N11GT", "0KZ7"])
+    train = load_annotations("charades", tmp_path)
+    assert [p for p, *_ in relative(train, tmp_path)] == [f"videos/V{i}.mp4" for i in range(4)] and train.captions[2] == "A person, no 2"
+    assert len(load_split("charades", tmp_path, "val", 1).clips) == 1 and len(load_split("charades", tmp_path, "train", 1).clips) == 3
+    with pytest.raises(DataError, match="Charades_v1_test.csv, row 4: not as many fields"):
+        load_annotations("charades", tmp_path, "test")
+
+
+def test_msvd(tmp_path):
+    (tmp_path / "captions_msvd.json").write_text(json.dumps({"a_1_2": ["x", "y"], "b_3_4": ["z"], "other_1_2": ["w"]}))
+    (tmp_path / "test_list.txt").write_text("b_3_4\na_1_2\nnever_5_6\n")
+    touch(tmp_path, "videos/a_1_2.mp4")
+    ann = load_annotations("msvd", tmp_path, "test")
+    assert ann.captions == ["z", "x", "y"] and ann.owner == [0, 1, 1]
+    assert [p for p, *_ in relative(ann, tmp_path)] == ["videos/b_3_4.avi", "videos/a_1_2.mp4"]
+
+
+def test_real_annotation_files(shared, tmp_path):
+    for split, n in (("test", 1004), ("val", 1062)):
+        ann = load_annotations("didemo", shared / "didemo", split)
+        assert len(ann.captions) == n and all(c[1:] == (0, 31) for c in ann.clips)
+    msvd = {s: load_annotations("msvd", shared / "msvd", s) for s in data.SPLITS}
+    assert [len(msvd[s].clips) for s in data.SPLITS] == [1200, 100, 670] and len(msvd["test"].captions) == 27763
+    assert sorted(Counter(msvd["test"].owner).values())[::669] == [21, 81]
+    for file in (shared / "msrvtt").iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(dict(
+        sentences=[dict(caption="x", video_id=f"video{i}", sen_id=i) for i in range(10000)])))
+    train, test = (load_annotations("msrvtt", tmp_path, split) for split in ("train", "test"))
+    small = load_annotations("msrvtt-7k", tmp_path)
+    assert [len(a.clips) for a in (train, small, test)] == [9000, 7010, 1000] and len(test.captions) == 1000
+    assert set(small.clips) < set(train.clips) and not set(test.clips) & set(train.clips)
+    assert len(set(test.captions)) == 995
+
+
+def test_missing_videos_are_counted_and_ten_named(tmp_path):
+    name = table(tmp_path / "my.csv", ["video", "caption"], *[[f"v{i}.mp4", f"c{i}"] for i in range(30)], ["v3.mp4", "again"])
+    touch(tmp_path, "v3.mp4", "v29.mp4")
+    ann = load_annotations(name)
+    with pytest.raises(DataError) as e:
+        present(ann)
+    text = str(e.value)
+    assert "28 of 30 videos are missing" in text and text.count(".mp4 (") == 10 and f"v0.mp4 ({name}, row 2)" in text
+    assert "--skip-bad" in text
+    found, lines = present(ann, skip_bad=True)
+    assert found.captions == ["c3", "c29", "again"] and found.owner == [0, 1, 0] and len(lines) == 28
+    assert [os.path.basename(c.path) for c in found.clips] == ["v3.mp4", "v29.mp4"] and found.where == [f"{name}, row 5", f"{name}, row 31"]
+    assert present(found) == (found, [])
+
+
+# ---- python data.py check ----
+
+def test_check(run, folder, tmp_path, capsys):
+    root = tmp_path / "m"
+    root.mkdir()
+    (msrvtt(root) / "MSRVTT_data.json").unlink()
+    out = run("data.py", "check", "--data", "msrvtt", "--root", root)
+    assert out.returncode == 1 and "MSRVTT_data.json is missing: it belongs to msrvtt" in out.stdout and out.stderr == ""
+    assert "2 texts (published 1000), 2 videos (published 1000), 2 of them missing" in out.stdout
+    assert f"missing {root}/videos/video11.mp4 (MSRVTT_JSFUSION_test.csv, row 2)" in out.stdout
+    shutil.copy(make(folder, "bframes.mp4"), tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_text("not a video")
+    name = table(tmp_path / "my.csv", ["video", "caption"], ["a.mp4", "x"])
+    assert data.main(["check", "--data", name, "--decode", "--workers", "1"]) == 0
+    assert "1 texts, 1 videos, 0 of them missing\n      1 decode, 0 don't\n" in capsys.readouterr().out
+    name = table(tmp_path / "my.csv", ["video", "caption", "split"], ["a.mp4", "x", "train"], ["b.mp4", "y", "test"])
+    assert data.main(["check", "--data", name]) == 0
+    assert data.main(["check", "--data", name, "--decode", "--workers", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "0 decode, 1 don't" in out and f"bad: video {tmp_path}/b.mp4" in out
+
+
+def test_check_mistakes(run, tmp_path, capsys):
+    out = run("data.py", "check", "--data", "msrvvt")
+    assert out.returncode == 2 and out.stdout == "" and out.stderr.count("\n") == 1
+    assert out.stderr.startswith("error: unknown data set 'msrvvt'")
+    for args in (["check", "--data", str(tmp_path / "gone.csv")], ["check", "--data", table(tmp_path / "x.csv", ["a"])]):
+        assert data.main(args) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert data.main(["check", "--data", "vatex", "--root", str(tmp_path / "none")]) == 1
+    assert "none is missing: put vatex's files there" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        data.main(["check"])
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
