@@ -172,7 +172,7 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
         memory = peak_memory(lambda: ev.search(model, one, index, shortlist))
         points = ev.best_points(one, index.mean, shortlist)[0].sort().values
         s = seconds({"both": lambda: ev.search(model, one, index, shortlist), "points": lambda: ev.best_points(one, index.mean, shortlist),
-                     "points of 16": lambda: ev.best_points(t, index.mean, shortlist), "exact": lambda: model.score(one, index.frames[points].float())})
+                     "points of 16": lambda: ev.best_points(t, index.mean, shortlist), "exact": lambda: ev.score_few(model, one, index.frames[points])})
         print(f"{videos} videos, {torch.get_num_threads()} threads, T={T} D={D}, shortlist {shortlist}: a query takes {s['both'] * 1e3:.0f} ms: "
               f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms with 16 queries at once), "
               f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included")
@@ -194,8 +194,53 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
             print(f"shortlist of {K:4d} of {len(split.f)} videos keeps {100 * kept:.1f} % of the exact top 10 ({len(split.t)} queries of {config['data']})")
 
 
+def data_(videos=8, T=12):
+    """Seconds per epoch from the videos and from the frame cache, and decoding against OpenCV's seek per frame; 15 s files, 320x240, 25 fps, H.264."""
+    import tempfile
+
+    import data
+    from videos import write_video
+    torch.set_num_threads(1)  # as a DataLoader's worker
+    with tempfile.TemporaryDirectory() as folder:
+        clips, g = [], torch.Generator().manual_seed(0)
+        for k in range(videos):  # textures that drift, and grain: what a camera gives
+            scene = torch.nn.functional.interpolate(torch.rand(1, 3, 60, 80, generator=g) * 255, (480, 640), mode="bicubic")[0]
+            frames = [scene[:, i // 2:i // 2 + 240, i // 3:i // 3 + 320] + torch.randn(240, 320, generator=g) * 4 for i in range(375)]
+            clips.append(data.Clip(f"{folder}/{k}.mp4"))
+            write_video(clips[-1].path, [x.clamp(0, 255).byte().permute(1, 2, 0).contiguous() for x in frames], fps=25, preset="fast")
+        ann = data.Annotations(clips, ["-"] * videos, list(range(videos)))
+        cache = data.FrameCache(f"{folder}/cache", T)
+        plain, cached = (data.PairDataset(ann, T, data.train_transform(224), cache=c) for c in (None, cache))
+        epoch = lambda dataset: [dataset[0, i] for i in range(videos)]
+        epoch(cached)
+        runs = {"decode": lambda: epoch(plain), "cache": lambda: epoch(cached), "decoding": lambda: [data.read_frames(c, T) for c in clips],
+                "reading": lambda: [cache.read(c) for c in clips]}
+        try:
+            import cv2
+            cv2.setNumThreads(1)
+
+            def opencv(clip):
+                video, out = cv2.VideoCapture(clip.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), []
+                for i in data.sample_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), T):
+                    video.set(cv2.CAP_PROP_POS_FRAMES, i)
+                    out.append(torch.from_numpy(cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2RGB)).permute(2, 0, 1))
+                return torch.stack(out)
+            runs["opencv"] = lambda: [opencv(c) for c in clips]
+        except ImportError:
+            print("OpenCV is not installed: not compared")
+        t = seconds(runs, repeat=5)
+        size = sum(f.stat().st_size for f in Path(folder, "cache").iterdir()) / videos
+        print(f"{videos} videos of 15 s, {Path(clips[0].path).stat().st_size / 1e6:.2f} MB, T={T}, one thread; cache {size / 1e3:.0f} kB a video")
+        print(f"an epoch (read, crop, resize): decode {t['decode']:.3f} s, cache {t['cache']:.3f} s: the cache is {t['decode'] / t['cache']:.1f}x faster")
+        print(f"frames alone: decode {t['decoding'] / videos * 1e3:.1f} ms, cache {t['reading'] / videos * 1e3:.1f} ms a video: "
+              f"{t['decoding'] / t['reading']:.1f}x")
+        if "opencv" in t:
+            gap = max((data.read_frames(c, T).int() - opencv(c).int()).abs().max().item() for c in clips)
+            print(f"decoding takes {t['decoding'] / t['opencv']:.2f} of OpenCV's time (seek to each frame); largest difference of a pixel {gap}")
+
+
 if __name__ == "__main__":
-    benches = {f.__name__: f for f in (encode, scoring, search)}
+    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():

@@ -190,8 +190,8 @@ def test_two_processes_report_what_one_does(folder, tmp_path):
     """Seven videos and 14 distinct texts in batches of 2: neither divides."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, start in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *start, ev.__file__, "--ckpt", folder / "model.pt", "--batch", 2, "--workers", 1, "--split", "all", "--dsl",
-                   "--device", "cpu", "--json", tmp_path / name]
+        command = [sys.executable, *start, ev.__file__, "--ckpt", folder / "model.pt", "--batch", 2, "--workers", 1, "--split", "all",
+                   "--dsl", "--device", "cpu", "--json", tmp_path / name]
         done = subprocess.run(list(map(str, command)), env={**os.environ, **ENV}, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("7 videos") == 1  # one process speaks
@@ -343,17 +343,18 @@ def test_search_with_bad_videos_and_folders(folder, tmp_path, capsys, monkeypatc
     assert sorted(os.listdir(tmp_path)) == [ev.INDEX, "bad.mp4", "good.mp4"]
 
 
-@pytest.mark.parametrize("trials", [0, 5])
-def test_search_is_exact(trials):
+@pytest.mark.parametrize("trials, method", [
+    (0, {}), (5, {}), (5, dict(heads=4, radius="scaled")), (5, dict(pooling="mean")), (5, dict(radius="none"))])
+def test_search_is_exact(trials, method):
     """Over everything: the order of `score`. A shortlist as long as the gallery: the same. Shards: merged as the whole."""
-    model, g = make(), torch.Generator().manual_seed(1)
+    model, g = make(**method), torch.Generator().manual_seed(1)
     t, f = torch.randn(3, D, generator=g), torch.randn(50, 1, D, generator=g) + 0.7 * torch.randn(50, T, D, generator=g)
     half = f.half()
     index = ev.Index(half, ev.pooled(half).half(), [str(v) for v in range(50)])
     scores, ids = model.score(t, half.float(), trials).sort(dim=1, descending=True)
-    for shortlist in (0, 50, 49):
+    for shortlist in (0, 50):
         found, where = ev.search(model, t, index, shortlist, top=7, trials=trials)
-        assert torch.equal(where, ids[:, :7]) and (found - scores[:, :7]).abs().max() < 1e-6, shortlist
+        assert torch.equal(where, ids[:, :7]) and (found - scores[:, :7]).abs().max() < 1e-6
     parts = []
     for first, last in ((0, 20), (20, 50)):
         found, where = ev.search(model, t, ev.Index(half[first:last], index.mean[first:last], index.names[first:last]), 0, 7, trials)
@@ -362,4 +363,5 @@ def test_search_is_exact(trials):
     points = (F.normalize(t, dim=-1) @ index.mean.float().T).sort(dim=1, descending=True).indices
     found, where = ev.search(model, t, index, 4, 4, trials)
     assert all(set(a.tolist()) == set(b.tolist()) for a, b in zip(where, points[:, :4]))
+    assert (found - model.score(t, half.float(), trials).gather(1, where)).abs().max() < 1e-6 and (found.diff(dim=1) <= 0).all()
     assert ev.search(model, t, index, 1000, top=99, trials=trials)[1].shape == (3, 50)
