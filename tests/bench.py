@@ -195,7 +195,8 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
 
 
 def data_(videos=8, T=12):
-    """Seconds per epoch from the videos and from the frame cache, and decoding against OpenCV's seek per frame; 15 s files, 320x240, 25 fps, H.264."""
+    """Seconds per epoch from the videos and from the frame cache, and decoding against OpenCV's seek per frame.
+    H.264 files of 15 s, 320x240, 25 fps."""
     import tempfile
 
     import data
@@ -230,13 +231,15 @@ def data_(videos=8, T=12):
             print("OpenCV is not installed: not compared")
         t = seconds(runs, repeat=5)
         size = sum(f.stat().st_size for f in Path(folder, "cache").iterdir()) / videos
-        print(f"{videos} videos of 15 s, {Path(clips[0].path).stat().st_size / 1e6:.2f} MB, T={T}, one thread; cache {size / 1e3:.0f} kB a video")
-        print(f"an epoch (read, crop, resize): decode {t['decode']:.3f} s, cache {t['cache']:.3f} s: the cache is {t['decode'] / t['cache']:.1f}x faster")
+        print(f"{videos} videos of {Path(clips[0].path).stat().st_size / 1e3:.0f} kB, T={T}, one thread; cache {size / 1e3:.0f} kB a video")
+        print(f"an epoch (read, crop, resize): decode {t['decode']:.3f} s, cache {t['cache']:.3f} s: "
+              f"the cache is {t['decode'] / t['cache']:.1f}x faster")
         print(f"frames alone: decode {t['decoding'] / videos * 1e3:.1f} ms, cache {t['reading'] / videos * 1e3:.1f} ms a video: "
               f"{t['decoding'] / t['reading']:.1f}x")
         if "opencv" in t:
             gap = max((data.read_frames(c, T).int() - opencv(c).int()).abs().max().item() for c in clips)
-            print(f"decoding takes {t['decoding'] / t['opencv']:.2f} of OpenCV's time (seek to each frame); largest difference of a pixel {gap}")
+            print(f"decoding takes {t['decoding'] / t['opencv']:.2f} of OpenCV's time ({t['opencv'] / videos * 1e3:.1f} ms a video, seeking each "
+                  f"frame); largest difference of a pixel {gap}")
 
 
 if __name__ == "__main__":
