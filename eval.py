@@ -366,11 +366,9 @@ def build_index(model, folder, workers=0, batch=16, skip_bad=False):
     old = read_index(path, mark) or dict(files={}, bad={})
     known = {name: row for row, (name, stat) in enumerate(old["files"].items()) if files.get(name) == stat}
     bad = {name: entry for name, entry in old["bad"].items() if files.get(name) == entry[0]}  # not tried again until it changes
-    if bad and not skip_bad:
-        raise data.DataError(f"{next(iter(bad.values()))[1]} (or leave it out with --skip-bad)")
     new = [name for name in files if name not in known and name not in bad]
     failed, clips = {}, [data.Clip(os.path.join(folder, name), None, None) for name in new]
-    f = encode_videos(model, clips, None, workers, batch, failed if skip_bad else None).cpu()
+    f = encode_videos(model, clips, None, workers, batch, failed).cpu()
     bad.update((new[v], (files[new[v]], message)) for v, message in failed.items())
     names = [name for name in files if name not in bad]
     if not new and len(known) == len(old["files"]) and len(bad) == len(old["bad"]):
@@ -388,6 +386,8 @@ def build_index(model, folder, workers=0, batch=16, skip_bad=False):
             save_index(path, dict(format=INDEX_FORMAT, fingerprint=mark, frames=frames, mean=mean, files=kept, bad=bad))
     unreadable = f"; {len(bad)} unreadable ones left out: {', '.join(list(bad)[:10])}" if bad else ""
     say(f"encoded {len(new) - len(failed)} videos, {len(names)} in the index{unreadable}")
+    if bad and not skip_bad:  # only now: what was encoded is kept
+        raise data.DataError(f"{next(iter(bad.values()))[1]} ({len(bad)} unreadable in all): repair or remove it, or leave it out with --skip-bad")
     if not names:
         raise data.DataError(f"--videos {folder}: none of its {len(bad)} videos can be read")
     return index

@@ -162,9 +162,9 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
     with tempfile.TemporaryDirectory() as folder:
         mapped = lambda name, *shape: torch.from_file(f"{folder}/{name}", shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
         frames, mean = mapped("frames", videos, T, D), mapped("mean", videos, D)
+        noise = 0.7 * torch.randn(4096, T, D, generator=g)  # the same for each block: a million videos take long enough to make
         for rows in ev.blocks(videos, 4096):
-            n = len(mean[rows])
-            f = torch.randn(n, 1, D, generator=g) + 0.7 * torch.randn(n, T, D, generator=g)
+            f = torch.randn(len(mean[rows]), 1, D, generator=g) + noise[:len(mean[rows])]
             frames[rows], mean[rows] = f, ev.pooled(f)
         del frames, mean  # mapped anew, nothing of it in this process' memory
         index = ev.Index(mapped("frames", videos, T, D), mapped("mean", videos, D), None)
