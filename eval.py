@@ -387,7 +387,7 @@ def build_index(model, folder, workers=0, batch=16, skip_bad=False):
     unreadable = f"; {len(bad)} unreadable ones left out: {', '.join(list(bad)[:10])}" if bad else ""
     say(f"encoded {len(new) - len(failed)} videos, {len(names)} in the index{unreadable}")
     if bad and not skip_bad:  # only now: what was encoded is kept
-        raise data.DataError(f"{next(iter(bad.values()))[1]} ({len(bad)} unreadable in all): repair or remove it, or leave it out with --skip-bad")
+        raise data.DataError(f"{next(iter(bad.values()))[1]} ({len(bad)} unreadable in all): repair it, or leave it out with --skip-bad")
     if not names:
         raise data.DataError(f"--videos {folder}: none of its {len(bad)} videos can be read")
     return index
@@ -430,7 +430,7 @@ def best_points(t, mean, top):
 def pool_few(pool, t, f):
     """psi(f | t) as XPool computes it, in the order that suits few texts: W after pooling instead of before. t (N,D), f (V,T,D) -> (N,V,D).
 
-    Three D x D products per pair; `score` takes 4T per video, and then none per pair. (The keys' bias shifts all frames alike: no part of a.)
+    Three D x D products per pair; `score` takes 4T per video, and then none per pair. (The keys' bias shifts all frames alike.)
     """
     H, D = pool.heads, t.shape[1]
     f1 = pool.ln1(f)
