@@ -8,7 +8,9 @@
 Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step number and nothing else.
 """
 import argparse
+import contextlib
 import csv
+import functools
 import math
 import os
 import re
@@ -33,7 +35,7 @@ BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_l
             support_video="matched", ce_weight=0.0)
 MSRVTT = dict(head_lr=3e-5, prior="uniform", support_video="batch")
 RECIPES = {
-    "shapes": dict(clip="tiny", batch=64, epochs=4, head_lr=1e-3, clip_lr=5e-4, pretrain=400, dropout=0.1, prior_std=0.1),
+    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=2, head_lr=1e-3, clip_lr=5e-4, pretrain=240, dropout=0.1, prior_std=0.1),
     "msrvtt": MSRVTT, "msrvtt-7k": MSRVTT,
     "lsmdc": dict(prior_std=0.003, support_weight=0.0),
     "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
@@ -194,7 +196,8 @@ class Collate:
 class Gather(torch.autograd.Function):
     """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, in rank order.
 
-    Every process computes the same global loss, so the sum of their gradients, which DDP then averages, is exactly one process' gradient.
+    Every process computes the same global loss, hence the same gradient of the joined rows: each keeps that of its own rows, times the
+    number of processes because DistributedDataParallel averages. The result is exactly one process' gradient.
     """
 
     @staticmethod
@@ -210,13 +213,15 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.rows]
+        return grad[ctx.rows] * dist.get_world_size()
 
 
 def start_processes(device):
     """Join the job that torchrun started, if it did. -> (rank, world, this process' device)."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
+        raise WeightsError(f"--device {device} can't be used: {str(e).splitlines()[0]}") from e
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
     if device == "cuda":
@@ -245,7 +250,7 @@ def build(args, captions):
         model.load_state_dict({**own, **{k: x for k, x in state.items() if k in own}})
         return model, tokenizer
     if args.clip == "tiny":
-        tokenizer = Tokenizer.learn(captions, 512)
+        tokenizer = Tokenizer.learn(captions, 600)
         tokenizer.context_length = TINY["context_length"]
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
     clip = load_clip(args.clip)
@@ -256,12 +261,12 @@ def build(args, captions):
 
 def pretrain(clip, tokenizer, args, device, say):
     """Image-text warm-up of the tiny CLIP on single pictures, fresh at every step: what a pretrained CLIP is to a real run."""
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=0, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     started = time.time()
     for step in range(args.pretrain):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-        pictures, phrases = data.shapes_pictures(256, generator("cpu", args.seed, step), clip.config["image_size"])
+        pictures, phrases = data.shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             t, v = clip.encode_text(tokenizer(phrases).to(device)), clip.encode_image(pictures.to(device))
         loss = symmetric_cross_entropy(F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T, clip.logit_scale.exp())
@@ -320,7 +325,7 @@ class Log:
 def main(argv=None):
     args, saved = parse_args(argv)
     rank, world, device = start_processes(args.device)
-    say = print if rank == 0 else lambda *_, **__: None
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     if rank == 0:
         check_writable(args.out)
     if saved and saved.get("finished"):
@@ -398,78 +403,76 @@ def main(argv=None):
     log = Log(args.out, start) if rank == 0 else None
     dataset = data.PairDataset(train, args.frames, data.train_transform(model.clip.config["image_size"]), seed=args.seed,
                                cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer), pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer),
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     gather = Gather.apply if world > 1 else None
     stop = []  # signals received; looked at after each step, by all processes together
-    pid = os.getpid()
 
     def on_signal(number, frame):
-        if os.getpid() != pid:  # a forked DataLoader worker: leave Ctrl-C to the main process, which still wants its batch
-            os._exit(143) if number == signal.SIGTERM else None
-        elif number in stop:  # asked twice
+        if number in stop:  # asked twice
             raise KeyboardInterrupt
-        else:
-            stop.append(number)
+        stop.append(number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
     model.train()
     skipped_in_a_row, skipped, seen, started = 0, 0, 0, time.time()
-    for step, (ids, video, bad) in enumerate(named_deaths(loader, dataset), start):
-        factor = learning_rate(step, total, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        if bad and not args.skip_bad:
-            raise bad[0]
-        bad_videos += [str(e) for e in bad if str(e) not in bad_videos]
-        if ids is None:
-            raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            out = ddp(ids.to(device, non_blocking=True), video.to(device, non_blocking=True), generator(device, args.seed, step), gather)
-        optimizer.zero_grad()
-        out["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if torch.isfinite(out["loss"] + norm):
-            optimizer.step()
-            with torch.no_grad():
-                model.clip.logit_scale.clamp_(max=math.log(100))
-            skipped_in_a_row = 0
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
-            if skipped_in_a_row == 10:
-                raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and {args.clip_lr * factor:.2e}, "
-                                   f"logit scale {model.clip.logit_scale.exp().item():.1f}): {args.out} keeps the last good state; lower the rates")
-        seen += args.batch
-        done, end_of_epoch = step + 1, (step + 1) % batches.per_epoch == 0
-        if done % args.log_every == 0 or end_of_epoch:
-            speed = seen / (time.time() - started)
-            terms = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}
-            say(f"step {done:5d}/{total}  epoch {step // batches.per_epoch + 1}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
-                + f"  lr {args.head_lr * factor:.1e}/{args.clip_lr * factor:.1e}  {speed:.0f} pairs/s  {clock((total - done) * args.batch / speed)} left")
-            if rank == 0:
-                log.row(step=done, epoch=step // batches.per_epoch + 1, head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor,
-                        scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(), pairs_per_s=speed, **terms)
-        if end_of_epoch and splits["val"].clips:
-            paused = time.time()
-            val = evaluate(model, tokenizer, splits["val"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
-            model.train()
-            started += time.time() - paused
-            say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
-            if rank == 0:
-                log.row(step=done, epoch=done // batches.per_epoch, val_R1=val["t2v"]["R1"])
-            if best is None or val["t2v"]["R1"] > best[1]:
-                best, best_weights = [done, val["t2v"]["R1"]], {k: x.detach().to("cpu", copy=True) for k, x in model.state_dict().items()}
-        stopping = torch.tensor(max(stop, default=0), device=device)
-        if world > 1:
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-        if (done % args.save_every == 0 or end_of_epoch or stopping) and not skipped_in_a_row:
-            save(done)
-        if stopping:
-            write_bad(args.out, missing + bad_videos, rank)
-            say(f"stopped by {signal.Signals(int(stopping)).name} after step {done}; continue with: {resume_command()}")
-            return 128 + int(stopping)
+    with named_deaths(dataset):
+        for step, (ids, video, bad) in enumerate(loader, start):
+            factor = learning_rate(step, total, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            if bad and not args.skip_bad:
+                raise bad[0]
+            bad_videos += [str(e) for e in bad if str(e) not in bad_videos]
+            if ids is None:
+                raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                out = ddp(ids.to(device, non_blocking=True), video.to(device, non_blocking=True), generator(device, args.seed, step), gather)
+            optimizer.zero_grad()
+            out["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if torch.isfinite(out["loss"] + norm):
+                optimizer.step()
+                with torch.no_grad():
+                    model.clip.logit_scale.clamp_(max=math.log(100))
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
+                if skipped_in_a_row == 10:
+                    raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and {args.clip_lr * factor:.2e}, "
+                                       f"logit scale {model.clip.logit_scale.exp().item():.1f}): {args.out} keeps the last good state; lower the rates")
+            seen += args.batch
+            done, end_of_epoch = step + 1, (step + 1) % batches.per_epoch == 0
+            if done % args.log_every == 0 or end_of_epoch:
+                speed = seen / (time.time() - started)
+                terms = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}
+                say(f"step {done:5d}/{total}  epoch {step // batches.per_epoch + 1}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
+                    + f"  lr {args.head_lr * factor:.1e}/{args.clip_lr * factor:.1e}  {speed:.0f} pairs/s  {clock((total - done) * args.batch / speed)} left")
+                if rank == 0:
+                    log.row(step=done, epoch=step // batches.per_epoch + 1, head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor,
+                            scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(), pairs_per_s=speed, **terms)
+            if end_of_epoch and splits["val"].clips:
+                paused = time.time()
+                val = evaluate(model, tokenizer, splits["val"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+                model.train()
+                started += time.time() - paused
+                say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
+                if rank == 0:
+                    log.row(step=done, epoch=done // batches.per_epoch, val_R1=val["t2v"]["R1"])
+                if best is None or val["t2v"]["R1"] > best[1]:
+                    best, best_weights = [done, val["t2v"]["R1"]], {k: x.detach().to("cpu", copy=True) for k, x in model.state_dict().items()}
+            stopping = torch.tensor(max(stop, default=0), device=device)
+            if world > 1:
+                dist.all_reduce(stopping, dist.ReduceOp.MAX)
+            if (done % args.save_every == 0 or end_of_epoch or stopping) and not skipped_in_a_row:
+                save(done)
+            if stopping:
+                write_bad(args.out, missing + bad_videos, rank)
+                say(f"stopped by {signal.Signals(int(stopping)).name} after step {done}; continue with: {resume_command()}")
+                return 128 + int(stopping)
 
     save(total, finished=True)  # from here on, model holds the result
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -484,10 +487,17 @@ def main(argv=None):
     return 0
 
 
-def named_deaths(loader, dataset):
-    """The loader's batches; when a worker process dies (out of memory, a crash in a codec), say which video it was reading."""
+def ignore_signals(worker):
+    """In a data worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which still wants its batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def named_deaths(dataset):
+    """When a worker process dies (out of memory, a crash in a codec), say which video it was reading; torch tells at any later moment."""
     try:
-        yield from loader
+        yield
     except RuntimeError as e:
         pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
         if not pid:

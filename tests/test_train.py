@@ -1,0 +1,555 @@
+"""Training: pure functions of the step, one process against two, exact resume, kills, guards, and bad input from the command line.
+
+Runs are real processes. Most are forked from a server that has imported train.py already (multiprocessing's forkserver), which saves
+seconds each; torchrun and the plain command line have tests of their own.
+"""
+import csv
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from clip_model import read_weights
+from videos import write_video
+
+ROOT = Path(train.__file__).resolve().parent
+SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0, "--log-every", 1, "--device", "cpu"]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (220, 210, 40), "white": (240, 240, 240), "black": (10, 10, 10)}
+
+
+def write_table(path, rows, columns=("video", "caption", "split")):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """36 clips of 8 frames that go from one colour to another: 26 train, 5 val, 5 test. -> the folder that holds set/."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "set").mkdir()
+    rows, blend = [], torch.linspace(0, 1, 8)[:, None, None, None]
+    for i, (a, b) in enumerate(itertools.product(COLOURS, COLOURS)):
+        frames = (1 - blend) * torch.tensor(COLOURS[a]) + blend * torch.tensor(COLOURS[b])
+        write_video(folder / "set" / f"{a}-{b}.mp4", frames.expand(8, 48, 48, 3).to(torch.uint8).contiguous())
+        rows.append((f"{a}-{b}.mp4", f"the picture turns from {a} to {b}", "val" if i % 7 == 3 else "test" if i % 7 == 5 else "train"))
+    write_table(folder / "set" / "my.csv", rows)
+    return folder
+
+
+@pytest.fixture
+def here(videos, tmp_path, monkeypatch):
+    """A working folder of the test's own, with the data set in set/."""
+    (tmp_path / "set").symlink_to(videos / "set")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, *args) -> Job: train.py in a process of its own."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    context, jobs = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["train", "videos", "pytest"])
+
+    def start(folder, *args, file_limit=None):
+        jobs.append(Job(context, folder, args, file_limit))
+        return jobs[-1]
+    yield start
+    for job in jobs:
+        job.process.kill()
+
+
+def child(folder, args, file_limit):
+    os.chdir(folder)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *args]
+    sys.exit(train.cli())
+
+
+class Job:
+    def __init__(self, context, folder, args, file_limit):
+        self.folder = Path(folder)
+        for name in ("stdout.txt", "stderr.txt"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.process = context.Process(target=child, args=(str(folder), [str(a) for a in args], file_limit))
+        self.process.start()
+
+    out = property(lambda self: (self.folder / "stdout.txt").read_text() if (self.folder / "stdout.txt").exists() else "")
+    err = property(lambda self: (self.folder / "stderr.txt").read_text())
+
+    def wait(self, timeout=120):
+        """-> exit status, negative for a signal."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.out[-2000:]} {self.err[-2000:]}"
+        return self.process.exitcode
+
+    def until(self, condition, timeout=90):
+        deadline = time.time() + timeout
+        while not condition(self):
+            assert self.process.is_alive() and time.time() < deadline, f"ended or hangs: {self.out[-2000:]} {self.err[-2000:]}"
+            time.sleep(0.002)
+        return self
+
+    def finish(self):
+        assert self.wait() == 0, self.err
+        return self
+
+
+def reaches(step):
+    return lambda job: f"step {step:5d}/" in job.out
+
+
+def steps(folder):
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["loss"]]
+
+
+def weights(path):
+    return read_weights(path)["model"]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def call(monkeypatch, capsys, *args):
+    """The command line within this process. -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    capsys.readouterr()
+    try:
+        status = train.cli()
+    except SystemExit as e:
+        status = e.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes started here: no test depends on the number of cores, and several threads on a busy machine crawl."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- pure functions of the step ----
+
+def test_learning_rate_by_hand():
+    rates = [train.learning_rate(s, 10, 0.2) for s in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)  # half way down the cosine: (6 - 2) / 8
+    assert rates[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
+    assert all(0 < x <= 1 for x in rates)
+    assert train.learning_rate(0, 1, 0.0) == 1  # a single step learns
+
+
+def test_batches():
+    every = list(train.Batches(23, 4, 3, seed=1))
+    assert len(every) == len(train.Batches(23, 4, 3, seed=1)) == 15  # 5 a epoch, 3 pairs left over
+    for epoch in range(3):
+        pairs = [pair for batch in every[5 * epoch:5 * epoch + 5] for pair in batch]
+        assert {e for e, _ in pairs} == {epoch} and len({i for _, i in pairs}) == 20
+    assert [i for _, i in every[0]] != [i for _, i in every[5]]  # another order each epoch
+    assert every != list(train.Batches(23, 4, 3, seed=2))
+    for start in (1, 5, 7, 15):
+        assert list(train.Batches(23, 4, 3, seed=1, start=start)) == every[start:]
+    shares = [list(train.Batches(23, 4, 3, seed=1, start=2, rank=rank, world=2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*shares)] == every[2:]
+
+
+def test_generator_tells_steps_apart():
+    numbers = [(24, 0), (24, 1), (25, 0), (0, 24), (24,), (24, 0, 0)]
+    assert len({train.generator("cpu", *n).initial_seed() for n in numbers}) == len(numbers)
+
+
+# ---- one process against two ----
+
+GRADIENTS = """
+import copy, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import train
+from clip_model import CLIP
+from tmass import TMASS
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+ids, video = torch.randint(1, 500, (8, 12)), torch.randint(0, 256, (8, 3, 3, 32, 32), dtype=torch.uint8)
+for objects in ([ids, video],):
+    dist.broadcast_object_list(objects)
+    ids, video = objects
+for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.5), dict(pooling="mean", radius="mean")):
+    for cut in (4, 5, 1):
+        torch.manual_seed(3)
+        model = TMASS(CLIP(vocab_size=512, **train.TINY), frames=3, dropout=0.2, prior_std=0.1, **method).train()
+        alone = copy.deepcopy(model)
+        rows = slice(0, cut) if rank == 0 else slice(cut, 8)
+        ddp = DistributedDataParallel(model)
+        out = ddp(ids[rows], video[rows], train.generator("cpu", 1, 2), train.Gather.apply)
+        out["loss"].backward()
+        two = {k: p.grad for k, p in model.named_parameters()}
+        one = alone(ids, video, train.generator("cpu", 1, 2))
+        one["loss"].backward()
+        assert abs(out["loss"] - one["loss"]) < 1e-5, (out["loss"], one["loss"])
+        total = sum(p.grad.norm() ** 2 for p in alone.parameters()) ** 0.5
+        for k, p in alone.named_parameters():
+            assert p.grad is not None, k
+            gap, size = (p.grad - two[k]).norm(), p.grad.norm()
+            assert gap <= 1e-4 * size + 1e-7 * total, (method, cut, k, gap / size)  # of a bias before a softmax only rounding is left
+        print(f"equal {rank} {cut}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def torchrun(script, *args, cwd, **popen):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(script), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    job = torchrun(tmp_path / "gradients.py", cwd=tmp_path)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err[-3000:]
+    assert out.count("equal") == 18
+
+
+def test_two_processes_train_as_one(here, start):
+    for name in ("one", "two"):
+        (here / name).mkdir()
+    settings = [*SMALL[2:], "--data", here / "set/my.csv", "--clip-lr", 1e-5, "--head-lr", 1e-4, "--batch", 6]
+    one = start(here / "one", *settings)
+    job = torchrun(ROOT / "train.py", *settings, cwd=here / "two")
+    out, err = job.communicate(timeout=150)
+    assert job.returncode == 0, err[-3000:]
+    one.finish()
+    a, b = steps(here / "one"), steps(here / "two")
+    assert len(a) == len(b) == 8
+    for x, y in zip(a, b):
+        for key in ("loss", "stochastic", "support", "ce"):
+            assert float(x[key]) == pytest.approx(float(y[key]), rel=1e-5, abs=1e-5)
+        assert float(x["grad_norm"]) == pytest.approx(float(y["grad_norm"]), rel=1e-3)
+    metrics = lambda text: [line for line in text.splitlines() if line.startswith(("validation", "test"))]
+    assert metrics(one.out) == metrics(out) and len(metrics(out)) == 4
+    assert out.count("settings:") == 1 and out.count("step     1/8") == 1  # only rank 0 speaks
+    assert sorted(p.name for p in (here / "two").iterdir()) == ["log.csv", "model.pt"]
+
+
+def children(pid):
+    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+
+
+def test_a_dead_process_ends_the_job(here):
+    with open(here / "out.txt", "w") as file:
+        job = torchrun(ROOT / "train.py", *SMALL, "--epochs", 2000, cwd=here)
+        try:
+            for line in job.stdout:
+                file.write(line)
+                if line.startswith("step     3/"):
+                    break
+            workers = children(job.pid)
+            assert len(workers) == 2
+            os.kill(workers[1], signal.SIGKILL)
+            started = time.time()
+            out, err = job.communicate(timeout=60)
+        finally:
+            job.kill()
+    assert job.returncode not in (0, None) and time.time() - started < 60
+    assert "SIGKILL" in err or "Signal 9" in err, err[-3000:]
+    assert not any(Path(f"/proc/{p}").exists() for p in workers)
+    assert read_weights(here / "model.pt")["finished"] is False
+
+
+# ---- resume ----
+
+RESUMABLE = [*SMALL, "--workers", 2, "--epochs", 3, "--save-every", 4, "--clip-lr", 5e-4, "--head-lr", 1e-3]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(videos, start, tmp_path_factory):
+    """-> (folder, seconds) of a run of 18 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "set").symlink_to(videos / "set")
+    started = time.time()
+    job = start(folder, *RESUMABLE).finish()
+    return folder, time.time() - started, job.out
+
+
+def check_equal(folder, whole):
+    assert same(weights(folder / "model.pt"), weights(whole / "model.pt"))
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in steps(folder)] == [(r["step"], r["loss"], r["grad_norm"]) for r in steps(whole)]
+
+
+def test_an_uninterrupted_run(uninterrupted):
+    folder, _, out = uninterrupted
+    content = read_weights(folder / "model.pt")
+    assert content["finished"] and content["step"] == 18 and "optimizer" not in content
+    assert [int(r["step"]) for r in steps(folder)] == list(range(1, 19))
+    assert f"the result is that of step {content['best'][0]}, the best on the validation split" in out
+    assert "test: t2v R@1" in out and "checkpoint: model.pt" in out and "left" in out
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 8), (signal.SIGINT, 3)])
+def test_resume_is_exact(here, start, uninterrupted, monkeypatch, capsys, number, step):
+    job = start(here, *RESUMABLE).until(reaches(step))
+    os.kill(job.process.pid, number)
+    assert job.wait() == 128 + number, job.err
+    assert f"stopped by {number.name} after step" in job.out and "continue with: python train.py" in job.out and job.out.rstrip().endswith("--resume")
+    assert job.err == "" and step <= read_weights(here / "model.pt")["step"] < 18
+    if number == signal.SIGTERM:  # what an unfinished run refuses
+        status, _, err = call(monkeypatch, capsys, *RESUMABLE)
+        assert status == 2 and "unfinished run" in err and "--resume" in err
+        status, _, err = call(monkeypatch, capsys, *RESUMABLE, "--batch", 6, "--resume")
+        assert status == 2 and "--batch 6 differs from 4" in err
+    start(here, "--resume", "--workers", 2, "--log-every", 1, "--save-every", 4).finish()  # the rest is in the checkpoint
+    check_equal(here, uninterrupted[0])
+    if number == signal.SIGTERM:
+        before = (here / "model.pt").read_bytes()
+        status, out, err = call(monkeypatch, capsys, "--resume")
+        assert status == 0 and "is finished (step 18): nothing to resume" in out and before == (here / "model.pt").read_bytes()
+
+
+def kill_and_resume(folder, start, uninterrupted, when):
+    whole, seconds, _ = uninterrupted
+    args = [*RESUMABLE, "--save-every", 1, "--resume"]  # --resume without a checkpoint starts
+    job = start(folder, *args)
+    if when is None:  # while saving
+        step = random.randint(1, 15)
+        job.until(reaches(step)).until(lambda job: (folder / "model.pt.part").exists() or "checkpoint:" in job.out)
+    else:
+        time.sleep(when * seconds)
+    helpers = children(job.process.pid) if job.process.is_alive() else []
+    job.process.kill()
+    job.process.join()
+    if (folder / "model.pt").exists():
+        assert read_weights(folder / "model.pt")["format"] == "tmass"
+    for _ in range(200):  # its data workers notice, and leave
+        if not any(Path(f"/proc/{p}").exists() for p in helpers):
+            break
+        time.sleep(0.1)
+    start(folder, *args).finish()
+    check_equal(folder, whole)
+    assert not (folder / "model.pt.part").exists()
+
+
+def test_kill_at_random_moments(here, start, uninterrupted):
+    for k, when in enumerate((None, random.uniform(0.3, 0.9))):
+        folder = here / str(k)
+        folder.mkdir()
+        (folder / "set").symlink_to(here / "set")
+        kill_and_resume(folder, start, uninterrupted, when)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(20))
+def test_kill_at_twenty_random_moments(here, start, uninterrupted, k):
+    kill_and_resume(here, start, uninterrupted, None if k % 3 == 0 else random.uniform(0.05, 1.1))
+
+
+def test_full_disk_while_saving(here, start, uninterrupted):
+    job = start(here, *RESUMABLE).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    before = (here / "model.pt").read_bytes()
+    job = start(here, "--resume", "--save-every", 4, "--log-every", 1, file_limit=len(before) // 2)
+    assert job.wait() == 2
+    assert job.err.startswith("error: cannot write checkpoint model.pt: ") and job.err.count("\n") == 1
+    assert (here / "model.pt").read_bytes() == before and not (here / "model.pt.part").exists()
+    start(here, "--resume", "--save-every", 4, "--log-every", 1).finish()
+    check_equal(here, uninterrupted[0])
+
+
+# ---- guards ----
+
+def test_ten_steps_that_are_not_finite_stop(here, monkeypatch, capsys):
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 4, "--clip-lr", 1e30, "--warmup", 0, "--save-every", 1)
+    assert status == 2 and err.startswith("error: 10 steps in a row were not finite, up to step ") and err.count("\n") == 1
+    assert "lr " in err and "logit scale" in err and "model.pt keeps the last good state" in err
+    assert out.count("step skipped") == 10
+    content = read_weights(here / "model.pt")
+    assert content["step"] < 12 and all(torch.isfinite(x).all() for x in content["model"].values())
+
+
+def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
+    true, calls = train.TMASS.losses, []
+
+    def losses(self, t, f, generator=None):  # the real losses, but one of them spoilt
+        calls.append(0)
+        out = true(self, t, f, generator)
+        return {**out, "loss": out["loss"] * math.nan} if len(calls) == 3 else out
+    monkeypatch.setattr(train.TMASS, "losses", losses)
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1)
+    assert status == 0 and "step 3: loss or gradient is not finite; step skipped (1 so far)" in out and out.count("skipped") == 1
+    assert all(torch.isfinite(x).all() for x in weights(here / "model.pt").values())
+
+
+@pytest.fixture
+def own_copy(videos, tmp_path, monkeypatch):
+    """As `here`, but the data set may be spoilt."""
+    shutil.copytree(videos / "set", tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_bad_videos(own_copy, monkeypatch, capsys):
+    good = (own_copy / "set/red-green.mp4").read_bytes()  # rows 2 and 4, and so on, train
+    for content in (b"", b"this is no video at all" * 50, good[:len(good) // 3]):
+        (own_copy / "set/red-green.mp4").write_bytes(content)
+        status, _, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "red-green.mp4" in err
+        (own_copy / "model.pt").unlink()
+    os.remove(own_copy / "set/blue-green.mp4")
+    status, _, err = call(monkeypatch, capsys, *SMALL)
+    assert status == 2 and "blue-green.mp4" in err and "row 15" in err and "--skip-bad" in err and err.count("\n") == 1
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--skip-bad")
+    assert status == 0 and not err
+    listed = (own_copy / "model.bad.txt").read_text()
+    assert "red-green.mp4" in listed and "blue-green.mp4" in listed and len(listed.splitlines()) == 2
+    assert "2 videos left out, listed in model.bad.txt" in out
+
+
+@pytest.mark.parametrize("moment", ["at once", "later"])
+def test_a_dead_worker_names_a_video(here, start, moment):
+    job = start(here, *SMALL, "--workers", 1, "--epochs", 500, "--batch", 8).until(reaches(2 if moment == "later" else 1))
+    worker, = children(job.process.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert job.wait(60) == 2
+    assert job.err.startswith("error: a data worker died while reading ") and ".mp4" in job.err and job.err.count("\n") == 1, job.err
+    assert read_weights(here / "model.pt")["format"] == "tmass"
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(here, start):
+    def resident(job):
+        return int(next(x for x in open(f"/proc/{job.process.pid}/status") if x.startswith("VmRSS")).split()[1])
+    job = start(here, *SMALL, "--batch", 8, "--epochs", 170, "--workers", 1).until(reaches(100), 200)
+    before = resident(job)
+    job.until(reaches(500), 400)
+    grown = resident(job) / before - 1
+    job.process.kill()
+    assert grown <= 0.05
+
+
+# ---- what the flags do ----
+
+def test_precision_and_checkpointing(here, monkeypatch, capsys):
+    losses = {}
+    for name, flags in (("plain", []), ("recomputed", ["--grad-checkpoint"]), ("bf16", ["--amp", "bf16"])):
+        status, out, err = call(monkeypatch, capsys, *SMALL, "--out", f"{name}/model.pt", *flags)
+        assert status == 0 and ("bf16 towers" in out) == (name == "bf16")
+        losses[name] = torch.tensor([float(r["loss"]) for r in steps(here / name)])
+    assert torch.allclose(losses["plain"], losses["recomputed"], rtol=1e-4)
+    assert not torch.equal(losses["plain"], losses["bf16"]) and torch.allclose(losses["plain"], losses["bf16"], rtol=0.1)
+    assert {x.dtype for x in weights(here / "bf16/model.pt").values()} == {torch.float32}
+
+
+def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--cache", "frames")[0] == 0
+    assert len(list((own_copy / "frames").glob("*.jpegs"))) >= 34  # each epoch leaves 2 of 26 pairs out
+    first = weights("model.pt")
+    opened = []
+    monkeypatch.setattr(data, "read_frames", lambda *args, **kwargs: opened.append(args))
+    assert call(monkeypatch, capsys, *SMALL, "--cache", "frames")[0] == 0
+    assert not opened and same(first, weights("model.pt"))
+
+
+def test_init_and_the_baseline(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--radius", "none", "--epochs", 1)[0] == 0
+    content = read_weights("model.pt")
+    assert content["config"]["support_weight"] == 0 == content["tmass"]["support_weight"]
+    assert float(steps(here)[0]["loss"]) == pytest.approx(float(steps(here)[0]["ce"]))  # no mass: X-Pool's loss
+    status, out, _ = call(monkeypatch, capsys, *SMALL, "--init", "model.pt", "--epochs", 0, "--out", "grown.pt")
+    assert status == 0 and "starting anew: radius.linear.weight, radius.linear.bias" in out
+    grown = weights("grown.pt")
+    assert all(torch.equal(x, grown[k]) for k, x in content["model"].items())
+    status, out, _ = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--epochs", 0, "--out", "again.pt")
+    assert status == 0 and "starting anew" not in out and same(grown, weights("again.pt"))
+    status, _, err = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--pooling", "mean", "--out", "x.pt")
+    assert status == 2 and "does not fit the model asked for" in err and not os.path.exists("x.pt")
+    status, out, _ = call(monkeypatch, capsys, *SMALL, "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt")  # its CLIP and tokenizer only
+    assert status == 0 and read_weights("clip.pt")["merges"] == content["merges"]
+    assert torch.equal(weights("clip.pt")["clip.text_projection"], grown["clip.text_projection"])
+
+
+# ---- bad input ----
+
+def test_bad_options_cost_one_line(here, run):
+    """The command itself, once; the others below call it within this process."""
+    result = run("train.py", *SMALL, "--radius", "square", cwd=here, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "'square'" in result.stderr
+
+
+def test_bad_input(own_copy, monkeypatch, capsys):
+    (own_copy / "file").write_text("a regular file")
+    (own_copy / "folder").mkdir()
+    write_table("set/columns.csv", [("red-red.mp4", "hello")], ("video", "text"))
+    write_table("set/caption.csv", [("red-red.mp4", "hello", "train"), ("red-blue.mp4", " ", "train")])
+    write_table("set/gone.csv", [("red-red.mp4", "hello", "train"), ("nowhere.mp4", "hello", "train")])
+    torch.save({"model": [1, 2]}, "other.pt")
+    torch.save({"some.weight": torch.ones(2)}, "strange.pt")
+    whole = Path("set/red-red.mp4").read_bytes()
+    Path("cut.pt").write_bytes(whole[:100])
+    cases = {
+        ("--data", "nothing"): "unknown data set 'nothing'",
+        ("--data", "msrvtt", "--root", "no/such"): "no/such",
+        ("--data", "msrvtt", "--root", "folder"): "MSRVTT_train.9k.csv",
+        ("--data", "absent.csv"): "absent.csv",
+        ("--data", "set/columns.csv"): "caption",
+        ("--data", "set/caption.csv"): "row 3",
+        ("--data", "set/gone.csv"): "row 3",
+        ("--root", "folder"): "videos are missing",
+        ("--out", "folder"): "folder is a folder",
+        ("--out", "file/model.pt"): "file/model.pt",
+        ("--out", "file"): "file",
+        ("--batch", 1): "--batch 1",
+        ("--batch", 100): "smaller --batch",
+        ("--batch", "many"): "many",
+        ("--pooling", "max"): "max",
+        ("--dropout", 1): "--dropout 1",
+        ("--frames", 0): "--frames 0",
+        ("--heads", 3): "heads=3",
+        ("--pretrain", 5): "--pretrain",
+        ("--colour", "red"): "--colour",
+        ("--clip", "ViT-B/99"): "ViT-B/99",
+        ("--clip", "cut.pt"): "cut.pt",
+        ("--clip", "strange.pt"): "strange.pt",
+        ("--init", "cut.pt"): "cut.pt",
+        ("--init", "absent.pt"): "absent.pt",
+        ("--init", "other.pt"): "other.pt",
+        ("--out", "strange.pt", "--resume"): "not a checkpoint of ours",
+        ("--device", "gpu"): "gpu",
+    }
+    before = sorted(p.name for p in own_copy.iterdir())
+    for args, told in cases.items():
+        status, out, err = call(monkeypatch, capsys, *SMALL, *args)
+        assert status == 2, (args, status, out, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and told in err, (args, err)
+    assert sorted(p.name for p in own_copy.iterdir()) == before  # nothing was begun, nothing lost
+    assert Path("file").read_text() == "a regular file"
