@@ -32,10 +32,11 @@ from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, sav
 # Defaults per data set (design, section 6: as released); every value can be overridden on the command line.
 BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1, pretrain=0,
             pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0, support_weight=0.8,
-            support_video="matched", ce_weight=0.0)
+            support_video="matched", ce_weight=0.0, augment="crop-flip")
 MSRVTT = dict(head_lr=3e-5, prior="uniform", support_video="batch")
 RECIPES = {
-    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=2, head_lr=1e-3, clip_lr=5e-4, pretrain=240, dropout=0.1, prior_std=0.1),
+    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=3, head_lr=1e-3, clip_lr=5e-4, pretrain=300, dropout=0.1, prior_std=0.1,
+                   augment="none"),  # captions say what is on the left and what on the right
     "msrvtt": MSRVTT, "msrvtt-7k": MSRVTT,
     "lsmdc": dict(prior_std=0.003, support_weight=0.0),
     "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
@@ -56,6 +57,7 @@ def parse_args(argv=None):
     g.add_argument("--val-videos", type=int, help="msrvtt, charades: hold this many training videos out to choose the checkpoint (default: 0, the last epoch is the result)")
     g.add_argument("--skip-bad", action="store_true", help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
     g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
+    g.add_argument("--augment", choices=("crop-flip", "none"), help="of training videos: one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
     g = p.add_argument_group("model (recipe)")
     g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny (from scratch)")
@@ -401,7 +403,8 @@ def main(argv=None):
 
     save(start)
     log = Log(args.out, start) if rank == 0 else None
-    dataset = data.PairDataset(train, args.frames, data.train_transform(model.clip.config["image_size"]), seed=args.seed,
+    transform = data.test_transform if args.augment == "none" else data.train_transform
+    dataset = data.PairDataset(train, args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
                                cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer),
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
@@ -497,7 +500,11 @@ def ignore_signals(worker):
 def named_deaths(dataset):
     """When a worker process dies (out of memory, a crash in a codec), say which video it was reading; torch tells at any later moment."""
     try:
-        yield
+        try:
+            yield
+        except (EOFError, ConnectionError):  # the worker died while handing a batch over: in a moment torch's SIGCHLD handler raises more
+            time.sleep(1)
+            raise
     except RuntimeError as e:
         pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
         if not pid:
@@ -530,6 +537,9 @@ def cli():
         return main()
     except (data.DataError, WeightsError) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a full disk under log.csv, for one
+        print(f"error: {e}; the last checkpoint is intact: {resume_command()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
