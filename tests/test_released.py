@@ -1,0 +1,109 @@
+"""Checkpoints of the released T-MASS and X-Pool code: their key layout, read by us, gives what their own tensors give literally."""
+import csv
+import shutil
+
+import pytest
+import torch
+
+import clip_model
+from clip_model import WeightsError
+from test_tmass import literal_pool, literal_radius, literal_score
+from tmass import load_checkpoint
+from videos import numbered, write_video
+
+D, T = 64, 12
+
+
+@pytest.fixture(scope="module")
+def cache(shared, tmp_path_factory):
+    """CLIP's vocabulary where a download would have put it."""
+    folder = tmp_path_factory.mktemp("cache")
+    shutil.copy(shared / "clip" / "bpe_simple_vocab_16e6.txt.gz", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file as the released code writes it: HF's CLIP under clip., pool_frames, stochastic; random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1, projection_dim=D)
+    hf = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=D, text_config=dict(size, vocab_size=49408, eos_token_id=49407),
+                                                        vision_config=dict(size, image_size=32, patch_size=16)))
+    state = {f"clip.{k}": x for k, x in hf.state_dict().items()}
+    for name in ("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.out_proj", "linear_proj"):
+        state[f"pool_frames.{name}.weight"], state[f"pool_frames.{name}.bias"] = torch.eye(D) + 0.1 * torch.randn(D, D), 0.1 * torch.randn(D)
+    for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
+        state[f"pool_frames.{name}.weight"], state[f"pool_frames.{name}.bias"] = 1 + 0.1 * torch.randn(D), 0.1 * torch.randn(D)
+    state["stochastic.std_branch.linear_proj.weight"], state["stochastic.std_branch.linear_proj.bias"] = 0.3 * torch.randn(D, T), 0.1 * torch.randn(D)
+    state["stochastic.std_branch.learnable_scalar"] = torch.tensor([float("nan")])  # uninitialised there
+    path = tmp_path_factory.mktemp("released") / "model_best.pth"
+    torch.save(dict(epoch=5, state_dict=state, optimizer={"param_groups": []}), path)
+    return path, state, hf
+
+
+def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    path, state, hf = released
+    model, tokenizer, config = load_checkpoint(path)
+    assert config["released"] and model.config["radius"] == "linear" and model.config["prior"] == "uniform" and model.frames == T
+    assert tokenizer.vocab_size == 49408
+    get = lambda name: state[f"pool_frames.{name}"]  # noqa: E731
+    for ours, theirs in (("q", "cross_attn.q_proj"), ("out", "cross_attn.out_proj"), ("linear", "linear_proj"), ("ln2", "layer_norm2")):
+        assert torch.equal(getattr(model.pool, ours).weight, get(theirs + ".weight")) and torch.equal(getattr(model.pool, ours).bias, get(theirs + ".bias"))
+    g = torch.Generator().manual_seed(1)
+    t, f = torch.randn(3, D, generator=g), torch.randn(2, T, D, generator=g)
+    S = torch.nn.functional.cosine_similarity(t[0], f[0], dim=-1)
+    literal = torch.exp(S @ state["stochastic.std_branch.linear_proj.weight"].T + state["stochastic.std_branch.linear_proj.bias"])
+    torch.testing.assert_close(literal_radius(model, S), literal)
+    torch.testing.assert_close(model.radius(S), literal)
+    torch.testing.assert_close(model.pool(t, f)[0, 1], literal_pool(model, t[0], f[1]), atol=2e-5, rtol=1e-4)
+    assert (model.score(t, f, 6) - literal_score(model, t, f, 6)).abs().max() < 2e-6
+    ids = tokenizer(["a dog runs", "two people talk on a stage"])
+    with torch.no_grad():
+        theirs = hf.eval().get_text_features(ids)
+        pixels = torch.randn(2, 3, 32, 32, generator=g)
+        torch.testing.assert_close(model.encode_text(ids), theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.encode_video(pixels[:, None])[:, 0], hf.get_image_features(pixels), atol=1e-5, rtol=1e-4)
+
+
+def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    _, state, _ = released
+    torch.save(dict(state_dict={k: x for k, x in state.items() if not k.startswith("stochastic.")}), tmp_path / "xpool.pth")
+    model, _, _ = load_checkpoint(tmp_path / "xpool.pth")
+    assert model.config["radius"] == "none"
+    t, f = torch.randn(2, D), torch.randn(2, T, D)
+    assert torch.equal(model.score(t, f, 20), model.score(t, f, 0))
+
+
+@pytest.mark.parametrize("change, named", [(lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
+                                           (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool_frames.extra"),
+                                           (lambda s: s.update({"stochastic.other": torch.ones(1)}), "stochastic.other")])
+def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, change, named):
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    state = dict(released[1])
+    change(state)
+    torch.save(dict(state_dict=state), tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=named):
+        load_checkpoint(tmp_path / "odd.pth")
+
+
+def test_evaluating_a_released_checkpoint_shows_both_numbers(released, cache, run, tmp_path):
+    with open(tmp_path / "my.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("video", "caption"))
+        for i in range(4):
+            write_video(tmp_path / f"{i}.mp4", numbered(16)[i * 4:i * 4 + 4])
+            rows.writerow((f"{i}.mp4", f"picture number {i}"))
+    done = run("eval.py", "--ckpt", released[0], "--data", tmp_path / "my.csv", "--released-protocol", env={"TMASS_CACHE": str(cache)})
+    assert done.returncode == 0, done.stderr
+    assert "4 texts, 4 videos" in done.stdout and done.stdout.count("t2v") == 2 and "LEAKING" in done.stdout
+
+
+def test_without_the_vocabulary_the_message_says_what_goes_where(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMASS_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip_model, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")  # nothing listens there
+    with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz") as error:
+        load_checkpoint(released[0])
+    assert str(tmp_path) in str(error.value)
