@@ -53,16 +53,19 @@ class XPool(nn.Module):
         a = (torch.einsum("nhd,vthd->nvht", q, k) / math.sqrt(D // H)).softmax(-1)  # a = softmax_j(q·k_j / sqrt(D/H))
         o = self.out(torch.einsum("nvht,vthd->nvhd", a, u).flatten(2))              # o = Wo concat_h(Σ_j a_j u_j) + bo
         x = self.ln2(o)
-        return self.ln3(x + drop(self.linear(x), self.dropout * self.training, generator))  # v = LN3(x + Dropout(W x + b))
+        y = x + drop(self.linear(x), self.dropout * self.training, generator)
+        return self.ln3(y)                                                         # v = LN3(x + Dropout(W x + b))
 
     def span(self, f):
-        """Everything about v that needs no text: K vectors Z_k with v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> tuple, see Videos.
+        """Everything about v that needs no text: K vectors Z_k, v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> tuple, see Videos.
 
         All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in: Σ_j a_j = 1 per head;
         j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
             x = LN2(Σ a_j u_j) = Σ (a_j/s) g2⊙ũ_j + b2,        s²  = aᵀ G a + ε,   G = ũ ũᵀ / D
             y = x + W x + b    = Σ (a_j/s) z_j + z_0,          z_j = (I+W)(g2⊙ũ_j),   z_0 = (I+W) b2 + b
-            v = LN3(y)         = Σ c_j g3⊙z̃_j + c_0 g3⊙z̃_0 + b3,   (c, c_0) = (a/s, 1)/s',   s'² = (a/s, 1)ᵀ Q (a/s, 1) + ε,   Q = z̃ z̃ᵀ / D
+            v = LN3(y)         = Σ c_j g3⊙z̃_j + c_0 g3⊙z̃_0 + b3,   (c, c_0) = (a/s, 1)/s',
+                                                                   s'² = (a/s, 1)ᵀ Q (a/s, 1) + ε,   Q = z̃ z̃ᵀ / D
+        so that Z_j = (g3⊙z̃_1 ... g3⊙z̃_HT, g3⊙z̃_0, b3), and the coefficients are (c, c_0, 1).
         """
         V, T, D = f.shape
         H = self.heads
@@ -110,24 +113,24 @@ class MeanPool(nn.Module):
 
 
 class Videos(NamedTuple):
-    """Per-video terms of scoring: unit frames (V,T,D), and XPool.span's k (V,H,T,D/H), G (V,H*T,H*T), Q (V,H*T+1,H*T+1), Z (V,K,D), Z Zᵀ (V,K,K)."""
-    unit: torch.Tensor
-    k: torch.Tensor
-    G: torch.Tensor
-    Q: torch.Tensor
-    Z: torch.Tensor
-    ZZ: torch.Tensor
+    """Per-video terms of scoring: unit frames, then what XPool.span gives."""
+    unit: torch.Tensor  # (V,T,D)
+    k: torch.Tensor     # (V,H,T,D/H)
+    G: torch.Tensor     # (V,H*T,H*T)
+    Q: torch.Tensor     # (V,H*T+1,H*T+1)
+    Z: torch.Tensor     # (V,K,D)
+    ZZ: torch.Tensor    # Z Zᵀ (V,K,K)
 
     def rows(self, start, end):
         return Videos(*(x if x is None else x[start:end] for x in self))
 
 
 class Texts(NamedTuple):
-    """Per-text terms of scoring: t (N,D), unit t (N,D), |t|² (N), pooling query q (N,H,D/H)."""
-    t: torch.Tensor
-    unit: torch.Tensor
-    tt: torch.Tensor
-    q: torch.Tensor
+    """Per-text terms of scoring."""
+    t: torch.Tensor     # (N,D)
+    unit: torch.Tensor  # t/|t| (N,D)
+    tt: torch.Tensor    # |t|² (N)
+    q: torch.Tensor     # pooling query (N,H,D/H)
 
     def rows(self, start, end):
         return Texts(*(x[start:end] for x in self))
@@ -203,9 +206,10 @@ def symmetric_cross_entropy(sims, scale):
 class TMASS(nn.Module):
     """CLIP + frame pooling + radius. `model(ids, video)` is the training objective, `model.score(t, f)` ranks.
 
-    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean. radius: none | mean | scaled | linear. prior of ε: normal (times prior_std) |
-    uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t). support_video: the v of t_sup, `matched` psi(f_i | t_i) as in the
-    paper, or `batch`, the mean of psi(f_i | t_n) over the batch's texts n as in the released code.
+    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean. radius: none | mean | scaled | linear.
+    prior of ε: normal (times prior_std) | uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t).
+    support_video: the v that t_sup looks towards; `matched` psi(f_i | t_i) as in the paper, or `batch`, the mean of psi(f_i | t_n) over the
+    batch's texts n (the released code's).
     """
 
     def __init__(self, clip, frames=12, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
@@ -282,9 +286,9 @@ class TMASS(nn.Module):
     def score(self, t, f, trials=20, seed=24, chunk_mb=256):
         """Score every text with every video: max_m cos(t_i + R_ij·ε_m, v_ij). t (N,D), f (V,T,D) -> sims (N,V).
 
-        f: frame embeddings, or what `precompute` made of them. trials: M; 0 scores the point text t. seed: of the noise, which all pairs share
-        (differs from the released code, which draws fresh noise per pair: a pair's score has the same distribution here, and does not depend on
-        what else is in the gallery). float32, on the device of t; temporaries stay within about chunk_mb megabytes.
+        f: frame embeddings, or what `precompute` made of them. trials: M; 0 scores the point text t. seed: of the noise, which all pairs
+        share (differs from the released code, which draws fresh noise per pair: a pair's score has the same distribution here, and does not
+        depend on what else is in the gallery). float32, on the device of t; temporaries stay within about chunk_mb megabytes.
         Equals the literal formula up to rounding: three products with eps per pair take the place of M noisy copies of t, and the span of
         each video (XPool.span) takes the place of two D x D products per pair.
         """
@@ -377,14 +381,13 @@ def load_checkpoint(path):
         return model.eval(), Tokenizer(content["merges"], content["context_length"]), content["config"]
     state = content.get("state_dict", content)
     if not any(key.startswith("pool_frames.") for key in state):
-        raise WeightsError(f"{path} is not a T-MASS checkpoint: neither written by train.py nor with the released code's pool_frames.* keys")
+        raise WeightsError(f"{path} is not a T-MASS checkpoint: not written by train.py, and without the released code's pool_frames.* keys")
     return _from_released(state, path)
 
 
-RENAMED = {"pool_frames.cross_attn.q_proj.": "pool.q.", "pool_frames.cross_attn.k_proj.": "pool.k.", "pool_frames.cross_attn.v_proj.": "pool.v.",
-           "pool_frames.cross_attn.out_proj.": "pool.out.", "pool_frames.linear_proj.": "pool.linear.", "pool_frames.layer_norm1.": "pool.ln1.",
-           "pool_frames.layer_norm2.": "pool.ln2.", "pool_frames.layer_norm3.": "pool.ln3.",
-           "stochastic.std_branch.linear_proj.": "radius.linear."}
+RENAMED = {**{f"pool_frames.cross_attn.{name}_proj.": f"pool.{name}." for name in ("q", "k", "v", "out")},
+           **{f"pool_frames.layer_norm{i}.": f"pool.ln{i}." for i in (1, 2, 3)},
+           "pool_frames.linear_proj.": "pool.linear.", "stochastic.std_branch.linear_proj.": "radius.linear."}
 
 
 def _from_released(state, path):
@@ -408,7 +411,7 @@ def _load_strictly(model, state, path):
     """load_state_dict, with every key that does not fit named in one error."""
     own = model.state_dict()
     odd = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(x.shape)}" for k, x in own.items() if k in state and state[k].shape != x.shape]
     if odd:
         raise WeightsError(f"{path} does not fit the model: {'; '.join(odd[:10])}{f'; and {len(odd) - 10} more' if len(odd) > 10 else ''}")
     model.load_state_dict(state)
