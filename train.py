@@ -354,7 +354,11 @@ def main(argv=None):
         model.load_state_dict(saved.get("training", saved)["model"])
         tokenizer = Tokenizer(saved["merges"], saved["context_length"])
     else:
-        model, tokenizer = build(args, train.captions)
+        if rank:
+            dist.barrier()
+        model, tokenizer = build(args, train.captions)  # process 0 first: it may have to download
+        if world > 1 and rank == 0:
+            dist.barrier()
     model.to(device)
     model.clip.grad_checkpoint = args.grad_checkpoint
     config = {k: v for k, v in vars(args).items() if k != "resume"}
