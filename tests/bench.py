@@ -242,8 +242,87 @@ def data_(videos=8, T=12):
                   f"frame); largest difference of a pixel {gap}")
 
 
+def train_(batch=16, T=12, repeat=3):
+    """A whole training step, ViT-B/32 with random weights: ours against the same step written plainly on transformers' CLIPModel (sdpa),
+    in float32; ours in bf16; and what --grad-checkpoint saves. One clip of T frames and one caption of 12 tokens per pair."""
+    import torch.nn.functional as F
+    import transformers
+
+    from clip_model import CLIP, to_openai_names
+    from tmass import TMASS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    hf = transformers.CLIPModel(transformers.CLIPConfig(text_config=dict(eos_token_id=49407), attn_implementation="sdpa"))
+    ours = TMASS(CLIP.from_state_dict(to_openai_names(hf.state_dict())), T, dropout=0.0).to(device)
+    D = 512
+    head = torch.nn.ModuleDict({k: torch.nn.Linear(D, D) for k in ("q", "k", "v", "out", "linear")})
+    head.update({k: torch.nn.LayerNorm(D) for k in ("ln1", "ln2", "ln3")})
+    head["radius"] = torch.nn.Linear(T, D)
+    for name, layer in head.items():
+        layer.load_state_dict((ours.radius.linear if name == "radius" else getattr(ours.pool, name)).state_dict())
+    plain = torch.nn.ModuleDict(dict(clip=hf, head=head)).to(device).train()
+    ours.train()
+    video = torch.randint(0, 256, (batch, T, 3, 224, 224), dtype=torch.uint8, device=device)
+    ids = torch.randint(1, 49000, (batch, 12), device=device)
+    ids[:, 0], ids[:, -1] = 49406, 49407
+    padded = F.pad(ids, (0, 77 - 12), value=49407)  # transformers' processor pads captions to 77 with the end token; it attends to no padding
+    mask = (torch.arange(77, device=device) < 12).long().expand(batch, -1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(3, 1, 1)
+
+    def loss_of_plain(ids, mask):
+        t = hf.get_text_features(ids, attention_mask=mask)
+        f = hf.get_image_features((video.flatten(0, 1).float() / 255 - mean) / std).view(batch, T, D)
+        f1 = head["ln1"](f)
+        q, k, u = head["q"](head["ln1"](t)), head["k"](f1), head["v"](f1)
+        a = (torch.einsum("nd,vtd->nvt", q, k) / D ** 0.5).softmax(-1)
+        x = head["ln2"](head["out"](torch.einsum("nvt,vtd->nvd", a, u)))
+        v = head["ln3"](x + head["linear"](x))
+        own = v[range(batch), range(batch)]
+        r = head["radius"](F.cosine_similarity(t[:, None], f, dim=-1)).exp()
+        loss, labels = 0, torch.arange(batch, device=device)
+        for weight, text in ((1.0, t + r * torch.randn_like(t)), (0.8, t + F.normalize(own - t, dim=-1) * r)):
+            logits = hf.logit_scale.exp() * F.cosine_similarity(text[:, None], v, dim=-1)
+            loss = loss + weight * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        return loss
+
+    def step(model, loss, amp=False):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.2, fused=True)
+
+        def run():
+            with torch.autocast(device, torch.bfloat16, enabled=amp):
+                out = loss()
+            optimizer.zero_grad()
+            out.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return run
+
+    def ours_loss():
+        return ours(ids, video)["loss"]
+
+    def report(name, run):
+        ours.clip.grad_checkpoint = "checkpoint" in name
+        s[name] = seconds({name: run}, repeat)[name] if name not in s else s[name]
+        print(f"{name:36s} {batch / s[name]:7.2f} pairs/s   peak memory of a step {peak_memory(run):.2f} GB", flush=True)
+
+    torch.manual_seed(1)
+    theirs = loss_of_plain(padded, mask).item()
+    torch.manual_seed(1)
+    print(f"device {device}, {torch.get_num_threads()} threads, batch {batch}, T={T}; losses {ours_loss().item():.4f}, plain {theirs:.4f}")
+    runs = {"ours, fp32": step(ours, ours_loss), "plain on transformers, fp32": step(plain, lambda: loss_of_plain(padded, mask)),
+            "plain, captions cut as ours": step(plain, lambda: loss_of_plain(ids, mask[:, :12])), "ours, bf16": step(ours, ours_loss, True)}
+    s = seconds(runs, repeat)  # in turns, for the ratios
+    for name, run in runs.items():
+        report(name, run)
+    report("ours, fp32, grad-checkpoint", runs["ours, fp32"])
+    report("ours, bf16, grad-checkpoint", runs["ours, bf16"])
+    print(f"speed against plain {s['plain on transformers, fp32'] / s['ours, fp32']:.2f}x (its captions cut too: "
+          f"{s['plain, captions cut as ours'] / s['ours, fp32']:.2f}x); bf16 against fp32 {s['ours, fp32'] / s['ours, bf16']:.2f}x")
+
+
 if __name__ == "__main__":
-    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_)}
+    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_, train_)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():
