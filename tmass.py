@@ -86,13 +86,12 @@ class XPool(nn.Module):
         return self.q(self.ln1(t)).unflatten(-1, (self.heads, -1))
 
     def coefficients(self, q, videos):
-        """The c of `span`'s derivation, video first because that is how batched products want it. q (N,H,D/H) -> c (V,N,K)."""
-        N, H, d = q.shape
-        a = torch.cat([dots(q[:, h], videos.k[:, h]).div_(math.sqrt(d)).softmax(-1) for h in range(H)], -1)  # (V,N,H*T)
-        a *= ((a @ videos.G * a).sum(-1, keepdim=True) + self.ln2.eps).rsqrt()                               # a/s
-        c = F.pad(a, (0, 1), value=1.0)                                                                      # (a/s, 1)
-        c *= ((c @ videos.Q * c).sum(-1, keepdim=True) + self.ln3.eps).rsqrt()                               # (c, c_0)
-        return F.pad(c, (0, 1), value=1.0)                                                                   # b3 counts once
+        """The coefficients of `span`'s derivation, texts last: sums over K then run along memory. q (N,H,D/H) -> c (V,K,N)."""
+        a = torch.cat([dots(q[:, h], videos.k[:, h]).div_(math.sqrt(q.shape[-1])).softmax(1) for h in range(self.heads)], 1)  # (V,H*T,N)
+        a *= ((videos.G @ a * a).sum(1, keepdim=True) + self.ln2.eps).rsqrt()                    # a/s
+        c = F.pad(a, (0, 0, 0, 1), value=1.0)                                                    # (a/s, 1)
+        c *= ((videos.Q @ c * c).sum(1, keepdim=True) + self.ln3.eps).rsqrt()                    # (c, c_0)
+        return F.pad(c, (0, 0, 0, 1), value=1.0)                                                 # b3 counts once
 
 
 class MeanPool(nn.Module):
@@ -109,7 +108,7 @@ class MeanPool(nn.Module):
         return t.new_ones(len(t), 1)
 
     def coefficients(self, q, videos):
-        return q.expand(len(videos.Z), -1, -1)
+        return q.T.expand(len(videos.Z), -1, -1)
 
 
 class Videos(NamedTuple):
@@ -137,8 +136,8 @@ class Texts(NamedTuple):
 
 
 def dots(t, z):
-    """Dot products of texts with vectors of videos, as one product of two matrices. t (N,D), z (V,K,D) -> (V,N,K), video first."""
-    return (t @ z.flatten(0, 1).T).view(len(t), *z.shape[:2]).transpose(0, 1).contiguous()
+    """Dot products of vectors of videos with texts, as one product of two matrices. t (N,D), z (V,K,D) -> (V,K,N)."""
+    return (z.flatten(0, 1) @ t.T).view(*z.shape[:2], len(t))
 
 
 def drop(x, p, generator=None):
@@ -318,24 +317,29 @@ class TMASS(nn.Module):
             cos(t + R⊙ε, v) = (t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)).
         """
         t, tt = texts.t, texts.tt
-        c = self.pool.coefficients(texts.q, videos)                       # (V,N,K)
-        tv = (dots(t, videos.Z) * c).sum(-1)                              # t·v  (V,N)
-        v_norm = (c @ videos.ZZ * c).sum(-1).clamp_min(1e-16).sqrt()      # |v|  (V,N)
+        c = self.pool.coefficients(texts.q, videos)                       # (V,K,N)
+        tv = (dots(t, videos.Z) * c).sum(1)                               # t·v  (V,N)
+        v_norm = (videos.ZZ @ c * c).sum(1).clamp_min(1e-16).sqrt()       # |v|  (V,N)
         if eps is None:
             return tv / (v_norm * tt.sqrt().clamp_min(1e-8))
-        S = dots(texts.unit, videos.unit)                                 # cos(t, f_j)  (V,N,T)
+        S = dots(texts.unit, videos.unit)                                 # cos(t, f_j)  (V,T,N)
         if self.radius.kind == "linear":
-            rv, rt, rr = (S.new_empty(*tv.shape, len(eps)) for _ in range(3))
+            (V, _, N), (M, D) = S.shape, eps.shape
+            rv, rt, rr = S.new_empty(3, V, N, M)
             e, e2 = eps.T.contiguous(), eps.square().T.contiguous()       # (D,M)
-            for j in range(0, len(S), tile):
-                part = slice(j, j + tile)
-                r = self.radius(S[part])                                  # R  (V,N,D)
-                torch.matmul((c[part] @ videos.Z[part]).mul_(r), e, out=rv[part])  # (R⊙v)·ε  (V,N,M)
-                torch.matmul(r * t, e, out=rt[part])
-                torch.matmul(r.mul_(r), e2, out=rr[part])
+            Wb = torch.cat([self.radius.linear.weight.T, self.radius.linear.bias[None]])  # (T+1,D)
+            S1 = F.pad(S, (0, 0, 0, 1), value=1.0).mT                     # (V,N,T+1)
+            r_, p_ = S.new_empty(2, min(tile, V), N, D)
+            for j in range(0, V, tile):
+                v = slice(j, j + tile)
+                r, p = r_[:V - j], p_[:V - j]                             # what stays in the cache
+                torch.matmul(S1[v], Wb, out=r).exp_()                     # R = exp(S W + b)  (V,N,D)
+                torch.matmul(torch.matmul(c[v].mT, videos.Z[v], out=p).mul_(r), e, out=rv[v])  # (R⊙v)·ε  (V,N,M)
+                torch.matmul(torch.mul(r, t, out=p), e, out=rt[v])
+                torch.matmul(r.mul_(r), e2, out=rr[v])
         else:  # one number per pair: R leaves the products, and nothing of width D is left
-            r = self.radius.scalar(S).unsqueeze(-1)                       # (V,N,1)
-            rv = c @ (videos.Z @ eps.T) * r
+            r = self.radius.scalar(S.mT).unsqueeze(-1)                    # (V,N,1)
+            rv = c.mT @ (videos.Z @ eps.T) * r
             rt = t @ eps.T * r
             rr = eps.square().sum(-1) * r.square()
         ts_norm = rr.add_(rt, alpha=2).add_(tt[:, None]).clamp_min_(1e-16).sqrt_()  # |t_s|  (V,N,M)
