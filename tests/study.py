@@ -1,0 +1,163 @@
+"""Ablations on `shapes`, in one command: python tests/study.py NAME [--seeds 5] [--jobs 2]
+
+Runs train.py and eval.py over a grid and seeds. Within a seed all variants start from the same warmed-up CLIP, see the same batches, and are
+compared in pairs. Every finished run is one JSON line in tests/study.jsonl and is not run again; checkpoints stay in runs/study/.
+"""
+import argparse
+import concurrent.futures
+import csv
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RUNS = ROOT / "tests" / "study.jsonl", ROOT / "runs" / "study"
+
+XPOOL = {"X-Pool (radius none)": "--radius none"}
+STUDIES = {  # name: (what is trained, {variant: flags of train.py}, [flags of eval.py for each]); the first variant is the baseline
+    "method": {
+        **XPOOL,
+        "mean pooling, no radius": "--radius none --pooling mean",
+        "linear, std 0.1, support 0.8": "--radius linear --prior normal --prior-std 0.1 --support-weight 0.8",
+        "linear, std 0.1, no support": "--radius linear --prior normal --prior-std 0.1 --support-weight 0",
+        "linear, N(0,1), support 0.8 (paper)": "--radius linear --prior normal --prior-std 1 --support-weight 0.8",
+        "linear, uniform, batch support 0.8 (released)": "--radius linear --prior uniform --support-weight 0.8 --support-video batch",
+        "scaled, std 0.1, support 0.8": "--radius scaled --prior normal --prior-std 0.1 --support-weight 0.8",
+        "mean, std 0.1, support 0.8": "--radius mean --prior normal --prior-std 0.1 --support-weight 0.8",
+        "linear, std 0.003, no support (released, LSMDC)": "--radius linear --prior normal --prior-std 0.003 --support-weight 0",
+    },
+    "noise": {
+        **XPOOL,
+        **{f"linear, N(0, {std}²), support 0.8": f"--radius linear --prior normal --prior-std {std} --support-weight 0.8" for std in (0.003, 0.03, 0.1, 0.3, 1)},
+    },
+    "trials": {f"M = {m}": m for m in (20, 0, 1, 5, 50)},
+    "leak": {},
+}
+TRIALS_OF = ("linear, std 0.1, support 0.8", "linear, N(0,1), support 0.8 (paper)")
+
+
+def command(*args):
+    """Run one of our scripts on one thread; its output is kept for the error message. -> seconds."""
+    started = time.time()
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, args))} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return time.time() - started
+
+
+def finished():
+    """All runs so far: {(variant's flags, evaluation flags, seed): row}."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {(row["train"], row["eval"], row["seed"]): row for row in map(json.loads, lines)}
+
+
+def start(seed):
+    """The warmed-up CLIP that all variants of a seed start from."""
+    path = RUNS / f"start-{seed}.pt"
+    if not path.exists():
+        command("train.py", "--epochs", 0, "--seed", seed, "--out", path)
+    return path
+
+
+def checkpoint(train, seed):
+    """Train a variant, or find it trained."""
+    path = RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}" / "model.pt"
+    if not path.exists() or not (path.parent / "finished").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command("train.py", "--clip", start(seed), "--pretrain", 0, "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *train.split())
+        (path.parent / "finished").touch()
+    return path
+
+
+def run(train, flags, seed):
+    """One line of the results: train (or find) a variant, evaluate it on the test split."""
+    began = time.time()
+    path = checkpoint(train, seed)
+    out = path.parent / f"eval{abs(hash(flags))}.json"
+    command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
+    result = json.loads(out.read_text())
+    out.unlink()
+    row = dict(train=train, eval=flags, seed=seed, seconds=round(time.time() - began), **{k: result[k] for k in ("t2v", "v2t", "released_protocol") if k in result})
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def shuffled():
+    """The test split of shapes with its captions dealt out at random: no caption belongs to its video. -> path relative to the repository."""
+    path = RUNS / "shuffled.csv"
+    if not path.exists():
+        start(1)  # renders shapes
+        with open(ROOT / "data" / "shapes" / "captions.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+        captions = [row["caption"] for row in rows]
+        random.Random(0).shuffle(captions)
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("video", "caption"), *((row["video"], caption) for row, caption in zip(rows, captions))])
+    return path.relative_to(ROOT)
+
+
+def interval(values):
+    """Mean, standard deviation, and half a 95 % Student interval of the mean."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    n = len(values)
+    std = statistics.stdev(values) if n > 1 else math.nan
+    return statistics.mean(values), std, t.get(n, 1.96) * std / math.sqrt(n)
+
+
+def table(rows_of, metric="R1", way="t2v"):
+    """A Markdown table: mean ± std over seeds, and the difference to the first row within seeds."""
+    base = next(iter(rows_of.values()))
+    print(f"\n| {way} {metric} | mean ± std | difference to the first row (95 % interval, paired) |\n|---|---|---|")
+    for name, rows in rows_of.items():
+        mean, std, _ = interval([rows[s][way][metric] for s in rows])
+        seeds = [s for s in rows if s in base]
+        gap, _, half = interval([rows[s][way][metric] - base[s][way][metric] for s in seeds])
+        print(f"| {name} | {mean:.1f} ± {std:.1f} | {'' if rows is base else f'{gap:+.1f} ± {half:.1f}'} |")
+    print(f"\n{len(base)} seeds: {', '.join(map(str, base))}; {sum(r['seconds'] for rows in rows_of.values() for r in rows.values()) / 60:.0f} minutes of one core")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", choices=STUDIES)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread (default: %(default)s)")
+    p.add_argument("--only", help="variants whose name contains this, and the baseline")
+    args = p.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    if args.name == "trials":
+        grid = {f"{v}: {name}": (STUDIES["method"][v], f"--trials {m}") for v in TRIALS_OF for name, m in STUDIES["trials"].items()}
+    elif args.name == "leak":
+        both = {"": "--released-protocol", ", captions shuffled": f"--released-protocol --data {shuffled()} --root data/shapes"}
+        grid = {v + what: (STUDIES["method"][v], flags) for v in ("X-Pool (radius none)", *TRIALS_OF) for what, flags in both.items()}
+    else:
+        grid = {name: (flags, "") for name, flags in STUDIES[args.name].items()}
+    if args.only:
+        grid = {name: v for i, (name, v) in enumerate(grid.items()) if i == 0 or args.only in name}
+    seeds, known = range(1, args.seeds + 1), finished()
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(start, seeds))
+        list(pool.map(lambda job: checkpoint(*job), sorted({(train, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known})))
+        todo = [(train, flags, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known]
+        for k, row in enumerate(pool.map(lambda job: run(*job), todo), 1):
+            print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}  {row['seconds']} s", flush=True)
+    known = finished()
+    rows_of = {name: {s: known[train, flags, s] for s in seeds} for name, (train, flags) in grid.items()}
+    table(rows_of)
+    table(rows_of, "MnR")
+    if args.name == "leak":
+        print("\n| | honest R@1 | honest MnR | LEAKING R@1 | LEAKING MnR |\n|---|---|---|---|---|")
+        for name, rows in rows_of.items():
+            cells = [interval([part["t2v"][m] for part in parts])[:2] for parts in (rows.values(), [r["released_protocol"] for r in rows.values()])
+                     for m in ("R1", "MnR")]
+            print(f"| {name} | " + " | ".join(f"{mean:.1f} ± {std:.1f}" for mean, std in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

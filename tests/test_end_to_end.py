@@ -1,0 +1,89 @@
+"""What README promises, typed as README types it: train, evaluate and search on real mp4 files, by subprocess."""
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS += [c for c in re.findall(r"`((?:python|torchrun) [^`]+)`", README)]
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """A small `shapes` where README's commands look for it, and a model trained on it in about half a minute of two cores."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    assert run("data.py", "render", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
+    done = run("train.py", "--pretrain", 100, "--epochs", 2, cwd=folder, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_train_says_what_it_does_and_names_the_checkpoint(trained):
+    folder, said = trained
+    for line in (r"train +480 texts, 120 videos", r"val +10 texts", r"pretrain +100/100", r"validation after epoch 2", r"test: t2v R@1 [\d.]+", r"checkpoint: model.pt"):
+        assert re.search(line, said), (line, said)
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert rows[0].startswith("step,epoch,loss") and len(rows) > 3
+
+
+def test_evaluation_is_well_above_chance_and_repeats_itself(trained, run):
+    folder, said = trained
+    results = []
+    for name in ("a.json", "b.json"):
+        done = run("eval.py", "--ckpt", "model.pt", "--json", name, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / name).read_text()))
+    first, again = results
+    assert first["t2v"] == again["t2v"] and first["videos"] == first["texts"] == 30
+    assert first["t2v"]["R1"] > 20 and first["t2v"]["R5"] > 50  # chance: 3.3 and 17
+    assert f"{first['t2v']['R1']:.1f}" in re.search(r"test: t2v R@1 ([\d.]+)", said)[1]
+    assert "ceiling" in done.stdout
+
+
+def test_search_finds_what_was_asked_for(trained, run):
+    folder, _ = trained
+    rows = [line.split(",") for line in (folder / "data/shapes/captions.csv").read_text().splitlines() if line.endswith(",test")]
+    asked = [row for row in rows if len(row) == 3][:10]  # captions without a comma
+    queries = [x for row in asked for x in ("--query", row[1])]
+    (folder / "gallery").mkdir(exist_ok=True)
+    for row in rows:
+        shutil.copy(folder / "data/shapes" / row[0], folder / "gallery")
+    done = run("eval.py", "--ckpt", "model.pt", *queries, "--videos", "gallery", "--top", 10, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "encoded 30 videos, 30 in the index" in done.stdout
+    parts = done.stdout.split(asked[0][1])[1]
+    found = sum(row[0].split("/")[1] in done.stdout.split(row[1], 1)[1][:900] for row in asked)
+    assert found >= 6, (parts, done.stdout)  # among 10 of 30: chance 3.3
+    assert "encoded 0 videos, 30 in the index" in run("eval.py", "--ckpt", "model.pt", *queries[:2], "--videos", "gallery", cwd=folder).stdout
+
+
+def test_every_flag_in_readme_exists(run):
+    helps = {script: run(script, "--help").stdout for script in ("train.py", "eval.py")}
+    helps["data.py"] = run("data.py", "check", "--help").stdout + run("data.py", "render", "--help").stdout
+    seen = 0
+    for command in COMMANDS:
+        script = re.search(r"(train|eval|data)\.py", command)
+        for flag in re.findall(r"(--[a-z][a-z-]+)", command.split(script[0])[1] if script else ""):
+            assert flag in helps[script[0]], f"README: {command}"
+            seen += 1
+    assert seen > 20
+
+
+@pytest.mark.slow
+def test_readmes_commands_on_the_data_set_that_makes_itself(trained, run):
+    """Every evaluation command of README that needs nothing from outside runs as it stands where `python train.py` has run."""
+    folder, _ = trained
+    ran = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[:2] == ["python", "eval.py"] and "model.pt" in words and "--data" not in words and not any("~" in w for w in words):
+            done = run("eval.py", *words[2:], cwd=folder)
+            assert done.returncode == 0, (command, done.stderr)
+            ran += 1
+    assert ran >= 3
