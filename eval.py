@@ -3,6 +3,7 @@
     python eval.py --ckpt model.pt                                     # the data set it was trained on
     python eval.py --ckpt model.pt --data my.csv --root videos/        # another one
     python eval.py --ckpt best.pth --data msrvtt --released-protocol   # a released checkpoint: its published number beside the honest one
+    python eval.py --ckpt model.pt --analyze --report report.html      # what lies behind the numbers, and a page to look at
     python eval.py --ckpt model.pt --query "a red circle" --videos DIR # search a folder
 
 encode -> score -> ranks -> metrics. `owner` (which video a caption describes) enters only in `ranks`: the scorer never sees it.
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import data
 from clip_model import WeightsError
+from report import analysis_text, analyze, write_report, write_search_report
 from tmass import PRIORS, best_cosine, load_checkpoint
 
 CUTOFFS = (1, 5, 10, 50)
@@ -261,6 +263,11 @@ def evaluate(model, tokenizer, ann, device=None, workers=0, skip_bad=False, cach
     if released:
         _one_caption_each(ann)
     split = rank_split(model, tokenizer, ann, device, workers, skip_bad, cache, trials, seed, batch)
+    return summarise(model, split, trials, seed, with_dsl, released)
+
+
+def summarise(model, split, trials, seed, with_dsl=False, released=False):
+    """The result of `evaluate`, of a Split."""
     owner, sims = split.ann.owner, split.sims
     out = dict(measure(sims, owner), texts=len(owner), videos=len(split.ann.clips), left_out=split.left_out)
     out.update(trials=trials, seed=seed, **{**model.config, "prior": model.prior, "prior_std": model.prior_std})
@@ -490,7 +497,8 @@ def parse_args(argv=None):
     g.add_argument("--dsl", action="store_true", help="add rows with dual softmax, which is transductive: it uses all queries at once")
     g.add_argument("--released-protocol", action="store_true", help="add what the released, LEAKING evaluation reports")
     g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, as in train.py")
-    g.add_argument("--json", metavar="FILE", help="write the result there too")
+    g.add_argument("--analyze", action="store_true",
+                   help="add 95%% intervals, relevant against irrelevant pairs, recall by video complexity and caption length")
     g = p.add_argument_group("search")
     g.add_argument("--query", action="append", metavar="TEXT", help="what to look for; may be given several times")
     g.add_argument("--videos", metavar="DIR", help=f"folder to search; embeddings are kept in DIR/{INDEX}")
@@ -498,6 +506,8 @@ def parse_args(argv=None):
     g.add_argument("--shortlist", type=int, default=1000, metavar="K",
                    help="score exactly the best K by mean-pooled frames; 0: all (default: %(default)s)")
     g = p.add_argument_group("both")
+    g.add_argument("--json", metavar="FILE", help="write the result there too")
+    g.add_argument("--report", metavar="FILE", help="write a page to look at: one .html file with frames, charts and settings")
     g.add_argument("--trials", type=int, default=20, help="M, samples of the text mass; 0 scores the point text (default: %(default)s)")
     g.add_argument("--seed", type=int, default=24, help="of the samples (default: %(default)s)")
     g.add_argument("--prior", choices=PRIORS, help="of the samples (default: as in training; released: uniform, LSMDC normal)")
@@ -515,8 +525,8 @@ def parse_args(argv=None):
         p.error("a search needs both --query TEXT and --videos DIR")
     if args.query and not all(q.strip() for q in args.query):
         p.error("--query is empty: say what to look for")
-    if args.query and (args.data or args.split or args.released_protocol or args.dsl):
-        p.error("--query searches a folder: --data, --split, --dsl and --released-protocol belong to an evaluation")
+    if args.query and (args.data or args.split or args.released_protocol or args.dsl or args.analyze):
+        p.error("--query searches a folder: --data, --split, --dsl, --analyze and --released-protocol belong to an evaluation")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error(f"--device {args.device}: there is no CUDA GPU here; use --device cpu")
     return args
@@ -580,8 +590,9 @@ def run_search(model, tokenizer, args):
 def main(argv=None):
     args = parse_args(argv)
     device = start_processes(args.device)
-    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK)):
-        raise data.DataError(f"--json {args.json} cannot be written: give the name of a file in a folder that exists")
+    for option, path in (("--json", args.json), ("--report", args.report)):  # before anything long starts
+        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
+            raise data.DataError(f"{option} {path} cannot be written: give the name of a file in a folder that exists")
     model, tokenizer, config = load_checkpoint(args.ckpt)
     model.to(device)
     model.prior, model.prior_std = args.prior or model.prior, model.prior_std if args.prior_std is None else args.prior_std
@@ -590,20 +601,43 @@ def main(argv=None):
     if args.query:
         found = run_search(model, tokenizer, args)
         write_json(args.json, found) if args.json else None
+        if args.report and processes()[0] == 0:
+            settings = dict(ckpt=args.ckpt, videos=args.videos, shortlist=args.shortlist, trials=args.trials, seed=args.seed)
+            settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
+            write_search_report(args.report, found, settings)
+            say(f"\nreport: {args.report}")
         return 0
     ann, name, root, split = load_data(args, config)
     ann, missing = data.present(ann, args.skip_bad)
     if missing:
         say(f"--skip-bad: {len(missing)} missing videos left out; {len(ann.captions)} texts, {len(ann.clips)} videos remain")
-    result = evaluate(model, tokenizer, ann, None, args.workers, args.skip_bad, args.cache, args.trials, args.seed, args.batch,
-                      with_dsl=args.dsl, released=args.released_protocol)
+    if args.released_protocol:
+        _one_caption_each(ann)
+    ranked = rank_split(model, tokenizer, ann, None, args.workers, args.skip_bad, args.cache, args.trials, args.seed, args.batch)
+    result = summarise(model, ranked, args.trials, args.seed, args.dsl, args.released_protocol)
     result = dict(result, ckpt=args.ckpt, data=name, split=split, missing=len(missing))
     say(f"{name}, split {split}: {report(result)}")
     if name == "shapes" and split == "test" and ceiling(root) is not None:
         result["ceiling"] = ceiling(root)
         say(f"oracle ceiling of t2v R@1: {result['ceiling']:.1f} (captions leave things out, and fit several videos)")
+    if (args.analyze or args.report) and processes()[0] == 0:
+        explain(model, ranked, result, args)
     write_json(args.json, result) if args.json else None
     return 0
+
+
+def explain(model, ranked, result, args):
+    """--analyze and --report, of a Split; the analysis joins the result."""
+    t, f, sims, ann, _ = ranked
+    places = ranks(sims, ann.owner)
+    analysis = analyze(model, t, f, ann.captions, ann.owner, sims, places, args.trials, args.seed)
+    if args.report:
+        log = os.path.join(os.path.dirname(os.path.abspath(args.ckpt)), "log.csv")
+        write_report(args.report, result, analysis, ann, sims, places, log, seed=args.seed)
+        say(f"report: {args.report}")
+    if args.analyze:
+        result["analysis"] = analysis
+        say("\n" + analysis_text(analysis))
 
 
 def cli():

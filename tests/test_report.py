@@ -15,8 +15,8 @@ from torchvision.io import ImageReadMode, decode_image
 import data
 import eval as ev
 import report
-from clip_model import CLIP
-from tmass import TMASS
+from clip_model import CLIP, Tokenizer
+from tmass import TMASS, save_checkpoint
 from videos import write_video
 
 D, T, M = 32, 3, 4
@@ -26,8 +26,8 @@ EVIL = '<script>alert("1")</script> & \'two\''
 
 def make_model(radius="linear"):
     torch.manual_seed(0)
-    clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16, vocab_size=258,
-                text_width=64, text_layers=1)
+    clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16,
+                vocab_size=Tokenizer().vocab_size, text_width=64, text_layers=1)
     model = TMASS(clip, frames=T, radius=radius).eval()
     if radius == "linear":
         torch.nn.init.normal_(model.radius.linear.weight, std=0.3)
@@ -329,3 +329,32 @@ def test_in_a_browser(written, tmp_path, width):
     x = decode_image(str(picture), ImageReadMode.RGB)[:, :, :width].float()
     assert x.shape[2] == width and x.std() > 20  # something was painted
     assert Path(picture).stat().st_size > 20_000
+
+
+# ---- through eval.py ----
+
+def test_command_line(run, tmp_path):
+    """--analyze and --report on real files and a checkpoint: the page shows what --json says; search makes a page of its results."""
+    lines = ["video,caption"]
+    for v in range(4):
+        write_video(tmp_path / f"{v}.mp4", torch.full((6, 32, 32, 3), 60 * v, dtype=torch.uint8))
+        lines += [f"{v}.mp4,{EVIL.replace(',', '')} {v}".replace('"', ''), f"{v}.mp4,another caption of {v}"]
+    (tmp_path / "my.csv").write_text("\n".join(lines))
+    model = make_model()
+    save_checkpoint(tmp_path / "m.pt", model, Tokenizer(context_length=16), dict(data="shapes"))
+    common, env = ["--ckpt", "m.pt", "--device", "cpu", "--workers", 0, "--trials", M], {"OMP_NUM_THREADS": "1"}
+    out = run("eval.py", *common, "--data", "my.csv", "--analyze", "--report", "r.html", "--json", "r.json", cwd=tmp_path, env=env)
+    assert out.returncode == 0, out.stderr
+    result, page = json.loads((tmp_path / "r.json").read_text()), sound((tmp_path / "r.html").read_text(encoding="utf-8"))
+    a = result["analysis"]
+    assert a["relevant"]["pairs"] == 8 and a["irrelevant"]["pairs"] == 24 and report.analysis_text(a) in out.stdout
+    for way in ("t2v", "v2t"):
+        assert {k: x["value"] for k, x in a["intervals"][way].items()} == pytest.approx({k: result[way][k] for k in ("R1", "R5", "R10")})
+    assert "<script>alert(1)</script> & 'two' " in page.text and "8 captions, 4 videos" in page.text
+    out = run("eval.py", *common, "--query", "dark", "--videos", ".", "--report", "s.html", "--json", "s.json", cwd=tmp_path, env=env)
+    assert out.returncode == 0, out.stderr
+    hits, found = sound((tmp_path / "s.html").read_text(encoding="utf-8")).hits, json.loads((tmp_path / "s.json").read_text())["dark"]
+    assert len(hits) == len(found) == 4 and all(x["file"] in text and f"{x['score']:.4f}" in text for x, (_, text) in zip(found, hits))
+    for args in (["--report", "missing/r.html"], ["--query", "x", "--videos", ".", "--analyze"]):
+        out = run("eval.py", *common, *args, cwd=tmp_path, env=env)
+        assert out.returncode == 2 and "error: " in out.stderr and "Traceback" not in out.stderr
