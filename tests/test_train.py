@@ -493,6 +493,8 @@ def test_init_and_the_baseline(here, monkeypatch, capsys):
     assert status == 0 and "starting anew" not in out and same(grown, weights("again.pt"))
     status, _, err = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--pooling", "mean", "--out", "x.pt")
     assert status == 2 and "does not fit the model asked for" in err and not os.path.exists("x.pt")
+    status, _, err = call(monkeypatch, capsys, *SMALL, "--frames", 3, "--init", "grown.pt", "--out", "x.pt")  # made for another T
+    assert status == 2 and "radius.linear.weight" in err and "--frames" in err and err.count("\n") == 1 and not os.path.exists("x.pt")
     status, out, _ = call(monkeypatch, capsys, *SMALL, "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt")  # its CLIP and tokenizer only
     assert status == 0 and read_weights("clip.pt")["merges"] == content["merges"]
     assert torch.equal(weights("clip.pt")["clip.text_projection"], grown["clip.text_projection"])
