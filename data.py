@@ -95,7 +95,8 @@ def read_frames(clip, frames):
 
 def _open(path):
     """-> (open file, its first stream of moving pictures)."""
-    file = av.open(path, metadata_errors="ignore")  # old files have titles that are not UTF-8
+    # absolute, or "12:30.mp4" would be a protocol named 12; and old files have titles that are not UTF-8
+    file = av.open(os.path.abspath(path), metadata_errors="ignore")
     covers, name = av.stream.Disposition.attached_pic, file.format.name
     stream = next((s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers), None)
     if stream is None or name in ("tty", "image2") or name.endswith("_pipe"):
@@ -315,8 +316,9 @@ class PairDataset(VideoDataset):
     def __getitem__(self, item):
         epoch, i = item
         try:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator; torch.manual_seed would
+                # also set the GPU's, which is the training's
+                torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
                 return self.video(self.ann.owner[i]), self.ann.captions[i], i
         except DataError as e:
             return e
@@ -349,11 +351,11 @@ def read_json(root, name, what, kind):
 def read_table(root, name, what, columns):
     """Rows of a csv file with a header. -> list of (row number as an editor shows it, dict); checks that the columns are there."""
     reader = csv.DictReader(io.StringIO(read_text(root, name, what), newline=""))
-    missing = [c for c in columns if c not in (reader.fieldnames or [])]
-    if missing:
-        raise DataError(f"{Path(root) / name} has no column {', '.join(missing)}; its first line is {reader.fieldnames}")
     rows = []
     try:
+        missing = [c for c in columns if c not in (reader.fieldnames or [])]
+        if missing:
+            raise DataError(f"{Path(root) / name} has no column {', '.join(missing)}; its first line is {reader.fieldnames}")
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{Path(root) / name}, row {reader.line_num}: not as many fields as the header has")
@@ -413,6 +415,14 @@ def _field(row, key, where, kind=str):
     return row[key]
 
 
+def _sentences(row, key, where):
+    """A video's captions; none where the file has no entry. A string would pass as a list of letters."""
+    texts = [] if row.get(key) is None else row[key]
+    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+        raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
+    return texts
+
+
 LSMDC_BAD = "1012_Unbreakable_00.05.16.065-00.05.21.941"
 
 
@@ -425,8 +435,11 @@ def read_lsmdc(root, split):
         if len(fields) != 6 or not fields[5].strip():
             raise DataError(f"{Path(root) / name}, row {number}: {len(fields)} tab-separated fields, expected 6, the last a sentence")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
+        movie = clip.split(".")[0][:-3]
+        if not movie:
+            raise DataError(f"{Path(root) / name}, row {number}: clip id {clip!r} does not begin with the movie's name")
         if clip != LSMDC_BAD:  # known to be broken
-            yield video_file(root, f"{clip.split('.')[0][:-3]}/{clip}.avi"), None, None, fields[5].strip(), f"{name}, row {number}"
+            yield video_file(root, f"{movie}/{clip}.avi"), None, None, fields[5].strip(), f"{name}, row {number}"
 
 
 def read_didemo(root, split):
@@ -438,12 +451,13 @@ def read_didemo(root, split):
         for k, item in enumerate(read_json(root, name, "didemo", list), 1):
             where = f"{name}, entry {k}"
             text = _field(item, "description", where, (str, list))
-            yield files(_field(item, "video", where)), None, None, text if isinstance(text, str) else " ".join(text), where
+            text = text if isinstance(text, str) else " ".join(_sentences(item, "description", where))
+            yield files(_field(item, "video", where)), None, None, text, where
         return
     for number, row in read_table(root, name, "didemo (or the json form)", ["video_path", "starts", "ends", "text"]):
         where = f"{name}, row {number}"
         start, end = (re.search(r"\d+", row[c]) for c in ("starts", "ends"))  # "tensor([[31]])"
-        if not start or not end:
+        if not start or not end or float(start[0]) >= float(end[0]):
             raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} hold no seconds")
         yield files(row["video_path"].rsplit("/", 1)[-1]), float(start[0]), float(end[0]), row["text"], where
 
@@ -462,7 +476,7 @@ def read_vatex(root, split):
         path, start, end = video_file(root, video + ".mp4"), None, None
         if not os.path.isfile(path) and os.path.isfile(video_file(root, match[1] + ".mp4")):  # the uncut YouTube video
             path, start, end = video_file(root, match[1] + ".mp4"), float(match[2]), float(match[3])
-        for caption in item.get("enCap") or []:
+        for caption in _sentences(item, "enCap", where):
             yield path, start, end, caption, where
 
 
@@ -477,7 +491,7 @@ def read_msvd(root, split):
     captions = read_json(root, "captions_msvd.json", "msvd", dict)
     for number, video in enumerate(read_text(root, f"{split}_list.txt", "msvd").split(), 1):
         path = video_file(root, video + ".avi", video + ".mp4")
-        for caption in captions.get(video, []):
+        for caption in _sentences(captions, video, f"{Path(root) / 'captions_msvd.json'}"):
             yield path, None, None, caption, f"{split}_list.txt, row {number}"
 
 
@@ -553,7 +567,10 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24):
 
 def has_splits(path):
     """Does a csv say itself which row belongs to which split?"""
-    return "split" in next(csv.reader(io.StringIO(read_text(Path(path).parent, Path(path).name, "--data"), newline="")), [])
+    try:
+        return "split" in next(csv.reader(io.StringIO(read_text(Path(path).parent, Path(path).name, "--data"), newline="")), [])
+    except csv.Error:  # load_annotations says what is wrong
+        return False
 
 
 def present(ann, skip_bad=False):
@@ -878,6 +895,25 @@ def check(args):
     return 0 if good else 1
 
 
+def render(args):
+    """Make a shapes data set. What the folder holds already is never replaced: if it is anything else, that is a mistake. -> 0."""
+    wanted = dict(zip(("train", "val", "test"), args.videos), seed=args.seed)
+    render_shapes(args.root, **wanted)
+    try:
+        made = json.loads((Path(args.root) / "shapes.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        made = {}
+    if not wanted.items() <= made.items():
+        raise DataError(f"{args.root} holds another data set already: delete it, or choose another --root")
+    return 0
+
+
+def count(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return int(text)
+
+
 def main(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
@@ -885,18 +921,14 @@ def main(argv=None):
     c.add_argument("--data", required=True, help=f"{', '.join(READERS)}, shapes, or a .csv")
     c.add_argument("--root", help="folder of the data set (default: data/NAME)")
     c.add_argument("--decode", action="store_true", help="open every video and list the bad ones")
-    c.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)")
+    c.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)")
     c = commands.add_parser("render", help="make a shapes data set")
     c.add_argument("--root", required=True, help="folder to write into")
-    c.add_argument("--videos", type=int, nargs=3, metavar=("TRAIN", "VAL", "TEST"), required=True, help="number of videos per split")
+    c.add_argument("--videos", type=count, nargs=3, metavar=("TRAIN", "VAL", "TEST"), required=True, help="number of videos per split")
     c.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     args = p.parse_args(argv)
     try:
-        if args.command == "check":
-            return check(args)
-        train, val, test = args.videos
-        render_shapes(args.root, train=train, val=val, test=test, seed=args.seed)
-        return 0
+        return check(args) if args.command == "check" else render(args)
     except DataError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

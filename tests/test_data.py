@@ -145,6 +145,13 @@ def test_cover_picture_is_not_the_video(folder, tmp_path):
                 read_frames(Clip(path), 12)
 
 
+def test_names_that_look_like_something_else(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30.mp4", "concat:a.mp4", "%03d.mp4", "-i.mp4", "a #1?.mp4"):
+        shutil.copy(make(folder, "bframes.mp4"), name)
+        assert numbers(read_frames(Clip(name), 4)) == sample_indices(100, 4), name
+
+
 def bad_videos(folder, tmp_path):
     good = make(folder, "bframes.mp4").read_bytes()
     (tmp_path / "empty.mp4").touch()
@@ -246,6 +253,15 @@ def test_augmentation_depends_on_seed_epoch_and_item_only(folder):
     assert not torch.equal(here[0][0], here[2][0])  # another epoch
     assert not torch.equal(here[0][0], PairDataset(ann, 4, data.train_transform(32), seed=4)[0, 0][0])
     assert PairDataset(ann, 4, data.train_transform(32), seed=2 ** 62)[5, 0][0].shape == (4, 3, 32, 32)
+
+
+def test_augmentation_leaves_the_gpu_generator_alone(folder, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(1)
+    assert seeded == [1]  # what the dataset must not do: with --workers 0 it runs in the process that trains
+    ann = data.Annotations([Clip(str(make(folder, "bframes.mp4")))], ["a"], [0])
+    assert PairDataset(ann, 4, data.train_transform(32))[0, 0][1] == "a" and seeded == [1]
 
 
 def test_bad_video_is_a_value(folder, tmp_path):
@@ -410,9 +426,11 @@ def test_csv_mistakes(tmp_path, rows, message):
 
 def test_csv_files_that_are_none(tmp_path):
     (tmp_path / "open.csv").write_text('video,caption\na.mp4,"never closed\n' + "b.mp4,x\n" * 30000)
+    (tmp_path / "header.csv").write_text('"video,caption\n' + "a.mp4,x\n" * 30000)  # nor is this quote
+    assert data.main(["check", "--data", str(tmp_path / "header.csv")]) == 2
     (tmp_path / "latin.csv").write_bytes("video,caption\na.mp4,café\n".encode("latin-1"))
     (tmp_path / "folder.csv").mkdir()
-    for name in ("open.csv", "latin.csv", "folder.csv", "gone.csv"):
+    for name in ("open.csv", "header.csv", "latin.csv", "folder.csv", "gone.csv"):
         for load in (load_annotations, load_split):
             with pytest.raises(DataError, match=name):
                 load(tmp_path / name)
@@ -519,6 +537,9 @@ def test_lsmdc(tmp_path):
     (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row(GOOD) + "\n" + GOOD + "\tshort\n")
     with pytest.raises(DataError, match="LSMDC16_annos_val.csv, row 2: 2 tab-separated fields, expected 6"):
         load_annotations("lsmdc", tmp_path, "val")
+    (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row("") + "\n")  # "/.avi" would lie outside the folder
+    with pytest.raises(DataError, match="LSMDC16_annos_val.csv, row 1: clip id ''"):
+        load_annotations("lsmdc", tmp_path, "val")
 
 
 def test_didemo(tmp_path):
@@ -531,6 +552,9 @@ def test_didemo(tmp_path):
     assert ann.captions == ["one. two, three"] * 3
     table(tmp_path / "didemo_val_label.csv", head, row("a.mp4"), row("b.mp4", "tensor([[]])"))
     with pytest.raises(DataError, match="didemo_val_label.csv, row 3: .*no seconds"):
+        load_annotations("didemo", tmp_path, "val")
+    table(tmp_path / "didemo_val_label.csv", head, row("a.mp4", "tensor([[0]])"))  # ends where it starts
+    with pytest.raises(DataError, match="didemo_val_label.csv, row 2: .*no seconds"):
         load_annotations("didemo", tmp_path, "val")
     (tmp_path / "train_data.json").write_text(json.dumps([dict(video="34@N02.mp4", description=["a dog.", "a cat."], times=[[0, 0]]),
                                                           dict(video="c.mp4", description="whole", times=[])]))
@@ -581,11 +605,27 @@ def test_msvd(tmp_path):
     assert [p for p, *_ in relative(ann, tmp_path)] == ["videos/b_3_4.avi", "videos/a_1_2.mp4"]
 
 
+@pytest.mark.parametrize("bad", ["letters", 3, [3], {"a": 1}, [None]])
+def test_captions_of_another_kind(tmp_path, bad):
+    (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps([dict(videoID="abcdefghijk_000001_000011", enCap=bad)]))
+    (tmp_path / "captions_msvd.json").write_text(json.dumps({"a_1_2": bad}))
+    (tmp_path / "train_list.txt").write_text("a_1_2\n")
+    (tmp_path / "train_data.json").write_text(json.dumps([dict(video="a.mp4", description=bad, times=[])]))
+    files = {"vatex": "vatex_training_v1.0.json, entry 1", "msvd": "captions_msvd.json", "didemo": "train_data.json, entry 1"}
+    for name, file in files.items():
+        if (name, bad) == ("didemo", "letters"):  # there a whole paragraph is right
+            assert load_annotations(name, tmp_path).captions == ["letters"]
+            continue
+        with pytest.raises(DataError, match=file):
+            load_annotations(name, tmp_path)
+
+
 def test_real_annotation_files(shared, tmp_path):
     for split, n in (("test", 1004), ("val", 1062)):
         ann = load_annotations("didemo", shared / "didemo", split)
         assert len(ann.captions) == n and all(c[1:] == (0, 31) for c in ann.clips)
     msvd = {s: load_annotations("msvd", shared / "msvd", s) for s in data.SPLITS}
+    assert len(set().union(*(a.clips for a in msvd.values()))) == 1970  # no video in two splits
     assert [len(msvd[s].clips) for s in data.SPLITS] == [1200, 100, 670] and len(msvd["test"].captions) == 27763
     assert sorted(Counter(msvd["test"].owner).values())[::669] == [21, 81]
     for file in (shared / "msrvtt").iterdir():
@@ -648,3 +688,15 @@ def test_check_mistakes(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         data.main(["check"])
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    for args in (["check", "--data", "vatex", "--workers", "-1"], ["render", "--root", str(tmp_path), "--videos", "-5", "1", "1"]):
+        with pytest.raises(SystemExit) as e:
+            data.main(args)
+        assert e.value.code == 2 and "is not a number from 0 up" in capsys.readouterr().err
+
+
+def test_render_never_passes_off_another_data_set(tmp_path, capsys):
+    command = lambda n: data.main(["render", "--root", str(tmp_path / "s"), "--videos", str(n), "1", "1"])
+    assert command(2) == 0 and command(2) == 0
+    assert command(3) == 2 and "holds another data set already" in capsys.readouterr().err
+    table(tmp_path / "captions.csv", ["video", "caption"], ["mine.mp4", "x"])  # somebody's own
+    assert data.main(["render", "--root", str(tmp_path), "--videos", "2", "1", "1"]) == 2
