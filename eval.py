@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import stat
 import sys
 import time
 from typing import NamedTuple
@@ -128,9 +129,11 @@ def together(x):
     return x
 
 
-def say(*text):
+def say(text):
+    """Print, as one process of all; a file name that is not Unicode must not end a search."""
     if processes()[0] == 0:
-        print(*text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 # ---- encode and score ----
@@ -371,7 +374,7 @@ def build_index(model, folder, workers=0, batch=16, skip_bad=False):
     """The Index of a folder, from its index file; only new and changed videos are encoded, those that are gone leave it."""
     path, mark, files = os.path.join(folder, INDEX), fingerprint(model), list_videos(folder)
     old = read_index(path, mark) or dict(files={}, bad={})
-    known = {name: row for row, (name, stat) in enumerate(old["files"].items()) if files.get(name) == stat}
+    known = {name: row for row, (name, seen) in enumerate(old["files"].items()) if files.get(name) == seen}
     bad = {name: entry for name, entry in old["bad"].items() if files.get(name) == entry[0]}  # not tried again until it changes
     new = [name for name in files if name not in known and name not in bad]
     failed, clips = {}, [data.Clip(os.path.join(folder, name), None, None) for name in new]
@@ -518,28 +521,40 @@ def parse_args(argv=None):
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     args = p.parse_args(argv)
-    for name, least in (("top", 1), ("shortlist", 0), ("trials", 0), ("batch", 1), ("workers", 0), ("prior_std", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    for name, least in (("top", 1), ("shortlist", 0), ("trials", 0), ("batch", 1), ("workers", 0), ("prior_std", 0), ("seed", 0)):
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2 ** 63:  # not: NaN is out of it too
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}, and less than 2^63")
     if bool(args.query) != bool(args.videos):
         p.error("a search needs both --query TEXT and --videos DIR")
     if args.query and not all(q.strip() for q in args.query):
         p.error("--query is empty: say what to look for")
     if args.query and (args.data or args.split or args.released_protocol or args.dsl or args.analyze):
         p.error("--query searches a folder: --data, --split, --dsl, --analyze and --released-protocol belong to an evaluation")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error(f"--device {args.device}: there is no CUDA GPU here; use --device cpu")
     return args
 
 
 def start_processes(device):
-    """Join the job that torchrun started, if it did. -> this process' device."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    """Join the job that torchrun started, if it did. -> this process' device. Raises DataError if it can't be used."""
+    parallel = "RANK" in os.environ and not dist.is_initialized()
+    if parallel and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=device).item()
+        if parallel and device.startswith("cuda"):
             torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch's ways to say so
+        raise data.DataError(f"--device {device} can't be used here ({str(e).splitlines()[0]}): try --device cpu") from e
+    if parallel:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+def check_output(option, path):
+    """Before anything long starts. Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout)."""
+    folder, name = os.path.split(os.path.abspath(path) if path else "")
+    taken = os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode)
+    if not name or taken or not os.access(folder, os.W_OK):
+        raise data.DataError(f"{option} {path} cannot be written: give the name of a plain file, new or old, in a folder that exists")
 
 
 def load_data(args, config):
@@ -591,8 +606,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = start_processes(args.device)
     for option, path in (("--json", args.json), ("--report", args.report)):  # before anything long starts
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            raise data.DataError(f"{option} {path} cannot be written: give the name of a file in a folder that exists")
+        if path is not None:
+            check_output(option, path)
     model, tokenizer, config = load_checkpoint(args.ckpt)
     model.to(device)
     model.prior, model.prior_std = args.prior or model.prior, model.prior_std if args.prior_std is None else args.prior_std
@@ -608,6 +623,8 @@ def main(argv=None):
             say(f"\nreport: {args.report}")
         return 0
     ann, name, root, split = load_data(args, config)
+    if not ann.captions:
+        raise data.DataError(f"{name} has no caption in split {split}: choose another --split")
     ann, missing = data.present(ann, args.skip_bad)
     if missing:
         say(f"--skip-bad: {len(missing)} missing videos left out; {len(ann.captions)} texts, {len(ann.clips)} videos remain")
@@ -645,7 +662,7 @@ def cli():
     try:
         return main()
     except (data.DataError, WeightsError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)  # stderr escapes what it can't encode
         return 2
     finally:
         if dist.is_initialized():

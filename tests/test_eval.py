@@ -1,4 +1,5 @@
 """Ranks and metrics by hand and against literal loops, the released protocol, evaluation on real files by one and two processes, search."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -180,6 +181,22 @@ def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
     assert torch.equal(split.sims[-1], split.sims[-2]) and torch.equal(split.t[-1], split.t[-2])
 
 
+def test_evaluation_cannot_see_the_owner(folder):
+    """The scores stay whatever `owner` says, and follow texts and videos where these are put; 14 distinct texts, 7 videos."""
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
+    N, V, g = len(ann.captions), len(ann.clips), torch.Generator().manual_seed(0)
+    whole = ev.rank_split(model, tokenizer, ann)
+    swapped = dataclasses.replace(ann, owner=[(v + 3) % V for v in ann.owner])
+    other = ev.rank_split(model, tokenizer, swapped)
+    assert torch.equal(other.sims, whole.sims)
+    assert not torch.equal(ev.ranks(other.sims, other.ann.owner)[0], ev.ranks(whole.sims, ann.owner)[0])  # there it does enter
+    texts, videos = torch.randperm(N, generator=g).tolist(), torch.randperm(V, generator=g).tolist()
+    moved = data.Annotations([ann.clips[v] for v in videos], [ann.captions[i] for i in texts], [videos.index(ann.owner[i]) for i in texts])
+    there = ev.rank_split(model, tokenizer, moved)
+    assert (there.sims - whole.sims[texts][:, videos]).abs().max() < 1e-6
+
+
 def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", lambda clip, frames: os._exit(9))
     with pytest.raises(data.DataError, match="v3.mp4.*--workers"):
@@ -226,7 +243,7 @@ def test_command_line(folder, run, tmp_path, capsys, monkeypatch):
 
 def one_error(status, out, err, *words):
     """Exit status 2 and a last line that says why, no traceback."""
-    last = err.strip().splitlines()[-1]
+    last = (err.strip().splitlines() or [""])[-1]
     return status == 2 and "error: " in last and "Traceback" not in err and all(w in last for w in words)
 
 
@@ -258,14 +275,32 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch):
             (["--ckpt", good, "--released-protocol"], "one caption per video", "15", "7"),
             (["--ckpt", good, "--data", tmp_path / "none.csv"], "none.csv"), (["--ckpt", good, "--data", "nonsense"], "nonsense"),
             (["--ckpt", good, "--json", tmp_path], "--json"), (["--ckpt", good, "--json", tmp_path / "no" / "x.json"], "--json"),
+            (["--ckpt", good, "--json", ""], "--json"), (["--ckpt", good, "--split", "train"], "train", "no caption"),
+            (["--ckpt", good, "--seed", -1], "--seed -1"), (["--ckpt", good, "--seed", 2 ** 70], "--seed"),
+            (["--ckpt", good, "--prior-std", "nan"], "--prior-std nan"), (["--ckpt", good, "--prior-std", "inf"], "--prior-std inf"),
+            (["--ckpt", good, "--device", "foo"], "--device foo"), (["--ckpt", good, "--device", "meta"], "--device meta"),
             (["--ckpt", good, "--trials", -1], "--trials -1"), (["--ckpt", good, "--batch", 0], "--batch 0"),
             (["--ckpt", good, "--prior", "odd"], "--prior"), (["--ckpt", good, "--prior-std", -1], "--prior-std"),
             (["--ckpt", good, "--query", "x"], "--videos"), (["--ckpt", good, "--videos", videos], "--query"),
             (["--ckpt", good, "--query", " ", "--videos", videos], "--query"), ([*search, videos, "--dsl"], "--dsl"),
             ([*search, tmp_path / "nowhere"], "nowhere", "no such folder"), ([*search, good], "model.pt", "no such folder"),
             ([*search, tmp_path / "empty"], "empty", "no videos")):
-        status, out, err = called(capsys, monkeypatch, *arguments, "--workers", 0, "--device", "cpu")
+        status, out, err = called(capsys, monkeypatch, "--workers", 0, "--device", "cpu", *arguments)
         assert one_error(status, out, err, *words), (arguments, status, err)
+
+
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_only_plain_files_are_written_over(option, folder, tmp_path, capsys, monkeypatch):
+    """A result is renamed into place: a pipe, a device (/dev/stdout!) or a link there would be gone."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "kept.txt")
+    (tmp_path / "kept.txt").write_text("kept")
+    before = sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir())
+    for name in ("pipe", "link"):
+        arguments = ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", option, tmp_path / name]
+        status, out, err = called(capsys, monkeypatch, *arguments)
+        assert one_error(status, out, err, option, name), (status, err)
+    assert sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir()) == before
 
 
 # ---- search ----
@@ -321,7 +356,7 @@ def test_search_refreshes_its_index(folder, tmp_path, capsys, monkeypatch):
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
 
 
-def test_search_with_bad_videos_and_folders(folder, tmp_path, capsys, monkeypatch):
+def test_search_with_bad_videos_and_folders(folder, run, tmp_path, capsys, monkeypatch):
     noise_video(tmp_path / "good.mp4", 0)
     (tmp_path / "bad.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:200])
     arguments = ["--ckpt", folder / "model.pt", "--query", "x", "--videos", tmp_path, "--workers", 0, "--device", "cpu"]
@@ -329,6 +364,11 @@ def test_search_with_bad_videos_and_folders(folder, tmp_path, capsys, monkeypatc
     assert status == 2 and "bad.mp4" in err and "--skip-bad" in err and len(err.strip().splitlines()) == 1
     status, out, _ = called(capsys, monkeypatch, *arguments, "--skip-bad")  # what was encoded before the error is not lost
     assert status == 0 and "encoded 0 videos, 1 in the index; 1 unreadable ones left out: bad.mp4" in out
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.mp4"  # not Unicode: found and shown, whatever the terminal's encoding
+    os.link(tmp_path / "good.mp4", odd)
+    done = run("eval.py", *arguments, "--skip-bad", env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and "caf\\udce9.mp4" in done.stdout, done.stderr
+    os.unlink(odd)
     status, _, err = called(capsys, monkeypatch, *arguments)  # known from the index, and still an error
     assert status == 2 and "bad.mp4" in err
     noise_video(tmp_path / "bad.mp4", 1)  # repaired
