@@ -31,6 +31,7 @@ STUDIES = {  # name: (what is trained, {variant: flags of train.py}, [flags of e
         "scaled, std 0.1, support 0.8": "--radius scaled --prior normal --prior-std 0.1 --support-weight 0.8",
         "mean, std 0.1, support 0.8": "--radius mean --prior normal --prior-std 0.1 --support-weight 0.8",
         "linear, std 0.003, no support (released, LSMDC)": "--radius linear --prior normal --prior-std 0.003 --support-weight 0",
+        "linear, std 0.1, support 0.8, point text 1": "--radius linear --prior normal --prior-std 0.1 --support-weight 0.8 --ce-weight 1",
     },
     "noise": {
         **XPOOL,
@@ -38,7 +39,10 @@ STUDIES = {  # name: (what is trained, {variant: flags of train.py}, [flags of e
     },
     "trials": {f"M = {m}": m for m in (20, 0, 1, 5, 50)},
     "leak": {},
+    "settings": {"as above": "", "mean pooling": "--pooling mean", "a fifth of the training videos": "--data runs/study/fifth.csv --root data/shapes --epochs 15",
+                 "twice as long": "--epochs 6"},  # where else might the mass help? X-Pool and T-MASS with each of these flags
 }
+WIDTH = 128  # D of the tiny CLIP
 TRIALS_OF = ("linear, std 0.1, support 0.8", "linear, N(0,1), support 0.8 (paper)")
 
 
@@ -70,7 +74,8 @@ def checkpoint(train, seed):
     path = RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}" / "model.pt"
     if not path.exists() or not (path.parent / "finished").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        command("train.py", "--clip", start(seed), "--pretrain", 0, "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *train.split())
+        csv_recipe = "--batch 64 --frames 6 --dropout 0.1 --augment none --head-lr 1e-3 --clip-lr 5e-4" if "--data" in train else "--pretrain 0"  # that of shapes
+        command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *csv_recipe.split(), *train.split())
         (path.parent / "finished").touch()
     return path
 
@@ -83,24 +88,45 @@ def run(train, flags, seed):
     command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
     result = json.loads(out.read_text())
     out.unlink()
-    row = dict(train=train, eval=flags, seed=seed, seconds=round(time.time() - began), **{k: result[k] for k in ("t2v", "v2t", "released_protocol") if k in result})
+    row = dict(train=train, eval=flags, seed=seed, seconds=round(time.time() - began),
+               **{k: result[k] for k in ("t2v", "v2t", "released_protocol", "analysis") if k in result})
+    row.get("analysis", {}).pop("histograms", None)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     return row
 
 
-def shuffled():
-    """The test split of shapes with its captions dealt out at random: no caption belongs to its video. -> path relative to the repository."""
-    path = RUNS / "shuffled.csv"
+def captions():
+    """The rows of shapes."""
+    start(1)  # renders it
+    with open(ROOT / "data" / "shapes" / "captions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(name, rows):
+    """A csv under runs/study, unless it is there. -> path relative to the repository."""
+    path = RUNS / name
     if not path.exists():
-        start(1)  # renders shapes
-        with open(ROOT / "data" / "shapes" / "captions.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-        captions = [row["caption"] for row in rows]
-        random.Random(0).shuffle(captions)
         with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([("video", "caption"), *((row["video"], caption) for row, caption in zip(rows, captions))])
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     return path.relative_to(ROOT)
+
+
+def shuffled():
+    """The test split of shapes with its captions dealt out at random: no caption belongs to its video."""
+    rows = [row for row in captions() if row["split"] == "test"]
+    texts = [row["caption"] for row in rows]
+    random.Random(0).shuffle(texts)
+    return write("shuffled.csv", [dict(video=row["video"], caption=text) for row, text in zip(rows, texts)])
+
+
+def fifth():
+    """shapes with a fifth of its training videos."""
+    rows = captions()
+    kept = set(sorted({row["video"] for row in rows if row["split"] == "train"})[::5])
+    return write("fifth.csv", [{k: row[k] for k in ("video", "caption", "split")} for row in rows if row["split"] != "train" or row["video"] in kept])
 
 
 def interval(values):
@@ -111,16 +137,49 @@ def interval(values):
     return statistics.mean(values), std, t.get(n, 1.96) * std / math.sqrt(n)
 
 
-def table(rows_of, metric="R1", way="t2v"):
-    """A Markdown table: mean ± std over seeds, and the difference to the first row within seeds."""
-    base = next(iter(rows_of.values()))
-    print(f"\n| {way} {metric} | mean ± std | difference to the first row (95 % interval, paired) |\n|---|---|---|")
-    for name, rows in rows_of.items():
-        mean, std, _ = interval([rows[s][way][metric] for s in rows])
-        seeds = [s for s in rows if s in base]
-        gap, _, half = interval([rows[s][way][metric] - base[s][way][metric] for s in seeds])
-        print(f"| {name} | {mean:.1f} ± {std:.1f} | {'' if rows is base else f'{gap:+.1f} ± {half:.1f}'} |")
+def cell(values, plus=""):
+    """mean ± std, as text."""
+    mean, std, _ = interval(values)
+    return f"{mean:{plus}.1f} ± {std:.1f}"
+
+
+def paired(rows, base, value):
+    """The difference to the baseline within seeds with its 95 % interval, as text."""
+    gap, _, half = interval([value(rows[s]) - value(base[s]) for s in rows if s in base])
+    return "" if rows is base else f"{gap:+.1f} ± {half:.1f}"
+
+
+def table(rows_of, way="t2v", step=None):
+    """Markdown: mean ± std over seeds, and the paired difference to the first row, or to the first of each `step` rows."""
+    print(f"\n| {way} | R@1 | difference in R@1 (95 % interval, paired) | R@5 | MnR | difference in MnR |\n|---|---|---|---|---|---|")
+    names = list(rows_of)
+    for k, (name, rows) in enumerate(rows_of.items()):
+        base = rows_of[names[k - k % step if step else 0]]
+        r1, r5, mnr = (cell([row[way][m] for row in rows.values()]) for m in ("R1", "R5", "MnR"))
+        print(f"| {name} | {r1} | {paired(rows, base, lambda row: row[way]['R1'])} | {r5} | {mnr} | {paired(rows, base, lambda row: row[way]['MnR'])} |")
     print(f"\n{len(base)} seeds: {', '.join(map(str, base))}; {sum(r['seconds'] for rows in rows_of.values() for r in rows.values()) / 60:.0f} minutes of one core")
+
+
+def analysis_tables(rows_of):
+    """Alignment and radius of relevant and irrelevant pairs; R@1 by thirds of video complexity and caption length, and the gain over the first row."""
+    print("\n| relevant / irrelevant | cos(t, v) | best cos(t_s, v) | radius, mean of R | best sample beats point text, % |\n|---|---|---|---|---|")
+    for name, rows in rows_of.items():
+        cells = []
+        for key, inner, scale in (("point", "mean", 1), ("best", "mean", 1), ("radius", "mean", WIDTH)):
+            cells.append(" / ".join("{0:.3f} ± {1:.3f}".format(*interval([r["analysis"][side][key][inner] / scale for r in rows.values()]))
+                                    for side in ("relevant", "irrelevant")))
+        cells.append(" / ".join(cell([r["analysis"][side]["best_beats_point"] for r in rows.values()]) for side in ("relevant", "irrelevant")))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    base = next(iter(rows_of.values()))
+    for what in ("complexity", "length"):
+        print(f"\n| R@1 (gain over the first row) by third of {what} | low | middle | high |\n|---|---|---|---|")
+        for name, rows in rows_of.items():
+            cells = []
+            for k in range(3):
+                value = lambda row: row["analysis"][what][k]["R1"]
+                gain = paired(rows, base, value)
+                cells.append(cell([value(r) for r in rows.values()]) + (f" ({gain})" if gain else ""))
+            print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -136,8 +195,12 @@ def main():
     elif args.name == "leak":
         both = {"": "--released-protocol", ", captions shuffled": f"--released-protocol --data {shuffled()} --root data/shapes"}
         grid = {v + what: (STUDIES["method"][v], flags) for v in ("X-Pool (radius none)", *TRIALS_OF) for what, flags in both.items()}
+    elif args.name == "settings":
+        fifth()
+        pair = {"X-Pool": STUDIES["method"]["X-Pool (radius none)"], "T-MASS": STUDIES["method"][TRIALS_OF[0]]}
+        grid = {f"{setting}: {name}": (f"{flags} {more}".strip(), "--analyze") for setting, more in STUDIES["settings"].items() for name, flags in pair.items()}
     else:
-        grid = {name: (flags, "") for name, flags in STUDIES[args.name].items()}
+        grid = {name: (flags, "--analyze") for name, flags in STUDIES[args.name].items()}
     if args.only:
         grid = {name: v for i, (name, v) in enumerate(grid.items()) if i == 0 or args.only in name}
     seeds, known = range(1, args.seeds + 1), finished()
@@ -149,8 +212,10 @@ def main():
             print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}  {row['seconds']} s", flush=True)
     known = finished()
     rows_of = {name: {s: known[train, flags, s] for s in seeds} for name, (train, flags) in grid.items()}
-    table(rows_of)
-    table(rows_of, "MnR")
+    table(rows_of, step=dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
+    table(rows_of, "v2t", dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
+    if args.name in ("method", "noise"):
+        analysis_tables(rows_of)
     if args.name == "leak":
         print("\n| | honest R@1 | honest MnR | LEAKING R@1 | LEAKING MnR |\n|---|---|---|---|---|")
         for name, rows in rows_of.items():
