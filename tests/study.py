@@ -13,7 +13,7 @@ import random
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +47,14 @@ TRIALS_OF = ("linear, std 0.1, support 0.8", "linear, N(0,1), support 0.8 (paper
 
 
 def command(*args):
-    """Run one of our scripts on one thread; its output is kept for the error message. -> seconds."""
-    started = time.time()
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, args))} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return time.time() - started
+    """Run one of our scripts on one thread; its output is kept for the error message. -> seconds of processor time, data workers included."""
+    with tempfile.TemporaryFile("w+") as output:
+        done = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+        _, status, used = os.wait4(done.pid, 0)
+        if status:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(map(str, args))} ended with {os.waitstatus_to_exitcode(status)}: {output.read()[-2000:]}")
+    return used.ru_utime + used.ru_stime
 
 
 def finished():
@@ -70,25 +72,24 @@ def start(seed):
 
 
 def checkpoint(train, seed):
-    """Train a variant, or find it trained."""
+    """Train a variant, or find it trained; `finished` beside it tells the seconds that it took."""
     path = RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}" / "model.pt"
     if not path.exists() or not (path.parent / "finished").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         csv_recipe = "--batch 64 --frames 6 --dropout 0.1 --augment none --head-lr 1e-3 --clip-lr 5e-4" if "--data" in train else "--pretrain 0"  # that of shapes
-        command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *csv_recipe.split(), *train.split())
-        (path.parent / "finished").touch()
+        used = command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *csv_recipe.split(), *train.split())
+        (path.parent / "finished").write_text(f"{used:.0f}")
     return path
 
 
 def run(train, flags, seed):
     """One line of the results: train (or find) a variant, evaluate it on the test split."""
-    began = time.time()
     path = checkpoint(train, seed)
     out = path.parent / f"eval{abs(hash(flags))}.json"
-    command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
+    used = command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
     result = json.loads(out.read_text())
     out.unlink()
-    row = dict(train=train, eval=flags, seed=seed, seconds=round(time.time() - began),
+    row = dict(train=train, eval=flags, seed=seed, train_seconds=int((path.parent / "finished").read_text()), eval_seconds=round(used),
                **{k: result[k] for k in ("t2v", "v2t", "released_protocol", "analysis") if k in result})
     row.get("analysis", {}).pop("histograms", None)
     with open(RESULTS, "a") as file:
@@ -157,7 +158,10 @@ def table(rows_of, way="t2v", step=None):
         base = rows_of[names[k - k % step if step else 0]]
         r1, r5, mnr = (cell([row[way][m] for row in rows.values()]) for m in ("R1", "R5", "MnR"))
         print(f"| {name} | {r1} | {paired(rows, base, lambda row: row[way]['R1'])} | {r5} | {mnr} | {paired(rows, base, lambda row: row[way]['MnR'])} |")
-    print(f"\n{len(base)} seeds: {', '.join(map(str, base))}; {sum(r['seconds'] for rows in rows_of.values() for r in rows.values()) / 60:.0f} minutes of one core")
+    rows = [row for rows in rows_of.values() for row in rows.values()]
+    minutes = (sum({(r["train"], r["seed"]): r["train_seconds"] for r in rows}.values()) + sum(r["eval_seconds"] for r in rows)) / 60
+    print(f"\n{len(base)} seeds: {', '.join(map(str, base))}; {minutes:.0f} minutes of one core, the training of "
+          "variants that other tables share included")
 
 
 def analysis_tables(rows_of):
@@ -209,7 +213,7 @@ def main():
         list(pool.map(lambda job: checkpoint(*job), sorted({(train, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known})))
         todo = [(train, flags, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known]
         for k, row in enumerate(pool.map(lambda job: run(*job), todo), 1):
-            print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}  {row['seconds']} s", flush=True)
+            print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}", flush=True)
     known = finished()
     rows_of = {name: {s: known[train, flags, s] for s in seeds} for name, (train, flags) in grid.items()}
     table(rows_of, step=dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
