@@ -355,14 +355,15 @@ def best_cosine(t, v, r, eps):
 
 # ---- checkpoints ----
 
-def save_checkpoint(path, model, tokenizer, config, **state):
-    """Write one self-contained file: config, weights, tokenizer, and whatever training state is given (tensors and plain values only).
+def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
+    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, and whatever training state is
+    given (tensors and plain values only).
 
     Written beside the target, flushed to disk, renamed: a kill at any moment leaves the old file or the new one. Raises WeightsError.
     """
     path = os.fspath(path)
-    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config, model=model.state_dict(),
-                   merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
+    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
+                   model=model.state_dict() if weights is None else weights, merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
     part = path + ".part"
     try:
         with open(part, "wb") as file:

@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,20 +44,25 @@ RECIPES = {
     "vatex": {}, "charades": {}, "msvd": {}, "csv": {},
 }
 TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48, text_width=128, text_layers=2)
-RUN_ONLY = ("out", "resume", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint", "root")  # free to change on resume
+# Free to change on --resume, because the result stays the same.
+RUN_ONLY = ("out", "resume", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint", "root")
+METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")  # of TMASS
 
 
 def parse_args(argv=None):
     """Command line -> settings; what is not given comes from the data set's recipe, or on --resume from the checkpoint."""
     p = data.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog="Defaults marked (recipe) depend on --data:\n  all: " + ", ".join(f"{k}={v}" for k, v in BASE.items())
-                                + "".join(f"\n  {n}: " + (", ".join(f"{k}={v}" for k, v in r.items()) or "-") for n, r in RECIPES.items()))
+                    epilog="Defaults marked (recipe) depend on --data:\n  all: " + ", ".join(f"{k}={v}" for k, v in BASE.items())
+                    + "".join(f"\n  {n}: " + (", ".join(f"{k}={v}" for k, v in r.items()) or "-") for n, r in RECIPES.items()))
     g = p.add_argument_group("data")
-    g.add_argument("--data", default=None, help=f"{', '.join(n for n in RECIPES if n != 'csv')}, or the path of a .csv (default: shapes)")
+    g.add_argument("--data", help=f"{', '.join(n for n in RECIPES if n != 'csv')}, or the path of a .csv (default: shapes)")
     g.add_argument("--root", help="folder of the data set (default: data/NAME; for a .csv, the folder it lies in)")
-    g.add_argument("--val-videos", type=int, help="msrvtt, charades: hold this many training videos out to choose the checkpoint (default: 0, the last epoch is the result)")
-    g.add_argument("--skip-bad", action="store_true", help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
-    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
+    g.add_argument("--val-videos", type=int, help="msrvtt, charades: hold this many training videos out to choose the checkpoint "
+                                                  "(default: 0, the last epoch is the result)")
+    g.add_argument("--skip-bad", action="store_true",
+                   help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
+    g.add_argument("--cache", metavar="DIR",
+                   help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
     g.add_argument("--augment", choices=("crop-flip", "none"), help="of training videos: one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
     g = p.add_argument_group("model (recipe)")
@@ -70,7 +76,8 @@ def parse_args(argv=None):
     g.add_argument("--prior", choices=PRIORS, help="distribution of the noise")
     g.add_argument("--prior-std", type=float, help="standard deviation of the normal prior; N(0,1) is larger than |t| itself for CLIP")
     g.add_argument("--support-weight", type=float, help="weight of the support text's loss")
-    g.add_argument("--support-video", choices=SUPPORTS, help="where the support text looks: at its own pooled video, or the batch's mean as released")
+    g.add_argument("--support-video", choices=SUPPORTS,
+                   help="where the support text looks: at its own pooled video, or the batch's mean as released")
     g.add_argument("--ce-weight", type=float, help="weight of the point text's loss")
     g = p.add_argument_group("optimisation (recipe)")
     g.add_argument("--epochs", type=int, help="passes over all (caption, video) pairs; 0 writes the starting point")
@@ -79,34 +86,58 @@ def parse_args(argv=None):
     g.add_argument("--clip-lr", type=float, help="peak learning rate of CLIP")
     g.add_argument("--weight-decay", type=float, help="of AdamW")
     g.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate; cosine to 0 after")
-    g.add_argument("--pretrain", type=int, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP on single pictures first, as real runs start from a pretrained CLIP")
+    g.add_argument("--pretrain", type=int, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP on single pictures first, "
+                                                                 "as real runs start from a pretrained CLIP")
     g.add_argument("--seed", type=int, help="of everything random (default: 24)")
     g = p.add_argument_group("run")
     g.add_argument("--out", default="model.pt", help="the checkpoint; log.csv is written beside it (default: %(default)s)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly (if there is none, start it)")
     g.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="also save within an epoch (default: %(default)s)")
     g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(default: %(default)s)")
-    g.add_argument("--amp", choices=("off", "bf16"), help="bf16: towers in bfloat16, losses in float32; faster and smaller on recent GPUs and CPUs (default: off)")
-    g.add_argument("--grad-checkpoint", action="store_true", help="recompute the towers in the backward pass: much less memory, about a third slower")
+    g.add_argument("--amp", choices=("off", "bf16"),
+                   help="bf16: towers in bfloat16, losses in float32; faster and smaller on recent GPUs and CPUs (default: off)")
+    g.add_argument("--grad-checkpoint", action="store_true",
+                   help="recompute the towers in the backward pass: much less memory, about a third slower")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     args = p.parse_args(argv)
     given = {k for k, v in vars(args).items() if v is not None}
+    saved = _resumed(args, given)
+    name = _fill_in(args, given)
+    for bad, message in _mistakes(args, name):
+        if bad:
+            p.error(message)
+    return args, saved
 
-    saved = None
-    if os.path.isfile(args.out):
-        saved = read_weights(args.out)
-        if args.resume or not saved.get("finished", True):
-            _check_resumable(args, saved, given)
-    if args.resume and saved:
-        for k, v in saved["config"].items():
-            if k not in RUN_ONLY or getattr(args, k, None) is None:
-                setattr(args, k, v)
+
+def _resumed(args, given):
+    """With --resume and a checkpoint in --out: its content, and its settings into args. An unfinished run there is never overwritten."""
+    saved = read_weights(args.out) if os.path.isfile(args.out) else None
+    if saved is None or not args.resume and saved.get("finished", True):
+        return None
+    if saved.get("format") != "tmass":
+        raise WeightsError(f"{args.out} is not a checkpoint of ours: choose another --out")
+    if not args.resume:
+        raise WeightsError(f"{args.out} holds an unfinished run at step {saved['step']}: continue it with --resume, or delete it, "
+                           "or choose another --out")
+    for k in given - set(RUN_ONLY):
+        then, now = saved["config"].get(k), getattr(args, k)
+        if now != then and not (k == "data" and os.path.abspath(now) == then):
+            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, or start anew "
+                               "with another --out")
+    for k, v in saved["config"].items():
+        if k not in RUN_ONLY or getattr(args, k, None) is None:
+            setattr(args, k, v)
+    return saved
+
+
+def _fill_in(args, given):
+    """What is not given, from the data set's recipe. -> its name in RECIPES."""
     args.data = args.data or "shapes"
     name = "csv" if args.data.endswith(".csv") else args.data
     if name not in RECIPES:
-        raise data.DataError(f"unknown data set {args.data!r}: choose {', '.join(n for n in RECIPES if n != 'csv')}, or give the path of a .csv file")
-    recipe = {**BASE, **RECIPES[name]}
-    for k, v in {**recipe, "val_videos": 0, "seed": 24, "amp": "off"}.items():
+        raise data.DataError(f"unknown data set {args.data!r}: choose {', '.join(n for n in RECIPES if n != 'csv')}, "
+                             "or give the path of a .csv file")
+    for k, v in {**BASE, **RECIPES[name], "val_videos": 0, "seed": 24, "amp": "off"}.items():
         if getattr(args, k) is None:
             setattr(args, k, v)
     if args.radius == "none" and "support_weight" not in given:
@@ -115,30 +146,23 @@ def parse_args(argv=None):
         args.data = os.path.abspath(args.data)
     if args.root:
         args.root = os.path.abspath(args.root)
+    return name
+
+
+def _mistakes(args, name):
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for bad, message in (
-            (args.batch < 2, f"--batch {args.batch}: a contrast needs at least 2 pairs"),
-            (args.batch % world, f"--batch {args.batch} is the global batch and must be a multiple of the {world} processes"),
-            (args.frames < 1, f"--frames {args.frames}: at least 1"), (args.epochs < 0, f"--epochs {args.epochs}: at least 0"),
-            (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: from 0 to below 1"), (not 0 <= args.warmup <= 1, f"--warmup {args.warmup}: a share from 0 to 1"),
-            (args.prior_std < 0, f"--prior-std {args.prior_std}: at least 0"), (args.workers < 0, f"--workers {args.workers}: at least 0"),
-            (args.save_every < 1 or args.log_every < 1, "--save-every and --log-every: at least 1"), (args.val_videos < 0, f"--val-videos {args.val_videos}: at least 0"),
-            (args.pretrain and name != "shapes", "--pretrain makes its pictures with --data shapes only; give --clip weights for other data")):
-        if bad:
-            p.error(message)
-    return args, saved if args.resume else None
-
-
-def _check_resumable(args, saved, given):
-    """An unfinished run in --out is not overwritten by accident, nor continued with other settings."""
-    if saved.get("format") != "tmass":
-        raise WeightsError(f"{args.out} is not a checkpoint of ours: choose another --out")
-    if not args.resume:
-        raise WeightsError(f"{args.out} holds an unfinished run at step {saved['step']}: continue it with --resume, or delete it, or choose another --out")
-    for k in given - set(RUN_ONLY):
-        then, now = saved["config"].get(k), getattr(args, k)
-        if now != then and not (k == "data" and os.path.abspath(now) == then):
-            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, or start anew with another --out")
+    return (
+        (args.batch < 2, f"--batch {args.batch}: a contrast needs at least 2 pairs"),
+        (args.batch % world, f"--batch {args.batch} is the global batch and must be a multiple of the {world} processes"),
+        (args.frames < 1, f"--frames {args.frames}: at least 1"),
+        (args.epochs < 0, f"--epochs {args.epochs}: at least 0"),
+        (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: from 0 to below 1"),
+        (not 0 <= args.warmup <= 1, f"--warmup {args.warmup}: a share from 0 to 1"),
+        (not 0 <= args.prior_std < math.inf, f"--prior-std {args.prior_std}: at least 0"),
+        (args.workers < 0, f"--workers {args.workers}: at least 0"),
+        (args.save_every < 1 or args.log_every < 1, "--save-every and --log-every: at least 1"),
+        (args.val_videos < 0, f"--val-videos {args.val_videos}: at least 0"),
+        (args.pretrain and name != "shapes", "--pretrain makes its pictures with --data shapes only; give --clip weights for other data"))
 
 
 # ---- pure functions of the step ----
@@ -163,15 +187,16 @@ class Batches:
     """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair). The last incomplete batch is dropped."""
 
     def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
-        self.pairs, self.batch, self.epochs, self.seed, self.start, self.rank, self.world = pairs, batch, epochs, seed, start, rank, world
+        self.pairs, self.batch, self.seed, self.start, self.rank, self.world = pairs, batch, seed, start, rank, world
         self.per_epoch = pairs // batch
+        self.total = self.per_epoch * epochs
 
     def __len__(self):
-        return self.per_epoch * self.epochs - self.start
+        return self.total - self.start
 
     def __iter__(self):
         share = self.batch // self.world
-        for step in range(self.start, self.per_epoch * self.epochs):
+        for step in range(self.start, self.total):
             epoch, k = divmod(step, self.per_epoch)
             if k == 0 or step == self.start:
                 order = torch.randperm(self.pairs, generator=generator("cpu", self.seed, epoch)).tolist()
@@ -218,19 +243,54 @@ class Gather(torch.autograd.Function):
         return grad[ctx.rows] * dist.get_world_size()
 
 
+class Job(NamedTuple):
+    """This process among those of the run, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def join(self, lines):
+        """The lists of all processes in one, each entry once."""
+        parts = [lines]
+        if self.world > 1:
+            parts = [None] * self.world
+            dist.all_gather_object(parts, lines)
+        return list(dict.fromkeys(x for part in parts for x in part))
+
+    def largest(self, number):
+        """Of all processes' numbers (an int)."""
+        if self.world > 1:
+            number = torch.tensor(number, device=self.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """Process 0 does what is inside, then the others: it may download or render."""
+        if self.world > 1 and self.rank:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+
 def start_processes(device):
-    """Join the job that torchrun started, if it did. -> (rank, world, this process' device)."""
+    """Join the run that torchrun started, if it did. -> Job"""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
         raise WeightsError(f"--device {device} can't be used: {str(e).splitlines()[0]}") from e
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
+        return Job(0, 1, torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
 # ---- what is trained ----
@@ -238,7 +298,7 @@ def start_processes(device):
 def build(args, captions):
     """The model to start from and its tokenizer, as --clip and --init say."""
     torch.manual_seed(args.seed)
-    method = {k: getattr(args, k) for k in ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")}
+    method = {k: getattr(args, k) for k in METHOD}
     if args.init:
         start, tokenizer, _ = load_checkpoint(args.init)
         model = TMASS(start.clip, **method)
@@ -246,7 +306,8 @@ def build(args, captions):
         odd = sorted(k for k in state.keys() ^ own.keys() if not k.startswith("radius."))
         odd += [k for k in own if k in state and state[k].shape != own[k].shape]
         if odd:
-            raise WeightsError(f"--init {args.init} does not fit the model asked for: {', '.join(odd[:5])}; give the same --pooling and --frames")
+            raise WeightsError(f"--init {args.init} does not fit the model asked for: {', '.join(odd[:5])}; "
+                               "give the same --pooling and --frames")
         new = [k for k in own if k not in state]
         print(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
         model.load_state_dict({**own, **{k: x for k, x in state.items() if k in own}})
@@ -261,7 +322,21 @@ def build(args, captions):
     return TMASS(clip, **method), tokenizer
 
 
-def pretrain(clip, tokenizer, args, device, say):
+def restore(saved):
+    """The model and tokenizer of an interrupted run."""
+    model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
+    model.load_state_dict(saved.get("training", saved)["model"])
+    return model, Tokenizer(saved["merges"], saved["context_length"])
+
+
+def make_optimizer(model, args):
+    """AdamW with one group for CLIP and one for what T-MASS adds; `peak` is a group's highest learning rate."""
+    head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+    groups = [dict(params=list(model.clip.parameters()), peak=args.clip_lr), dict(params=head, peak=args.head_lr)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
+
+
+def pretrain(clip, tokenizer, args, job):
     """Image-text warm-up of the tiny CLIP on single pictures, fresh at every step: what a pretrained CLIP is to a real run."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     started = time.time()
@@ -269,8 +344,8 @@ def pretrain(clip, tokenizer, args, device, say):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
         pictures, phrases = data.shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            t, v = clip.encode_text(tokenizer(phrases).to(device)), clip.encode_image(pictures.to(device))
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            t, v = clip.encode_text(tokenizer(phrases).to(job.device)), clip.encode_image(pictures.to(job.device))
         loss = symmetric_cross_entropy(F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T, clip.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -279,8 +354,8 @@ def pretrain(clip, tokenizer, args, device, say):
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(100))
         if (step + 1) % args.log_every == 0 or step + 1 == args.pretrain:
-            passed = time.time() - started
-            say(f"pretrain {step + 1:5d}/{args.pretrain}  loss {loss.item():.3f}  {clock(passed / (step + 1) * (args.pretrain - step - 1))} left")
+            left = (time.time() - started) / (step + 1) * (args.pretrain - step - 1)
+            job.say(f"pretrain {step + 1:5d}/{args.pretrain}  loss {loss.item():.3f}  {clock(left)} left")
 
 
 def clock(seconds):
@@ -317,126 +392,136 @@ class Log:
         self.writer.writeheader()
         self.writer.writerows(rows)
 
+    def step(self, done, args, batches, out, factor, scale, norm, speed):
+        """After `done` steps: a line on the screen and a row. speed in pairs/s."""
+        terms, epoch = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}, (done - 1) // batches.per_epoch + 1
+        head_lr, clip_lr = args.head_lr * factor, args.clip_lr * factor
+        print(f"step {done:5d}/{batches.total}  epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
+              + f"  lr {head_lr:.1e}/{clip_lr:.1e}  {speed:.0f} pairs/s  {clock((batches.total - done) * args.batch / speed)} left", flush=True)
+        self.row(step=done, epoch=epoch, head_lr=head_lr, clip_lr=clip_lr, scale=scale, grad_norm=norm, pairs_per_s=speed, **terms)
+
     def row(self, **values):
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
         self.file.flush()
+
+
+class Checkpoint:
+    """One file: the result (the best epoch on the validation split, or the latest weights) and, until finished, all that resuming needs."""
+
+    def __init__(self, args, model, tokenizer, optimizer, saved, job):
+        self.out, self.model, self.tokenizer, self.optimizer, self.job = args.out, model, tokenizer, optimizer, job
+        self.config = {k: v for k, v in vars(args).items() if k != "resume"}
+        self.step, self.best, self.bad_videos, self.best_weights = 0, None, [], None
+        if saved:
+            optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.best, self.bad_videos = saved["step"], saved["best"], saved["bad_videos"]
+            if "training" in saved:
+                self.best_weights = saved["model"]
+
+    def validated(self, step, R1):
+        """Keep the weights if they are the best so far. R1 in percent."""
+        if self.best is None or R1 > self.best[1]:
+            self.best, self.best_weights = [step, R1], {k: x.detach().to("cpu", copy=True) for k, x in self.model.state_dict().items()}
+
+    def save(self, step, finished=False):
+        """For all processes to call; process 0 writes. Once finished, the model holds the result."""
+        self.step, self.bad_videos = step, self.job.join(self.bad_videos)
+        state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
+        if not finished:
+            state["optimizer"] = self.optimizer.state_dict()
+            if self.best_weights is not None:
+                state["training"] = dict(model=self.model.state_dict())
+        if self.job.rank == 0:
+            save_checkpoint(self.out, self.model, self.tokenizer, self.config, weights=self.best_weights, **state)
+        if finished and self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+
+    def list_bad(self, missing):
+        """What --skip-bad left out, in a file beside the checkpoint."""
+        lines = self.job.join(missing + self.bad_videos)
+        if lines and self.job.rank == 0:
+            path = os.path.splitext(self.out)[0] + ".bad.txt"
+            with open(path, "w") as file:
+                file.writelines(line + "\n" for line in lines)
+            print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
+
+
+class Signals:
+    """SIGINT and SIGTERM are noted while this is open, and looked at after each step; asked twice, it ends at once."""
+
+    def __enter__(self):
+        self.noted = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        if number in self.noted:
+            raise KeyboardInterrupt
+        self.noted.append(number)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- the run ----
 
 def main(argv=None):
     args, saved = parse_args(argv)
-    rank, world, device = start_processes(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    if rank == 0:
+    job = start_processes(args.device)
+    if job.rank == 0:
         check_writable(args.out)
     if saved and saved.get("finished"):
-        say(f"{args.out} is finished (step {saved['step']}): nothing to resume. Evaluate it: python eval.py --ckpt {args.out}")
+        job.say(f"{args.out} is finished (step {saved['step']}): nothing to resume. Evaluate it: python eval.py --ckpt {args.out}")
         return 0
-
-    # data
-    if rank == 0 and args.data == "shapes":
-        data.load_split(args.data, args.root, "train")  # renders on first use; one process only
-    if world > 1:
-        dist.barrier()
-    splits, missing = {}, []
-    for split in ("train", "val", "test"):
-        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed)
-        splits[split], gone = data.present(ann, args.skip_bad)
-        missing += gone
-    train = splits["train"]
-    if len(train.captions) < args.batch:
-        raise data.DataError(f"{args.data} has {len(train.captions)} training pairs, fewer than one batch of {args.batch}: give a smaller --batch")
-
-    # model
-    if saved:
-        model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
-        model.load_state_dict(saved.get("training", saved)["model"])
-        tokenizer = Tokenizer(saved["merges"], saved["context_length"])
-    else:
-        if rank:
-            dist.barrier()
-        model, tokenizer = build(args, train.captions)  # process 0 first: it may have to download
-        if world > 1 and rank == 0:
-            dist.barrier()
-    model.to(device)
+    splits, missing = load_splits(args, job)
+    with job.first_alone():
+        model, tokenizer = restore(saved) if saved else build(args, splits["train"].captions)
+    model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
-    config = {k: v for k, v in vars(args).items() if k != "resume"}
-    clip_parameters = list(model.clip.parameters())
-    head_parameters = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
-    groups = [dict(params=clip_parameters, peak=args.clip_lr), dict(params=head_parameters, peak=args.head_lr)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
-
-    start, best, bad_videos = 0, None, []
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        start, best, bad_videos = saved["step"], saved["best"], saved["bad_videos"]
-    batches = Batches(len(train.captions), args.batch, args.epochs, args.seed, start, rank, world)
-    total = batches.per_epoch * args.epochs
-    say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(config.items())))
-    for split, ann in splits.items():
-        say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
-    if missing:
-        say(f"--skip-bad: {len(missing)} missing videos left out")
-    say(f"parameters: CLIP {sum(p.numel() for p in clip_parameters):,} (lr {args.clip_lr:g}), head {sum(p.numel() for p in head_parameters):,} (lr {args.head_lr:g})")
-    say(f"{total} steps of {args.batch} pairs ({args.batch // world} on each of {world} processes) on {device}, {'bf16 towers' if args.amp == 'bf16' else 'float32'}")
-    if not splits["val"].clips:
-        say("no validation split: the last epoch is the result" + ("; --val-videos 500 would hold some out of train" if args.data in ("msrvtt", "msrvtt-7k", "charades") else ""))
-
+    optimizer = make_optimizer(model, args)
+    checkpoint = Checkpoint(args, model, tokenizer, optimizer, saved, job)
+    batches = Batches(len(splits["train"].captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank, job.world)
+    announce(args, splits, missing, optimizer, batches, job)
     if args.pretrain and not saved:
-        pretrain(model.clip, tokenizer, args, device, say)
+        pretrain(model.clip, tokenizer, args, job)
+    checkpoint.save(checkpoint.step)
 
-    best_weights = {k: x.cpu() for k, x in saved["model"].items()} if saved and "training" in saved else None
+    test_on = functools.partial(evaluate, model, tokenizer, device=job.device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+    with Signals() as signals:
+        stopped = fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job)
+        if not stopped:
+            checkpoint.save(batches.total, finished=True)
+    checkpoint.list_bad(missing)
+    if stopped:
+        job.say(f"stopped by {signal.Signals(stopped).name} after step {checkpoint.step}; continue with: {resume_command()}")
+        return 128 + stopped
+    if checkpoint.best:
+        job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation split")
+    if splits["test"].clips:
+        job.say(f"test: {format_metrics(test_on(splits['test']))}")
+    job.say(f"checkpoint: {args.out}   evaluate it again: python eval.py --ckpt {args.out}")
+    return 0
 
-    def save(step, finished=False):
-        """One file holds the result (the best epoch on the validation split, or the latest weights) and, until finished, all that resuming needs."""
-        if rank:
-            return
-        state = dict(step=step, best=best, bad_videos=bad_videos, finished=finished)
-        if not finished:
-            state["optimizer"] = optimizer.state_dict()
-        current = None
-        if best_weights is not None:
-            current = {k: x.detach().clone() for k, x in model.state_dict().items()}
-            model.load_state_dict(best_weights)
-            if not finished:
-                state["training"] = dict(model=current)
-        save_checkpoint(args.out, model, tokenizer, config, **state)
-        if current is not None and not finished:
-            model.load_state_dict(current)
 
-    save(start)
-    log = Log(args.out, start) if rank == 0 else None
-    transform = data.test_transform if args.augment == "none" else data.train_transform
-    dataset = data.PairDataset(train, args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
-                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer),
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
-    gather = Gather.apply if world > 1 else None
-    stop = []  # signals received; looked at after each step, by all processes together
-
-    def on_signal(number, frame):
-        if number in stop:  # asked twice
-            raise KeyboardInterrupt
-        stop.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-    model.train()
+def fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job):
+    """The training loop. -> 0 at its end, or the signal that ended it before, after saving."""
+    log = Log(args.out, batches.start) if job.rank == 0 else None
+    dataset, loader = make_loader(args, splits["train"], model, tokenizer, batches, job)
+    ddp = DistributedDataParallel(model, device_ids=[job.device.index] if job.device.type == "cuda" else None) if job.world > 1 else model
+    gather = Gather.apply if job.world > 1 else None
     skipped_in_a_row, skipped, seen, started = 0, 0, 0, time.time()
+    model.train()
     with named_deaths(dataset):
-        for step, (ids, video, bad) in enumerate(loader, start):
-            factor = learning_rate(step, total, args.warmup)
+        for step, (ids, video, bad) in enumerate(loader, batches.start):
+            factor = learning_rate(step, batches.total, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            if bad and not args.skip_bad:
-                raise bad[0]
-            bad_videos += [str(e) for e in bad if str(e) not in bad_videos]
-            if ids is None:
-                raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                out = ddp(ids.to(device, non_blocking=True), video.to(device, non_blocking=True), generator(device, args.seed, step), gather)
+            note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                out = ddp(ids.to(job.device, non_blocking=True), video.to(job.device, non_blocking=True),
+                          generator(job.device, args.seed, step), gather)
             optimizer.zero_grad()
             out["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -447,57 +532,85 @@ def main(argv=None):
                 skipped_in_a_row = 0
             else:
                 skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
+                job.say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
                 if skipped_in_a_row == 10:
-                    raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and {args.clip_lr * factor:.2e}, "
-                                       f"logit scale {model.clip.logit_scale.exp().item():.1f}): {args.out} keeps the last good state; lower the rates")
-            seen += args.batch
-            done, end_of_epoch = step + 1, (step + 1) % batches.per_epoch == 0
-            if done % args.log_every == 0 or end_of_epoch:
-                speed = seen / (time.time() - started)
-                terms = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}
-                say(f"step {done:5d}/{total}  epoch {step // batches.per_epoch + 1}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
-                    + f"  lr {args.head_lr * factor:.1e}/{args.clip_lr * factor:.1e}  {speed:.0f} pairs/s  {clock((total - done) * args.batch / speed)} left")
-                if rank == 0:
-                    log.row(step=done, epoch=step // batches.per_epoch + 1, head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor,
-                            scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(), pairs_per_s=speed, **terms)
+                    raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and "
+                                       f"{args.clip_lr * factor:.2e}, logit scale {model.clip.logit_scale.exp().item():.1f}): "
+                                       f"{args.out} keeps the last good state; lower the rates")
+
+            done, seen, end_of_epoch = step + 1, seen + args.batch, (step + 1) % batches.per_epoch == 0
+            if log and (done % args.log_every == 0 or end_of_epoch):
+                log.step(done, args, batches, out, factor, model.clip.logit_scale.exp().item(), norm.item(), seen / (time.time() - started))
             if end_of_epoch and splits["val"].clips:
                 paused = time.time()
-                val = evaluate(model, tokenizer, splits["val"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+                val = test_on(splits["val"])
                 model.train()
                 started += time.time() - paused
-                say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
-                if rank == 0:
+                job.say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
+                checkpoint.validated(done, val["t2v"]["R1"])
+                if log:
                     log.row(step=done, epoch=done // batches.per_epoch, val_R1=val["t2v"]["R1"])
-                if best is None or val["t2v"]["R1"] > best[1]:
-                    best, best_weights = [done, val["t2v"]["R1"]], {k: x.detach().to("cpu", copy=True) for k, x in model.state_dict().items()}
-            stopping = torch.tensor(max(stop, default=0), device=device)
-            if world > 1:
-                dist.all_reduce(stopping, dist.ReduceOp.MAX)
+            stopping = job.largest(max(signals.noted, default=0))
             if (done % args.save_every == 0 or end_of_epoch or stopping) and not skipped_in_a_row:
-                save(done)
+                checkpoint.save(done)
             if stopping:
-                write_bad(args.out, missing + bad_videos, rank)
-                say(f"stopped by {signal.Signals(int(stopping)).name} after step {done}; continue with: {resume_command()}")
-                return 128 + int(stopping)
-
-    save(total, finished=True)  # from here on, model holds the result
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    write_bad(args.out, missing + bad_videos, rank)
-    if best:
-        say(f"the result is that of step {best[0]}, the best on the validation split")
-    if splits["test"].clips:
-        test = evaluate(model, tokenizer, splits["test"], device=device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
-        say(f"test: {format_metrics(test)}")
-    say(f"checkpoint: {args.out}   evaluate it again: python eval.py --ckpt {args.out}")
+                return stopping
     return 0
+
+
+def load_splits(args, job):
+    """-> ({train, val, test: Annotations}, the messages of missing videos that --skip-bad left out)."""
+    if args.data == "shapes":
+        with job.first_alone():
+            data.load_split(args.data, args.root, "train")  # renders on first use
+    splits, missing = {}, []
+    for split in ("train", "val", "test"):
+        splits[split], gone = data.present(data.load_split(args.data, args.root, split, args.val_videos, args.seed), args.skip_bad)
+        missing += gone
+    if len(splits["train"].captions) < args.batch:
+        raise data.DataError(f"{args.data} has {len(splits['train'].captions)} training pairs, fewer than one batch of {args.batch}: "
+                             "give a smaller --batch")
+    return splits, missing
+
+
+def announce(args, splits, missing, optimizer, batches, job):
+    """The resolved truth, at the start."""
+    job.say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k != "resume"))
+    for split, ann in splits.items():
+        job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
+    if missing:
+        job.say(f"--skip-bad: {len(missing)} missing videos left out")
+    job.say("parameters: " + ", ".join(f"{name} {sum(p.numel() for p in group['params']):,} (lr {group['peak']:g})"
+                                       for name, group in zip(("CLIP", "head"), optimizer.param_groups)))
+    job.say(f"{batches.total} steps of {args.batch} pairs ({args.batch // job.world} on each of {job.world} processes) on {job.device}, "
+            + ("bf16 towers" if args.amp == "bf16" else "float32"))
+    if not splits["val"].clips:
+        hint = "; --val-videos 500 would hold some out of train" if args.data in ("msrvtt", "msrvtt-7k", "charades") else ""
+        job.say("no validation split: the last epoch is the result" + hint)
+
+
+def make_loader(args, train, model, tokenizer, batches, job):
+    """-> (the data set, whose `was_reading` names a dead worker's video; the loader of this process' share of every batch)."""
+    transform = data.test_transform if args.augment == "none" else data.train_transform
+    dataset = data.PairDataset(train, args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
+                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
+    return dataset, DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer),
+                               pin_memory=job.device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 def ignore_signals(worker):
     """In a data worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which still wants its batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def note_bad(bad, ids, skip, noted):
+    """Of the batch's pairs that can't be read: stop at the first, or with --skip-bad note them, unless nothing is left."""
+    if bad and not skip:
+        raise bad[0]
+    noted += [str(e) for e in bad if str(e) not in noted]
+    if ids is None:
+        raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
 
 
 @contextlib.contextmanager
@@ -515,19 +628,6 @@ def named_deaths(dataset):
             raise
         raise data.DataError(f"a data worker died while reading {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): check that video, "
                              "or the machine's memory (fewer --workers); the last checkpoint is intact") from e
-
-
-def write_bad(out, lines, rank):
-    """List what --skip-bad left out, in a file beside the checkpoint; the processes' lists are joined."""
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, lines)
-        lines = [x for part in parts for x in part]
-    if lines and rank == 0:
-        path = os.path.splitext(out)[0] + ".bad.txt"
-        with open(path, "w") as file:
-            file.writelines(line + "\n" for line in dict.fromkeys(lines))
-        print(f"--skip-bad: {len(set(lines))} videos left out, listed in {path}")
 
 
 def resume_command():
@@ -551,7 +651,8 @@ def cli():
     except RuntimeError as e:
         if not dist.is_initialized() or "peer" not in str(e).lower():
             raise
-        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: {resume_command()}", file=sys.stderr)
+        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: {resume_command()}",
+              file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
