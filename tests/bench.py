@@ -1,6 +1,7 @@
 """Measurements, printed as ratios and asserted nowhere: python tests/bench.py encode (one function per subcommand)."""
 import argparse
 import csv
+import ctypes
 import math
 import statistics
 import sys
@@ -110,6 +111,7 @@ def peak_memory(function):
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system first
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     size = lambda name: int(next(x for x in open("/proc/self/status") if x.startswith(name)).split()[1])
     before = size("VmRSS")
@@ -141,7 +143,7 @@ def scoring(D=512, T=12, M=20):
             for _ in range(3):
                 torch.mm(grown, e, out=product)
     s = seconds({"score": lambda: model.score(t, f, M), "floor": floor, "point": lambda: model.score(t, f, 0), "X-Pool": lambda: xpool.score(t, f, M)}, repeat=5)
-    literal = seconds({"literal": lambda: literal_score(model, t, f, M)}, repeat=1)["literal"]
+    literal = seconds({"literal": lambda: literal_score(model, t, f, M)}, repeat=2)["literal"]
     gap = (model.score(t, f, M) - literal_score(model, t, f, M)).abs().max()
     print(f"  1000 x 1000   {s['score']:7.2f} s   {s['score']:.2f} us/pair; the literal formula {literal:.1f} s: {literal / s['score']:.0f} times as long; "
           f"floor {s['floor']:.2f} s: we take {s['score'] / s['floor']:.1f} times that")
@@ -242,9 +244,39 @@ def data_(videos=8, T=12):
                   f"frame); largest difference of a pixel {gap}")
 
 
-def train_(batch=16, T=12, repeat=3):
+def memory(T=12):
+    """Peak memory of a training step for ViT-B/32 and B/16 by precision and --grad-checkpoint: measured at two small batches, and, as it is
+    linear, what follows for --batch 32."""
+    from clip_model import CLIP
+    from tmass import TMASS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"device {device}, T={T}; GB of a step at --batch 32: weights, gradients and AdamW's state (16 bytes a parameter) + the step's own")
+    for name, patch in (("ViT-B/32", 32), ("ViT-B/16", 16)):
+        torch.manual_seed(0)
+        model = TMASS(CLIP(512, 224, patch, 768, 12, 77, 49408, 512, 12), T).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        fixed = 16 * sum(p.numel() for p in model.parameters()) / 2 ** 30
+
+        def step(batch, amp):
+            video = torch.randint(0, 256, (batch, T, 3, 224, 224), dtype=torch.uint8, device=device)
+            ids = torch.cat([torch.randint(1, 49000, (batch, 15)), torch.full((batch, 1), 49407)], 1).to(device)
+            with torch.autocast(device, torch.bfloat16, enabled=amp):
+                loss = model(ids, video)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        step(2, False)  # gradients and optimizer state are there
+        for amp in (False, True):
+            for model.clip.grad_checkpoint in (False, True):
+                small, large = (max(peak_memory(lambda: step(batch, amp)) for _ in range(2)) for batch in (2, 6))
+                a_pair = (large - small) / 4
+                print(f"{name}  {'bf16' if amp else 'fp32'}{', grad-checkpoint' if model.clip.grad_checkpoint else '':17s} "
+                      f"{fixed:.1f} + {large + 26 * a_pair:5.1f} GB   (batch 2: {small:.2f}, batch 6: {large:.2f})", flush=True)
+
+
+def train_(batch=16, T=12, repeat=2):
     """A whole training step, ViT-B/32 with random weights: ours against the same step written plainly on transformers' CLIPModel (sdpa),
-    in float32; ours in bf16; and what --grad-checkpoint saves. One clip of T frames and one caption of 12 tokens per pair."""
+    in float32; ours in bf16; and with --grad-checkpoint. One clip of T frames and one caption of 12 tokens per pair."""
     import torch.nn.functional as F
     import transformers
 
@@ -304,7 +336,7 @@ def train_(batch=16, T=12, repeat=3):
     def report(name, run):
         ours.clip.grad_checkpoint = "checkpoint" in name
         s[name] = seconds({name: run}, repeat)[name] if name not in s else s[name]
-        print(f"{name:36s} {batch / s[name]:7.2f} pairs/s   peak memory of a step {peak_memory(run):.2f} GB", flush=True)
+        print(f"{name:36s} {batch / s[name]:7.2f} pairs/s", flush=True)
 
     torch.manual_seed(1)
     theirs = loss_of_plain(padded, mask).item()
@@ -322,7 +354,7 @@ def train_(batch=16, T=12, repeat=3):
 
 
 if __name__ == "__main__":
-    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_, train_)}
+    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_, train_, memory)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():

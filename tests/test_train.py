@@ -264,7 +264,7 @@ def test_two_processes_train_as_one(here, start):
 
 
 def children(pid):
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [int(p) for task in Path(f"/proc/{pid}/task").glob("*/children") for p in task.read_text().split()]
 
 
 def test_a_dead_process_ends_the_job(here):
@@ -335,6 +335,35 @@ def test_resume_is_exact(here, start, uninterrupted, monkeypatch, capsys, number
         before = (here / "model.pt").read_bytes()
         status, out, err = call(monkeypatch, capsys, "--resume")
         assert status == 0 and "is finished (step 18): nothing to resume" in out and before == (here / "model.pt").read_bytes()
+
+
+def test_a_signal_to_everybody_while_validating(here, start, uninterrupted):
+    """As from a terminal or a batch system: the data workers of training and of the validation get it too."""
+    job = start(here, *RESUMABLE).until(reaches(6)).until(lambda job: len(children(job.process.pid)) > 2)  # 2 train
+    for pid in (*children(job.process.pid), job.process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert job.wait() == 143 and job.err == "", job.err
+    assert "validation after epoch 1" in job.out and read_weights(here / "model.pt")["step"] == 6
+    start(here, *RESUMABLE, "--resume").finish()
+    check_equal(here, uninterrupted[0])
+
+
+def test_sigterm_under_torchrun(here):
+    settings = [*SMALL[2:], "--data", here / "set/my.csv", "--epochs", 12, "--skip-bad"]
+    for name in ("whole", "cut"):
+        (here / name).mkdir()
+    whole = torchrun(ROOT / "train.py", *settings, cwd=here / "whole")
+    job = torchrun(ROOT / "train.py", *settings, cwd=here / "cut")
+    lines = list(itertools.takewhile(lambda line: not line.startswith("step     3/"), job.stdout))
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode != 0 and out.count("stopped by SIGTERM after step") == 1, ("".join(lines), out, err[-3000:])
+    content = read_weights(here / "cut" / "model.pt")
+    assert 3 <= content["step"] < 72 and not content["finished"]
+    again = torchrun(ROOT / "train.py", *settings, "--resume", cwd=here / "cut")
+    assert [again.communicate(timeout=150), again.returncode][1] == 0
+    assert [whole.communicate(timeout=150), whole.returncode][1] == 0
+    check_equal(here / "cut", here / "whole")
 
 
 def kill_and_resume(folder, start, uninterrupted, when):
