@@ -585,8 +585,9 @@ def present(ann, skip_bad=False):
 
 # ---- shapes ----
 # Real mp4 files of 2 to 4 shots, made here. A shot has six facts: a sky and a ground, then shape and colour of the thing on the left and
-# of the one on the right. A caption tells of one shot, left thing first, not always of everything: -1 is a fact left unsaid. Each fact has two
-# wordings, and the warm-up's phrases know the first only. A frame tells nothing of order or direction of motion, so neither do captions.
+# of the one on the right. A caption tells of one shot, left thing first, not always of everything: -1 is a fact left unsaid. Each fact
+# has two wordings, and the warm-up's phrases know the first only. A frame tells nothing of order or direction of motion, so neither do
+# captions.
 
 SKIES = [["at night", "under the stars"], ["at noon", "under a blue sky"], ["at sunset", "in the evening glow"],
          ["at dawn", "under a pink sky"], ["in the rain", "under grey clouds"], ["in a snowfall", "under falling snow"],

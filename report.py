@@ -131,7 +131,8 @@ def number(x, digits=1):
     return "–" if x is None or math.isnan(x) else f"{x:.{digits}f}"
 
 
-PAIR_ROWS = (("cos(t, v), point text", "point", 3), ("cos(t_s, v), best sample", "best", 3), ("|R|₁, radius of the text mass", "radius", 1))
+PAIR_ROWS = (("cos(t, v), point text", "point", 3), ("cos(t_s, v), best sample", "best", 3),
+             ("|R|₁, radius of the text mass", "radius", 1))
 THIRDS = (("complexity", "video complexity (frame diversity)", 3), ("length", "caption length (words)", 0))
 
 
@@ -421,7 +422,8 @@ def metrics_table(result, a):
             m, cells = part[way], ""
             for k in RECALLS:
                 x = (intervals or {}).get(way, {}).get(f"R{k}")
-                cells += f'<td class="main">{m[f"R{k}"]:.1f}' + (f"<small>{x['low']:.1f} – {x['high']:.1f}</small>" if x else "") + "</td>"
+                interval = f"<small>{x['low']:.1f} – {x['high']:.1f}</small>" if x else ""
+                cells += f'<td class="main">{m[f"R{k}"]:.1f}{interval}</td>'
             yield f'<tr><th scope="row">{label}{name}</th>{cells}<td>{m["MdR"]:g}</td><td>{m["MnR"]:.1f}</td></tr>'
     body, notes = "".join(rows(result, "", a["intervals"])), ""
     if "dsl" in result:

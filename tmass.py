@@ -363,7 +363,8 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     """
     path = os.fspath(path)
     content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
-                   model=model.state_dict() if weights is None else weights, merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
+                   model=model.state_dict() if weights is None else weights,
+                   merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
     part = path + ".part"
     try:
         with open(part, "wb") as file:
@@ -386,7 +387,8 @@ def load_checkpoint(path):
         return model.eval(), Tokenizer(content["merges"], content["context_length"]), content["config"]
     state = content.get("state_dict", content)
     if not any(key.startswith("pool_frames.") for key in state):
-        raise WeightsError(f"{path} is not a T-MASS checkpoint: not written by train.py, and without the released code's pool_frames.* keys")
+        raise WeightsError(f"{path} is not a T-MASS checkpoint: not written by train.py, and without the released code's "
+                           "pool_frames.* keys")
     return _from_released(state, path)
 
 
@@ -416,7 +418,8 @@ def _load_strictly(model, state, path):
     """load_state_dict, with every key that does not fit named in one error."""
     own = model.state_dict()
     odd = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(x.shape)}" for k, x in own.items() if k in state and state[k].shape != x.shape]
+    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(x.shape)}" for k, x in own.items()
+            if k in state and state[k].shape != x.shape]
     if odd:
         raise WeightsError(f"{path} does not fit the model: {'; '.join(odd[:10])}{f'; and {len(odd) - 10} more' if len(odd) > 10 else ''}")
     model.load_state_dict(state)

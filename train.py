@@ -46,7 +46,8 @@ RECIPES = {
 TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48, text_width=128, text_layers=2)
 # Free to change on --resume, because the result stays the same.
 RUN_ONLY = ("out", "resume", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint", "root")
-METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")  # of TMASS
+# What TMASS is made with.
+METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")
 
 
 def parse_args(argv=None):
@@ -184,7 +185,10 @@ def generator(device, *numbers):
 
 
 class Batches:
-    """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair). The last incomplete batch is dropped."""
+    """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair).
+
+    An epoch's last, incomplete batch is dropped.
+    """
 
     def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
         self.pairs, self.batch, self.seed, self.start, self.rank, self.world = pairs, batch, seed, start, rank, world
@@ -397,7 +401,8 @@ class Log:
         terms, epoch = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}, (done - 1) // batches.per_epoch + 1
         head_lr, clip_lr = args.head_lr * factor, args.clip_lr * factor
         print(f"step {done:5d}/{batches.total}  epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
-              + f"  lr {head_lr:.1e}/{clip_lr:.1e}  {speed:.0f} pairs/s  {clock((batches.total - done) * args.batch / speed)} left", flush=True)
+              + f"  lr {head_lr:.1e}/{clip_lr:.1e}  {speed:.0f} pairs/s  "
+              f"{clock((batches.total - done) * args.batch / speed)} left", flush=True)
         self.row(step=done, epoch=epoch, head_lr=head_lr, clip_lr=clip_lr, scale=scale, grad_norm=norm, pairs_per_s=speed, **terms)
 
     def row(self, **values):
@@ -488,7 +493,8 @@ def main(argv=None):
         pretrain(model.clip, tokenizer, args, job)
     checkpoint.save(checkpoint.step)
 
-    test_on = functools.partial(evaluate, model, tokenizer, device=job.device, workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+    test_on = functools.partial(evaluate, model, tokenizer, device=job.device, workers=args.workers, skip_bad=args.skip_bad,
+                                cache=args.cache)
     with Signals() as signals:
         stopped = fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job)
         if not stopped:
@@ -626,8 +632,8 @@ def named_deaths(dataset):
         pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
         if not pid:
             raise
-        raise data.DataError(f"a data worker died while reading {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): check that video, "
-                             "or the machine's memory (fewer --workers); the last checkpoint is intact") from e
+        raise data.DataError(f"a data worker died while reading {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): "
+                             "check that video, or the machine's memory (fewer --workers); the last checkpoint is intact") from e
 
 
 def resume_command():
@@ -651,8 +657,8 @@ def cli():
     except RuntimeError as e:
         if not dist.is_initialized() or "peer" not in str(e).lower():
             raise
-        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: {resume_command()}",
-              file=sys.stderr)
+        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: "
+              f"{resume_command()}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
