@@ -170,7 +170,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's approximation of GELU: their weights need it."""
 
     def forward(self, x):
-        return x * (1.702 * x).sigmoid_()  # in place: one large tensor less
+        return F.silu(1.702 * x).div_(1.702)  # silu(z) = z sigmoid(z), which keeps one large tensor for the backward pass, not two
 
 
 class Attention(nn.Module):

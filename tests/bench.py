@@ -268,10 +268,10 @@ def memory(T=12):
         step(2, False)  # gradients and optimizer state are there
         for amp in (False, True):
             for model.clip.grad_checkpoint in (False, True):
-                small, large = (max(peak_memory(lambda: step(batch, amp)) for _ in range(2)) for batch in (2, 6))
-                a_pair = (large - small) / 4
+                small, large = (peak_memory(lambda: step(batch, amp)) for batch in (1, 3))
+                a_pair = (large - small) / 2
                 print(f"{name}  {'bf16' if amp else 'fp32'}{', grad-checkpoint' if model.clip.grad_checkpoint else '':17s} "
-                      f"{fixed:.1f} + {large + 26 * a_pair:5.1f} GB   (batch 2: {small:.2f}, batch 6: {large:.2f})", flush=True)
+                      f"{fixed:.1f} + {large + 29 * a_pair:5.1f} GB   (batch 1: {small:.2f}, batch 3: {large:.2f})", flush=True)
 
 
 def train_(batch=16, T=12, repeat=2):
