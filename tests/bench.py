@@ -244,34 +244,45 @@ def data_(videos=8, T=12):
                   f"frame); largest difference of a pixel {gap}")
 
 
-def memory(T=12):
-    """Peak memory of a training step for ViT-B/32 and B/16 by precision and --grad-checkpoint: measured at two small batches, and, as it is
-    linear, what follows for --batch 32."""
+def memory(T=12, batch=32):
+    """What a training step keeps for its backward pass, counted tensor by tensor on the CPU (a GPU's is the same but for its allocator's
+    rounding), for ViT-B/32 and B/16 by precision and --grad-checkpoint."""
     from clip_model import CLIP
     from tmass import TMASS
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"device {device}, T={T}; GB of a step at --batch 32: weights, gradients and AdamW's state (16 bytes a parameter) + the step's own")
+
+    def kept(model, pairs, amp):
+        """GB that autograd keeps, each storage once, without the parameters."""
+        known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
+
+        def pack(x):
+            nonlocal total
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                total += storage.nbytes()
+            return x  # and so stays: no address is used twice
+        video = torch.randint(0, 256, (pairs, T, 3, 224, 224), dtype=torch.uint8)
+        ids = torch.cat([torch.randint(1, 49000, (pairs, 15)), torch.full((pairs, 1), 49407)], 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = model(ids, video)["loss"]
+        del loss
+        return total / 2 ** 30
+
+    print(f"GB at --batch {batch}, T={T}: weights, gradients and AdamW's state + kept for the backward pass (with --grad-checkpoint one block, run again)")
     for name, patch in (("ViT-B/32", 32), ("ViT-B/16", 16)):
         torch.manual_seed(0)
-        model = TMASS(CLIP(512, 224, patch, 768, 12, 77, 49408, 512, 12), T).to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        model = TMASS(CLIP(512, 224, patch, 768, 12, 77, 49408, 512, 12), T).train()
         fixed = 16 * sum(p.numel() for p in model.parameters()) / 2 ** 30
-
-        def step(batch, amp):
-            video = torch.randint(0, 256, (batch, T, 3, 224, 224), dtype=torch.uint8, device=device)
-            ids = torch.cat([torch.randint(1, 49000, (batch, 15)), torch.full((batch, 1), 49407)], 1).to(device)
-            with torch.autocast(device, torch.bfloat16, enabled=amp):
-                loss = model(ids, video)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        step(2, False)  # gradients and optimizer state are there
         for amp in (False, True):
             for model.clip.grad_checkpoint in (False, True):
-                small, large = (peak_memory(lambda: step(batch, amp)) for batch in (1, 3))
-                a_pair = (large - small) / 2
+                one, two = (kept(model, pairs, amp) for pairs in (1, 2))
+                a_pair, whole = two - one, two + (batch - 2) * (two - one)
+                if not model.clip.grad_checkpoint:
+                    block = a_pair * batch / 12
+                else:
+                    whole += block
                 print(f"{name}  {'bf16' if amp else 'fp32'}{', grad-checkpoint' if model.clip.grad_checkpoint else '':17s} "
-                      f"{fixed:.1f} + {large + 29 * a_pair:5.1f} GB   (batch 1: {small:.2f}, batch 3: {large:.2f})", flush=True)
+                      f"{fixed:.1f} + {whole:5.1f} = {fixed + whole:5.1f}", flush=True)
 
 
 def train_(batch=16, T=12, repeat=2):

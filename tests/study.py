@@ -186,6 +186,21 @@ def analysis_tables(rows_of):
             print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def noise_table(rows_of):
+    """How long the noise is beside the text: std·|R|₂/|t| of relevant pairs, with |R|₂ ≈ √D·(mean of R), over the test captions."""
+    sys.path.insert(0, str(ROOT))
+    from tmass import load_checkpoint
+    texts = [row["caption"] for row in captions() if row["split"] == "test"]
+    print("\n| | mean length of t | length of R⊙ε over that of t |\n|---|---|---|")
+    for name, rows in rows_of.items():
+        lengths, ratios = [], []
+        for seed, row in rows.items():
+            model, tokenizer, _ = load_checkpoint(checkpoint(row["train"], seed))
+            lengths.append(model.encode_text(tokenizer(texts)).norm(dim=-1).mean().item())
+            ratios.append(model.prior_std * row["analysis"]["relevant"]["radius"]["mean"] / WIDTH ** 0.5 / lengths[-1])
+        print(f"| {name} | {cell(lengths)} | " + "{0:.3f} ± {1:.3f} |".format(*interval(ratios)))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=STUDIES)
@@ -220,6 +235,8 @@ def main():
     table(rows_of, "v2t", dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
     if args.name in ("method", "noise"):
         analysis_tables(rows_of)
+    if args.name == "noise":
+        noise_table(rows_of)
     if args.name == "leak":
         print("\n| | honest R@1 | honest MnR | LEAKING R@1 | LEAKING MnR |\n|---|---|---|---|---|")
         for name, rows in rows_of.items():
