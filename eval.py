@@ -33,6 +33,7 @@ from tmass import PRIORS, best_cosine, load_checkpoint
 CUTOFFS = (1, 5, 10, 50)
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
 INDEX, INDEX_FORMAT = ".tmass-index.pt", "tmass index 1"
+CHUNK, SAVE_SECONDS = 1024, 60  # an index is made in chunks of videos, and saved between them this often
 
 
 # ---- ranks and metrics ----
@@ -156,10 +157,11 @@ def collate(items):
 
 
 @torch.no_grad()
-def encode_videos(model, clips, cache=None, workers=0, batch=16, bad=None):
+def encode_videos(model, clips, cache=None, workers=0, batch=16, bad=None, before=0, total=None):
     """clips (V) -> f (V,T,D), on the model's device; each video decoded once, sharded over the processes.
 
     A video that can't be read raises its DataError; with bad={} its message goes there under its number instead, and its row is zeros.
+    before, total: what to tell of progress where these clips are a part of more.
     """
     (rank, world), device, V, T = processes(), model.clip.logit_scale.device, len(clips), model.frames
     f = torch.zeros(V, T, model.clip.config["embed_dim"], device=device)
@@ -178,7 +180,7 @@ def encode_videos(model, clips, cache=None, workers=0, batch=16, bad=None):
                 f[[v for v, e in zip(rows, errors) if not e]] = model.encode_video(frames.to(device, non_blocking=True))
             if time.time() - told > 20:
                 told = time.time()
-                say(f"encoded {rows[-1] + 1} of {V} videos")
+                say(f"encoded {before + rows[-1] + 1} of {total or V} videos")
     except RuntimeError as e:
         died = re.search(r"DataLoader worker \(pid\D* (\d+)", str(e))
         if died is None:
@@ -377,30 +379,39 @@ def build_index(model, folder, workers=0, batch=16, skip_bad=False):
     known = {name: row for row, (name, seen) in enumerate(old["files"].items()) if files.get(name) == seen}
     bad = {name: entry for name, entry in old["bad"].items() if files.get(name) == entry[0]}  # not tried again until it changes
     new = [name for name in files if name not in known and name not in bad]
-    failed, clips = {}, [data.Clip(os.path.join(folder, name), None, None) for name in new]
-    f = encode_videos(model, clips, None, workers, batch, failed).cpu()
-    bad.update((new[v], (files[new[v]], message)) for v, message in failed.items())
-    names = [name for name in files if name not in bad]
-    if not new and len(known) == len(old["files"]) and len(bad) == len(old["bad"]):
-        index = Index(old["frames"], old["mean"], names)
-    else:
-        row = {name: v for v, name in enumerate(new)}
-        frames = torch.empty(len(names), model.frames, f.shape[-1], dtype=torch.float16)
-        mean = torch.empty(len(names), f.shape[-1], dtype=torch.float16)
-        first = pooled(f)
-        for v, name in enumerate(names):
-            frames[v], mean[v] = (f[row[name]], first[row[name]]) if name in row else (old["frames"][known[name]], old["mean"][known[name]])
-        index = Index(frames, mean, names)
-        if processes()[0] == 0:
-            kept = {name: files[name] for name in names}
-            save_index(path, dict(format=INDEX_FORMAT, fingerprint=mark, frames=frames, mean=mean, files=kept, bad=bad))
+    fresh, saved, took = {}, time.time(), 0  # name -> its frames and their mean
+    index = Index(old["frames"], old["mean"], list(old["files"])) if old["files"] else None
+    if not new and (len(known), len(bad)) != (len(old["files"]), len(old["bad"])):
+        index = _save_rows(path, mark, old, known, fresh, files, bad)
+    for part in blocks(len(new), CHUNK):
+        failed, clips = {}, [data.Clip(os.path.join(folder, name), None, None) for name in new[part]]
+        f = encode_videos(model, clips, None, workers, batch, failed, part.start, len(new)).cpu()
+        bad.update((new[part][v], (files[new[part][v]], message)) for v, message in failed.items())
+        fresh.update((name, (frames.half(), mean.half())) for v, (name, frames, mean) in enumerate(zip(new[part], f, pooled(f)))
+                     if v not in failed)
+        now = time.time()
+        if part.stop >= len(new) or now - saved > max(SAVE_SECONDS, 10 * took):  # what is interrupted loses minutes, not a day
+            index = _save_rows(path, mark, old, known, fresh, files, bad)
+            saved, took = time.time(), time.time() - now
+    names = index.names if index else []
     unreadable = f"; {len(bad)} unreadable ones left out: {', '.join(list(bad)[:10])}" if bad else ""
-    say(f"encoded {len(new) - len(failed)} videos, {len(names)} in the index{unreadable}")
+    say(f"encoded {len(fresh)} videos, {len(names)} in the index{unreadable}")
     if bad and not skip_bad:  # only now: what was encoded is kept
         raise data.DataError(f"{next(iter(bad.values()))[1]} ({len(bad)} unreadable in all): repair it, or leave it out with --skip-bad")
     if not names:
         raise data.DataError(f"--videos {folder}: none of its {len(bad)} videos can be read")
     return index
+
+
+def _save_rows(path, mark, old, known, fresh, files, bad):
+    """Join the old index's rows that still hold with the fresh ones, and save them. -> Index"""
+    names = [name for name in files if name in known or name in fresh]
+    rows = [fresh.get(name) or (old["frames"][known[name]], old["mean"][known[name]]) for name in names]
+    frames, mean = (torch.stack(x) for x in zip(*rows)) if rows else (torch.empty(0), torch.empty(0))
+    if processes()[0] == 0:
+        kept = {name: files[name] for name in names}
+        save_index(path, dict(format=INDEX_FORMAT, fingerprint=mark, frames=frames, mean=mean, files=kept, bad=bad))
+    return Index(frames, mean, names)
 
 
 def save_index(path, content):

@@ -487,9 +487,10 @@ def main(argv=None):
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)
     checkpoint = Checkpoint(args, model, tokenizer, optimizer, saved, job)
+    resumed, saved = saved is not None, None  # all of it has been copied: let the memory go
     batches = Batches(len(splits["train"].captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank, job.world)
     announce(args, splits, missing, optimizer, batches, job)
-    if args.pretrain and not saved:
+    if args.pretrain and not resumed:
         pretrain(model.clip, tokenizer, args, job)
     checkpoint.save(checkpoint.step)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
+from conftest import ROOT
 from tmass import TMASS, load_checkpoint, save_checkpoint
 from videos import write_video
 
@@ -354,6 +356,29 @@ def test_search_refreshes_its_index(folder, tmp_path, capsys, monkeypatch):
     out = query(ckpt=tmp_path / "other.pt")
     assert "other weights" in out and "encoded 4 videos, 4 in the index" in out and "encoded 0 videos" in query(ckpt=tmp_path / "other.pt")
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_an_index_survives_a_kill(folder, tmp_path):
+    """A folder of many videos takes hours: what was encoded before a kill -9 is not encoded again, and the result is the same."""
+    for k in range(40):
+        noise_video(tmp_path / f"{k:02d}.mp4", k)
+    script = "import sys, eval; eval.CHUNK, eval.SAVE_SECONDS = 3, 0; sys.exit(eval.cli())"
+    arguments = ["--ckpt", folder / "model.pt", "--query", "noise", "--videos", tmp_path, "--workers", "0", "--device", "cpu", "--top", "40"]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    env = {**os.environ, **ENV, "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (tmp_path / ev.INDEX).exists() and time.time() < deadline:
+        time.sleep(0.002)
+    job.kill()
+    job.wait()
+    had = len(torch.load(tmp_path / ev.INDEX, weights_only=True)["files"])
+    assert 3 <= had < 40 and had % 3 == 0
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100).stdout
+    assert f"encoded {40 - had} videos, 40 in the index" in again
+    (tmp_path / ev.INDEX).unlink()
+    anew = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100).stdout
+    assert "encoded 40 videos" in anew and again.splitlines()[-40:] == anew.splitlines()[-40:]
 
 
 def test_search_with_bad_videos_and_folders(folder, run, tmp_path, capsys, monkeypatch):
