@@ -35,13 +35,18 @@ STUDIES = {  # name: (what is trained, {variant: flags of train.py}, [flags of e
     },
     "noise": {
         **XPOOL,
-        **{f"linear, N(0, {std}²), support 0.8": f"--radius linear --prior normal --prior-std {std} --support-weight 0.8" for std in (0.003, 0.03, 0.1, 0.3, 1)},
+        **{f"linear, N(0, {std}²), support 0.8": f"--radius linear --prior normal --prior-std {std} --support-weight 0.8"
+           for std in (0.003, 0.03, 0.1, 0.3, 1)},
     },
     "trials": {f"M = {m}": m for m in (20, 0, 1, 5, 50)},
     "leak": {},
-    "settings": {"as above": "", "mean pooling": "--pooling mean", "a fifth of the training videos": "--data runs/study/fifth.csv --root data/shapes --epochs 15",
-                 "twice as long": "--epochs 6"},  # where else might the mass help? X-Pool and T-MASS with each of these flags
+    "settings": {  # where else might the mass help? X-Pool's radius none and T-MASS with each of these flags
+        "as above": "",
+        "mean pooling": "--pooling mean",
+        "a fifth of the training videos": "--data runs/study/fifth.csv --root data/shapes --epochs 15",
+    },
 }
+FIFTH = "--batch 64 --frames 6 --dropout 0.1 --augment none --head-lr 1e-3 --clip-lr 5e-4"  # the recipe of shapes, for a csv
 WIDTH = 128  # D of the tiny CLIP
 TRIALS_OF = ("linear, std 0.1, support 0.8", "linear, N(0,1), support 0.8 (paper)")
 
@@ -76,8 +81,9 @@ def checkpoint(train, seed):
     path = RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}" / "model.pt"
     if not path.exists() or not (path.parent / "finished").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        csv_recipe = "--batch 64 --frames 6 --dropout 0.1 --augment none --head-lr 1e-3 --clip-lr 5e-4" if "--data" in train else "--pretrain 0"  # that of shapes
-        used = command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume", *csv_recipe.split(), *train.split())
+        recipe = FIFTH if "--data" in train else "--pretrain 0"
+        used = command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume",
+                       *recipe.split(), *train.split())
         (path.parent / "finished").write_text(f"{used:.0f}")
     return path
 
