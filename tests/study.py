@@ -93,11 +93,12 @@ def run(train, flags, seed):
     path = checkpoint(train, seed)
     out = path.parent / f"eval{abs(hash(flags))}.json"
     used = command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(), parse_float=lambda x: round(float(x), 4))
     out.unlink()
     row = dict(train=train, eval=flags, seed=seed, train_seconds=int((path.parent / "finished").read_text()), eval_seconds=round(used),
                **{k: result[k] for k in ("t2v", "v2t", "released_protocol", "analysis") if k in result})
-    row.get("analysis", {}).pop("histograms", None)
+    for key in ("histograms", "intervals"):
+        row.get("analysis", {}).pop(key, None)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     return row
