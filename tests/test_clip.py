@@ -186,6 +186,15 @@ def test_autocast_and_empty_batches():
     assert clip.encode_image(images[:0]).shape == clip.encode_text(Tokenizer()([])).shape == (0, 24)
 
 
+def test_patches_under_autocast_are_the_convolutions():
+    """On a CPU they go through a product there; 20 pixels hold two patches of 8, as for a convolution."""
+    torch.manual_seed(0)
+    tower, x = clip_model.VisionTransformer(24, 20, 8, 64, 2, clip_model.QuickGELU), torch.randn(5, 3, 20, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tower(x)
+    assert (y.float() - tower(x)).norm() < 0.02 * tower(x).norm()
+
+
 # ---------------------------------------------------------------------------------------- weights of other projects
 B32 = dict(embed_dim=512, image_size=224, patch_size=32, vision_width=768, vision_layers=12,
            context_length=77, vocab_size=49408, text_width=512, text_layers=12)
