@@ -76,9 +76,13 @@ def start(seed):
     return path
 
 
+def folder(train, seed):
+    return RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}"
+
+
 def checkpoint(train, seed):
     """Train a variant, or find it trained; `finished` beside it tells the seconds that it took."""
-    path = RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}" / "model.pt"
+    path = folder(train, seed) / "model.pt"
     if not path.exists() or not (path.parent / "finished").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = FIFTH if "--data" in train else "--pretrain 0"
@@ -106,20 +110,21 @@ def run(train, flags, seed):
 
 def captions():
     """The rows of shapes."""
-    start(1)  # renders it
-    with open(ROOT / "data" / "shapes" / "captions.csv", newline="") as file:
+    path = ROOT / "data" / "shapes" / "captions.csv"
+    if not path.exists():
+        start(1)  # renders it
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write(name, rows):
-    """A csv under runs/study, unless it is there. -> path relative to the repository."""
+    """A csv under runs/study, unless it is there."""
     path = RUNS / name
     if not path.exists():
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    return path.relative_to(ROOT)
 
 
 def shuffled():
@@ -127,14 +132,14 @@ def shuffled():
     rows = [row for row in captions() if row["split"] == "test"]
     texts = [row["caption"] for row in rows]
     random.Random(0).shuffle(texts)
-    return write("shuffled.csv", [dict(video=row["video"], caption=text) for row, text in zip(rows, texts)])
+    write("shuffled.csv", [dict(video=row["video"], caption=text) for row, text in zip(rows, texts)])
 
 
 def fifth():
     """shapes with a fifth of its training videos."""
     rows = captions()
     kept = set(sorted({row["video"] for row in rows if row["split"] == "train"})[::5])
-    return write("fifth.csv", [{k: row[k] for k in ("video", "caption", "split")} for row in rows if row["split"] != "train" or row["video"] in kept])
+    write("fifth.csv", [{k: row[k] for k in ("video", "caption", "split")} for row in rows if row["split"] != "train" or row["video"] in kept])
 
 
 def interval(values):
@@ -195,6 +200,8 @@ def analysis_tables(rows_of):
 
 def noise_table(rows_of):
     """How long the noise is beside the text: std·|R|₂/|t| of relevant pairs, with |R|₂ ≈ √D·(mean of R), over the test captions."""
+    if not all(folder(row["train"], s).exists() for rows in rows_of.values() for s, row in rows.items()):
+        return print("\nThe noise's length needs the checkpoints in runs/study: delete the lines of noise in tests/study.jsonl to train them again.")
     sys.path.insert(0, str(ROOT))
     from tmass import load_checkpoint
     texts = [row["caption"] for row in captions() if row["split"] == "test"]
@@ -219,10 +226,9 @@ def main():
     if args.name == "trials":
         grid = {f"{v}: {name}": (STUDIES["method"][v], f"--trials {m}") for v in TRIALS_OF for name, m in STUDIES["trials"].items()}
     elif args.name == "leak":
-        both = {"": "--released-protocol", ", captions shuffled": f"--released-protocol --data {shuffled()} --root data/shapes"}
+        both = {"": "--released-protocol", ", captions shuffled": "--released-protocol --data runs/study/shuffled.csv --root data/shapes"}
         grid = {v + what: (STUDIES["method"][v], flags) for v in ("X-Pool (radius none)", *TRIALS_OF) for what, flags in both.items()}
     elif args.name == "settings":
-        fifth()
         pair = {"X-Pool": STUDIES["method"]["X-Pool (radius none)"], "T-MASS": STUDIES["method"][TRIALS_OF[0]]}
         grid = {f"{setting}: {name}": (f"{flags} {more}".strip(), "--analyze") for setting, more in STUDIES["settings"].items() for name, flags in pair.items()}
     else:
@@ -230,10 +236,12 @@ def main():
     if args.only:
         grid = {name: v for i, (name, v) in enumerate(grid.items()) if i == 0 or args.only in name}
     seeds, known = range(1, args.seeds + 1), finished()
+    todo = [(train, flags, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(start, seeds))
-        list(pool.map(lambda job: checkpoint(*job), sorted({(train, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known})))
-        todo = [(train, flags, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known]
+        if todo:
+            list(pool.map(start, seeds))
+            shuffled(), fifth()
+            list(pool.map(lambda job: checkpoint(*job), sorted({(train, s) for train, _, s in todo})))
         for k, row in enumerate(pool.map(lambda job: run(*job), todo), 1):
             print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}", flush=True)
     known = finished()
