@@ -336,16 +336,10 @@ patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch" 
 
 
 def write(path, text):
-    """Beside the target and renamed. Raises DataError. What isn't Unicode in file names becomes a character reference."""
-    part = f"{path}.{os.getpid()}.part"
+    """A page, whole or not at all. Raises DataError. What isn't Unicode in file names becomes a character reference."""
     try:
-        try:
-            with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-                file.write(text)
-            os.replace(part, path)
-        finally:
-            if os.path.isfile(part):
-                os.unlink(part)
+        with data.written_whole(path) as part, open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+            file.write(text)
     except OSError as e:
         raise data.DataError(f"--report {path} cannot be written: {e.strerror}; give the name of a file in a folder that exists") from e
 

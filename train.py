@@ -8,29 +8,26 @@
 Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step number and nothing else.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import math
 import os
-import re
 import signal
 import sys
 import time
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
-from eval import evaluate, format_metrics
+from eval import evaluate, format_metrics, run, start_processes
+from shapes import shapes_pictures
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
-# Defaults per data set (design, section 6: as released); every value can be overridden on the command line.
+# Defaults per data set (as released); every value can be overridden on the command line.
 BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1, pretrain=0,
             pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0, support_weight=0.8,
             support_video="matched", ce_weight=0.0, augment="crop-flip")
@@ -247,56 +244,6 @@ class Gather(torch.autograd.Function):
         return grad[ctx.rows] * dist.get_world_size()
 
 
-class Job(NamedTuple):
-    """This process among those of the run, and its device."""
-    rank: int
-    world: int
-    device: torch.device
-
-    def say(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
-
-    def join(self, lines):
-        """The lists of all processes in one, each entry once."""
-        parts = [lines]
-        if self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, lines)
-        return list(dict.fromkeys(x for part in parts for x in part))
-
-    def largest(self, number):
-        """Of all processes' numbers (an int)."""
-        if self.world > 1:
-            number = torch.tensor(number, device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-    @contextlib.contextmanager
-    def first_alone(self):
-        """Process 0 does what is inside, then the others: it may download or render."""
-        if self.world > 1 and self.rank:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-
-
-def start_processes(device):
-    """Join the run that torchrun started, if it did. -> Job"""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
-        raise WeightsError(f"--device {device} can't be used: {str(e).splitlines()[0]}") from e
-    if "RANK" not in os.environ:
-        return Job(0, 1, torch.device(device))
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
-
-
 # ---- what is trained ----
 
 def build(args, captions):
@@ -347,7 +294,7 @@ def pretrain(clip, tokenizer, args, job):
     for step in range(args.pretrain):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-        pictures, phrases = data.shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
+        pictures, phrases = shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
         with torch.autocast(job.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
             t, v = clip.encode_text(tokenizer(phrases).to(job.device)), clip.encode_image(pictures.to(job.device))
         loss = symmetric_cross_entropy(F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T, clip.logit_scale.exp())
@@ -494,7 +441,7 @@ def main(argv=None):
         pretrain(model.clip, tokenizer, args, job)
     checkpoint.save(checkpoint.step)
 
-    test_on = functools.partial(evaluate, model, tokenizer, device=job.device, workers=args.workers, skip_bad=args.skip_bad,
+    test_on = functools.partial(evaluate, model, tokenizer, job=job, workers=args.workers, skip_bad=args.skip_bad,
                                 cache=args.cache)
     with Signals() as signals:
         stopped = fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job)
@@ -515,12 +462,14 @@ def main(argv=None):
 def fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job):
     """The training loop. -> 0 at its end, or the signal that ended it before, after saving."""
     log = Log(args.out, batches.start) if job.rank == 0 else None
-    dataset, loader = make_loader(args, splits["train"], model, tokenizer, batches, job)
+    transform = data.test_transform if args.augment == "none" else data.train_transform
+    dataset = data.PairDataset(splits["train"], args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
+                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
     ddp = DistributedDataParallel(model, device_ids=[job.device.index] if job.device.type == "cuda" else None) if job.world > 1 else model
     gather = Gather.apply if job.world > 1 else None
     skipped_in_a_row, skipped, seen, started = 0, 0, 0, time.time()
     model.train()
-    with named_deaths(dataset):
+    with data.loading(dataset, batches, Collate(tokenizer), args.workers, pin=job.device.type == "cuda") as loader:
         for step, (ids, video, bad) in enumerate(loader, batches.start):
             factor = learning_rate(step, batches.total, args.warmup)
             for group in optimizer.param_groups:
@@ -596,21 +545,6 @@ def announce(args, splits, missing, optimizer, batches, job):
         job.say("no validation split: the last epoch is the result" + hint)
 
 
-def make_loader(args, train, model, tokenizer, batches, job):
-    """-> (the data set, whose `was_reading` names a dead worker's video; the loader of this process' share of every batch)."""
-    transform = data.test_transform if args.augment == "none" else data.train_transform
-    dataset = data.PairDataset(train, args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
-                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
-    return dataset, DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=Collate(tokenizer),
-                               pin_memory=job.device.type == "cuda", worker_init_fn=ignore_signals)
-
-
-def ignore_signals(worker):
-    """In a data worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which still wants its batch."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def note_bad(bad, ids, skip, noted):
     """Of the batch's pairs that can't be read: stop at the first, or with --skip-bad note them, unless nothing is left."""
     if bad and not skip:
@@ -620,51 +554,24 @@ def note_bad(bad, ids, skip, noted):
         raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
 
 
-@contextlib.contextmanager
-def named_deaths(dataset):
-    """When a worker process dies (out of memory, a crash in a codec), say which video it was reading; torch tells at any later moment."""
-    try:
-        try:
-            yield
-        except (EOFError, ConnectionError):  # the worker died while handing a batch over: in a moment torch's SIGCHLD handler raises more
-            time.sleep(1)
-            raise
-    except RuntimeError as e:
-        pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
-        if not pid:
-            raise
-        raise data.DataError(f"a data worker died while reading {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): "
-                             "check that video, or the machine's memory (fewer --workers); the last checkpoint is intact") from e
-
-
 def resume_command():
     """What the user typed, with --resume."""
     return " ".join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
 
 
-def cli():
-    """User mistakes end in one clear line and exit status 2; anything else is a bug and shows where."""
+def main_of_a_run():
+    """`main`, whose failures tell how to go on."""
     try:
         return main()
-    except (data.DataError, WeightsError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except OSError as e:  # a full disk under log.csv, for one
-        print(f"error: {e}; the last checkpoint is intact: {resume_command()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        raise data.DataError(f"{e}; the last checkpoint is intact: {resume_command()}") from e
     except RuntimeError as e:
         if not dist.is_initialized() or "peer" not in str(e).lower():
             raise
         print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: "
               f"{resume_command()}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(run(main_of_a_run))

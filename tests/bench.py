@@ -157,7 +157,8 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
     with --ckpt of a trained model, how much of the exact top 10 of its test split a shortlist keeps."""
     import tempfile
 
-    import eval as ev
+    import eval as eval_
+    import search as se
     from tmass import load_checkpoint
     g = torch.Generator().manual_seed(0)
     model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
@@ -165,33 +166,33 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
         mapped = lambda name, *shape: torch.from_file(f"{folder}/{name}", shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
         frames, mean = mapped("frames", videos, T, D), mapped("mean", videos, D)
         noise = 0.7 * torch.randn(4096, T, D, generator=g)  # the same for each block: a million videos take long enough to make
-        for rows in ev.blocks(videos, 4096):
+        for rows in eval_.blocks(videos, 4096):
             f = torch.randn(len(mean[rows]), 1, D, generator=g) + noise[:len(mean[rows])]
-            frames[rows], mean[rows] = f, ev.pooled(f)
+            frames[rows], mean[rows] = f, se.pooled(f)
         del frames, mean  # mapped anew, nothing of it in this process' memory
-        index = ev.Index(mapped("frames", videos, T, D), mapped("mean", videos, D), None)
+        index = se.Index(mapped("frames", videos, T, D), mapped("mean", videos, D), None)
         one = t[:1]
-        memory = peak_memory(lambda: ev.search(model, one, index, shortlist))
-        points = ev.best_points(one, index.mean, shortlist)[0].sort().values
-        s = seconds({"both": lambda: ev.search(model, one, index, shortlist), "points": lambda: ev.best_points(one, index.mean, shortlist),
-                     "points of 16": lambda: ev.best_points(t, index.mean, shortlist), "exact": lambda: ev.score_few(model, one, index.frames[points])})
+        memory = peak_memory(lambda: se.search(model, one, index, shortlist))
+        points = se.best_points(one, index.mean, shortlist)[0].sort().values
+        s = seconds({"both": lambda: se.search(model, one, index, shortlist), "points": lambda: se.best_points(one, index.mean, shortlist),
+                     "points of 16": lambda: se.best_points(t, index.mean, shortlist), "exact": lambda: se.score_few(model, one, index.frames[points])})
         print(f"{videos} videos, {torch.get_num_threads()} threads, T={T} D={D}, shortlist {shortlist}: a query takes {s['both'] * 1e3:.0f} ms: "
               f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms with 16 queries at once), "
               f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included")
-        part = ev.Index(index.frames[:10_000], index.mean[:10_000], None)
-        exact = seconds({"exact": lambda: ev.search(model, one, part, 0)}, repeat=2)["exact"]
+        part = se.Index(index.frames[:10_000], index.mean[:10_000], None)
+        exact = seconds({"exact": lambda: se.search(model, one, part, 0)}, repeat=2)["exact"]
         print(f"exact scores of everything (--shortlist 0): {exact / len(part.frames) * 1e4:.2f} s per 10,000 videos")
     if ckpt is None:
         return
     import data
     model, tokenizer, config = load_checkpoint(ckpt)
     ann = data.load_split(config["data"], config.get("root"), "test", config.get("val_videos", 0), config.get("seed", 24))
-    split = ev.rank_split(model, tokenizer, ann, workers=2)
-    index = ev.Index(split.f.half(), ev.pooled(split.f).half(), None)
-    exact = ev.search(model, split.t, index, 0, 10)[1]
+    split = eval_.rank_split(model, tokenizer, ann, workers=2)
+    index = se.Index(split.f.half(), se.pooled(split.f).half(), None)
+    exact = se.search(model, split.t, index, 0, 10)[1]
     for K in (10, 20, 50, 100, 200):
         if K < len(split.f):
-            found = ev.search(model, split.t, index, K, 10)[1]
+            found = se.search(model, split.t, index, K, 10)[1]
             kept = (exact[:, :, None] == found[:, None]).any(-1).double().mean()
             print(f"shortlist of {K:4d} of {len(split.f)} videos keeps {100 * kept:.1f} % of the exact top 10 ({len(split.t)} queries of {config['data']})")
 
@@ -201,8 +202,9 @@ def data_(videos=8, T=12):
     H.264 files of 15 s, 320x240, 25 fps."""
     import tempfile
 
-    import data
     from videos import write_video
+
+    import data
     torch.set_num_threads(1)  # as a DataLoader's worker
     with tempfile.TemporaryDirectory() as folder:
         clips, g = [], torch.Generator().manual_seed(0)

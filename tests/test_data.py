@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from videos import numbered, numbers, write_video
 
 import data
+import shapes
 from data import Clip, DataError, FrameCache, PairDataset, VideoDataset, load_annotations, load_split, present, read_frames, sample_indices
 
 
@@ -427,7 +428,7 @@ def test_csv_mistakes(tmp_path, rows, message):
 def test_csv_files_that_are_none(tmp_path):
     (tmp_path / "open.csv").write_text('video,caption\na.mp4,"never closed\n' + "b.mp4,x\n" * 30000)
     (tmp_path / "header.csv").write_text('"video,caption\n' + "a.mp4,x\n" * 30000)  # nor is this quote
-    assert data.main(["check", "--data", str(tmp_path / "header.csv")]) == 2
+    assert data.program(lambda: data.main(["check", "--data", str(tmp_path / "header.csv")])) == 2
     (tmp_path / "latin.csv").write_bytes("video,caption\na.mp4,café\n".encode("latin-1"))
     (tmp_path / "folder.csv").mkdir()
     for name in ("open.csv", "header.csv", "latin.csv", "folder.csv", "gone.csv"):
@@ -681,22 +682,22 @@ def test_check_mistakes(run, tmp_path, capsys):
     assert out.returncode == 2 and out.stdout == "" and out.stderr.count("\n") == 1
     assert out.stderr.startswith("error: unknown data set 'msrvvt'")
     for args in (["check", "--data", str(tmp_path / "gone.csv")], ["check", "--data", table(tmp_path / "x.csv", ["a"])]):
-        assert data.main(args) == 2
+        assert data.program(lambda: data.main(args)) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert data.main(["check", "--data", "vatex", "--root", str(tmp_path / "none")]) == 1
     assert "none is missing: put vatex's files there" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
         data.main(["check"])
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    for args in (["check", "--data", "vatex", "--workers", "-1"], ["render", "--root", str(tmp_path), "--videos", "-5", "1", "1"]):
+    for main, args in ((data.main, ["check", "--data", "vatex", "--workers", "-1"]), (shapes.main, ["--root", str(tmp_path), "--videos", "-5", "1", "1"])):
         with pytest.raises(SystemExit) as e:
-            data.main(args)
-        assert e.value.code == 2 and "is not a number from 0 up" in capsys.readouterr().err
+            main(args)
+        assert e.value.code == 2 and "is not a whole number from 0 to" in capsys.readouterr().err
 
 
 def test_render_never_passes_off_another_data_set(tmp_path, capsys):
-    command = lambda n: data.main(["render", "--root", str(tmp_path / "s"), "--videos", str(n), "1", "1"])
+    command = lambda n: data.program(lambda: shapes.main(["--root", str(tmp_path / "s"), "--videos", str(n), "1", "1"]))
     assert command(2) == 0 and command(2) == 0
     assert command(3) == 2 and "holds another data set already" in capsys.readouterr().err
     table(tmp_path / "captions.csv", ["video", "caption"], ["mine.mp4", "x"])  # somebody's own
-    assert data.main(["render", "--root", str(tmp_path), "--videos", "2", "1", "1"]) == 2
+    assert data.program(lambda: shapes.main(["--root", str(tmp_path), "--videos", "2", "1", "1"])) == 2

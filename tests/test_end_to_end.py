@@ -5,7 +5,6 @@ import shlex
 import shutil
 
 import pytest
-
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -18,7 +17,7 @@ COMMANDS += [c for c in re.findall(r"`((?:python|torchrun) [^`]+)`", README)]
 def trained(run, tmp_path_factory):
     """A small `shapes` where README's commands look for it, and a model trained on it in about half a minute of two cores."""
     folder = tmp_path_factory.mktemp("newcomer")
-    assert run("data.py", "render", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
+    assert run("shapes.py", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
     done = run("train.py", "--pretrain", 100, "--epochs", 2, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -50,25 +49,25 @@ def test_search_finds_what_was_asked_for(trained, run):
     folder, _ = trained
     rows = [line.split(",") for line in (folder / "data/shapes/captions.csv").read_text().splitlines() if line.endswith(",test")]
     asked = [row for row in rows if len(row) == 3][:10]  # captions without a comma
-    queries = [x for row in asked for x in ("--query", row[1])]
+    queries = [row[1] for row in asked]
     (folder / "gallery").mkdir(exist_ok=True)
     for row in rows:
         shutil.copy(folder / "data/shapes" / row[0], folder / "gallery")
-    done = run("eval.py", "--ckpt", "model.pt", *queries, "--videos", "gallery", "--top", 10, cwd=folder)
+    done = run("search.py", *queries, "--ckpt", "model.pt", "--videos", "gallery", "--top", 10, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "encoded 30 videos, 30 in the index" in done.stdout
     parts = done.stdout.split(asked[0][1])[1]
     found = sum(row[0].split("/")[1] in done.stdout.split(row[1], 1)[1][:900] for row in asked)
     assert found >= 6, (parts, done.stdout)  # among 10 of 30: chance 3.3
-    assert "encoded 0 videos, 30 in the index" in run("eval.py", "--ckpt", "model.pt", *queries[:2], "--videos", "gallery", cwd=folder).stdout
+    assert "encoded 0 videos, 30 in the index" in run("search.py", queries[0], "--ckpt", "model.pt", "--videos", "gallery", cwd=folder).stdout
 
 
 def test_every_flag_in_readme_exists(run):
-    helps = {script: run(script, "--help").stdout for script in ("train.py", "eval.py")}
-    helps["data.py"] = run("data.py", "check", "--help").stdout + run("data.py", "render", "--help").stdout
+    helps = {script: run(script, "--help").stdout for script in ("train.py", "eval.py", "search.py", "shapes.py")}
+    helps["data.py"] = run("data.py", "check", "--help").stdout
     seen = 0
     for command in COMMANDS:
-        script = re.search(r"(train|eval|data)\.py", command)
+        script = re.search(r"(train|eval|search|shapes|data)\.py", command)
         for flag in re.findall(r"(--[a-z][a-z-]+)", command.split(script[0])[1] if script else ""):
             assert flag in helps[script[0]], f"README: {command}"
             seen += 1

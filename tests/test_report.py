@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_image
+from videos import write_video
 
 import data
 import eval as ev
 import report
 from clip_model import CLIP, Tokenizer
 from tmass import TMASS, save_checkpoint
-from videos import write_video
 
 D, T, M = 32, 3, 4
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
@@ -351,10 +351,10 @@ def test_command_line(run, tmp_path):
     for way in ("t2v", "v2t"):
         assert {k: x["value"] for k, x in a["intervals"][way].items()} == pytest.approx({k: result[way][k] for k in ("R1", "R5", "R10")})
     assert "<script>alert(1)</script> & 'two' " in page.text and "8 captions, 4 videos" in page.text
-    out = run("eval.py", *common, "--query", "dark", "--videos", ".", "--report", "s.html", "--json", "s.json", cwd=tmp_path, env=env)
+    out = run("search.py", "dark", *common, "--videos", ".", "--report", "s.html", "--json", "s.json", cwd=tmp_path, env=env)
     assert out.returncode == 0, out.stderr
     hits, found = sound((tmp_path / "s.html").read_text(encoding="utf-8")).hits, json.loads((tmp_path / "s.json").read_text())["dark"]
     assert len(hits) == len(found) == 4 and all(x["file"] in text and f"{x['score']:.4f}" in text for x, (_, text) in zip(found, hits))
-    for args in (["--report", "missing/r.html"], ["--query", "x", "--videos", ".", "--analyze"]):
+    for args in (["--report", "missing/r.html"], ["--data", "my.csv", "--json", "missing/x.json"]):
         out = run("eval.py", *common, *args, cwd=tmp_path, env=env)
         assert out.returncode == 2 and "error: " in out.stderr and "Traceback" not in out.stderr

@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 import data
-from conftest import ROOT
-from data import FRAMES, SIDE, WORDS, DataError, ShapesVideos, draw_shots, oracle_ceiling, random_shots, render_shapes, shapes_pictures
+import shapes
+from shapes import FRAMES, SIDE, WORDS, DataError, ShapesVideos, draw_shots, oracle_ceiling, random_shots, render_shapes, shapes_pictures
 
 SMALL = dict(train=6, val=2, test=4, seed=5)
 
@@ -45,7 +46,7 @@ def test_there_already_means_nothing_to_do(root, capsys):
 def test_killed_while_rendering_goes_on(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     render_shapes(whole, train=60, val=0, test=3, seed=5, workers=0)
-    command = [sys.executable, "data.py", "render", "--root", str(cut), "--videos", "60", "0", "3", "--seed", "5"]
+    command = [sys.executable, "shapes.py", "--root", str(cut), "--videos", "60", "0", "3", "--seed", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while len(list(cut.glob("videos/*.mp4"))) < 5 and time.time() < deadline:
@@ -95,7 +96,7 @@ def understand(caption):
 
 
 def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "write_video", lambda *_: None)
+    monkeypatch.setattr(shapes, "write_video", lambda *_: None)
     videos, unsaid, second = ShapesVideos(tmp_path, 60, 0, 200, 3), torch.zeros(6), 0
     for i in range(len(videos)):
         captions, shots, says = videos[i]
@@ -115,7 +116,7 @@ def test_things_stand_where_the_facts_say():
     pictures = draw_shots(facts, pose, 96)
     for column, (thing, colour) in ((25, (2, 3)), (70, (4, 5))):
         full = facts[:, thing] != 4  # a ring shows the place in its middle
-        paint = (data.PAINTS[facts[:, colour]].flatten(1) * 255 * .93)
+        paint = (shapes.PAINTS[facts[:, colour]].flatten(1) * 255 * .93)
         seen = pictures[:, :, 47, column].float()
         assert (seen - paint)[full].abs().max() < 12 and (seen - paint)[~full].abs().amax(1).gt(12).float().mean() > .7
     alike = facts.clone()
@@ -146,8 +147,8 @@ def test_ceiling_is_what_a_loop_finds():
 
 def test_ceiling_of_the_whole_gallery(tmp_path, monkeypatch):
     """The default test split, without its pixels: high, but the captions leave things unsaid."""
-    monkeypatch.setattr(data, "draw_shots", lambda *_: None)
-    monkeypatch.setattr(data, "write_video", lambda *_: None)
+    monkeypatch.setattr(shapes, "draw_shots", lambda *_: None)
+    monkeypatch.setattr(shapes, "write_video", lambda *_: None)
     render_shapes(tmp_path, train=0, val=0, workers=0)
     ceiling = json.loads((tmp_path / "shapes.json").read_text())["ceiling"]
     assert 90 < ceiling < 99
@@ -167,8 +168,8 @@ def test_csv_reader_reads_it(root):
 
 def test_six_sampled_frames_see_every_shot(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(data, "draw_shots", lambda facts, pose, size: drawn.append(facts))
-    monkeypatch.setattr(data, "write_video", lambda *_: None)
+    monkeypatch.setattr(shapes, "draw_shots", lambda facts, pose, size: drawn.append(facts))
+    monkeypatch.setattr(shapes, "write_video", lambda *_: None)
     videos = ShapesVideos(tmp_path, 0, 0, 100, 1)
     for i in range(100):
         shots = {tuple(s) for s in videos[i][1]}

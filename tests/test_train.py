@@ -21,11 +21,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from videos import write_video
 
 import data
 import train
 from clip_model import read_weights
-from videos import write_video
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0, "--log-every", 1, "--device", "cpu"]
@@ -83,7 +83,7 @@ def child(folder, args, file_limit):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line; here it was inherited
     sys.argv = ["train.py", *args]
-    sys.exit(train.cli())
+    sys.exit(train.run(train.main_of_a_run))
 
 
 class Job:
@@ -139,7 +139,7 @@ def call(monkeypatch, capsys, *args):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     capsys.readouterr()
     try:
-        status = train.cli()
+        status = train.run(train.main_of_a_run)
     except SystemExit as e:
         status = e.code
     finally:
@@ -470,7 +470,7 @@ def test_a_dead_worker_names_a_video(here, start, moment):
     worker, = children(job.process.pid)
     os.kill(worker, signal.SIGKILL)
     assert job.wait(60) == 2
-    assert job.err.startswith("error: a data worker died while reading ") and ".mp4" in job.err and job.err.count("\n") == 1, job.err
+    assert job.err.startswith("error: a decoding process died while it read ") and ".mp4" in job.err and job.err.count("\n") == 1, job.err
     assert read_weights(here / "model.pt")["format"] == "tmass"
 
 
