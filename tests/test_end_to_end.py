@@ -63,7 +63,7 @@ def test_search_finds_what_was_asked_for(trained, run):
 @pytest.mark.slow
 def test_readmes_commands_run_as_they_stand(trained, run):
     """Each evaluation and search of README where `python train.py` has run; ~/clips is a folder of videos, and our
-    model stands for the CLIP that would be downloaded. The benchmarks' videos are not here: their commands don't run."""
+    model stands for the CLIP that would be downloaded. The benchmarks' videos are not here: theirs don't run."""
     folder, _ = trained
     shutil.copytree(folder / "data/shapes/videos", folder / "clips")
     ran = {"eval.py": 0, "search.py": 0}
