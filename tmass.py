@@ -23,7 +23,7 @@ from torch import nn
 from clip_model import CLIP, Tokenizer, WeightsError, load_vocabulary, read_weights, to_openai_names
 
 RADII = ("none", "mean", "scaled", "linear")
-POOLINGS = ("xpool", "mean")
+POOLINGS = ("xpool", "mean", "query")
 PRIORS = ("normal", "uniform")
 SUPPORTS = ("matched", "batch")
 
@@ -109,6 +109,28 @@ class MeanPool(nn.Module):
 
     def coefficients(self, q, videos):
         return q.T.expand(len(videos.Z), -1, -1)
+
+
+class QueryPool(nn.Module):
+    """v = Σ_j softmax_j(cos(t, f_j) / 0.1) f_j/|f_j|: text-conditioned without a parameter (query scoring, arXiv 2205.08508).
+
+    What a CLIP that nobody trained further is searched with. t (N,D), f (V,T,D) -> v (N,V,D).
+    """
+
+    def forward(self, t, f, generator=None):
+        unit = F.normalize(f, dim=-1)
+        a = (torch.einsum("nd,vtd->nvt", F.normalize(t, dim=-1), unit) / 0.1).softmax(-1)  # (N,V,T)
+        return torch.einsum("nvt,vtd->nvd", a, unit)
+
+    def span(self, f):
+        Z = F.normalize(f, dim=-1)  # K = T, c = the softmax
+        return None, None, None, Z, Z @ Z.mT
+
+    def query(self, t):
+        return F.normalize(t, dim=-1)
+
+    def coefficients(self, q, videos):
+        return (dots(q, videos.Z) / 0.1).softmax(1)
 
 
 class Videos(NamedTuple):
@@ -205,7 +227,7 @@ def symmetric_cross_entropy(sims, scale):
 class TMASS(nn.Module):
     """CLIP + frame pooling + radius. `model(ids, video)` is the training objective, `model.score(t, f)` ranks.
 
-    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean. radius: none | mean | scaled | linear.
+    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean | query. radius: none | mean | scaled | linear.
     prior of ε: normal (times prior_std) | uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t).
     support_video: the v that t_sup looks towards; `matched` psi(f_i | t_i) as in the paper, or `batch`, the mean of psi(f_i | t_n) over the
     batch's texts n (the released code's).
@@ -226,7 +248,7 @@ class TMASS(nn.Module):
         self.frames, self.prior, self.prior_std = frames, prior, prior_std
         self.support_weight, self.ce_weight, self.support_video = support_weight, ce_weight, support_video
         self.clip = clip
-        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else MeanPool()
+        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else {"mean": MeanPool, "query": QueryPool}[pooling]()
         self.radius = Radius(radius, frames, D)
 
     def encode_text(self, ids):

@@ -45,6 +45,9 @@ def literal_pool(model, t, f):
     """psi(f | t) for one text t (D) and one video f (T,D), written from the paper."""
     if model.config["pooling"] == "mean":
         return sum(f) / len(f)
+    if model.config["pooling"] == "query":
+        e = [math.exp(cos(t, x) / 0.1) for x in f]
+        return sum(w / sum(e) * x / x.norm() for w, x in zip(e, f))
     p, H = model.pool, model.config["heads"]
     d = D // H
     q = p.q.weight @ layer_norm(t, p.ln1) + p.q.bias
@@ -88,7 +91,8 @@ def literal_score(model, t, f, trials, seed=24):
 
 
 METHODS = [dict(), dict(heads=4), dict(pooling="mean"), dict(radius="none"), dict(radius="mean"), dict(radius="scaled"), dict(prior="uniform"),
-           dict(radius="scaled", heads=2, prior_std=0.3), dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none")]
+           dict(radius="scaled", heads=2, prior_std=0.3), dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none"),
+           dict(pooling="query"), dict(pooling="query", radius="none"), dict(pooling="query", radius="scaled", prior="uniform")]
 NAMES = [",".join(f"{k}={v}" for k, v in m.items()) or "default" for m in METHODS]
 
 
