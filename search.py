@@ -4,7 +4,6 @@
 """
 import argparse
 import hashlib
-import math
 import os
 import pickle
 import sys
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from eval import ALONE, add_common, blocks, encode_texts, encode_videos, load_model, run, scores_of_pooled, start_processes, write_json
+from eval import ALONE, add_common, blocks, encode_texts, encode_videos, load_model, run, start_processes, write_json
 from report import write_search_report
 from shapes import numeric, written_whole
 
@@ -148,35 +147,6 @@ def best_points(t, mean, top):
     return parts[0][1]
 
 
-def pool_few(pool, t, f):
-    """psi(f | t) as XPool computes it, in the order that suits few texts: W after pooling instead of before. t (N,D), f (V,T,D) -> (N,V,D).
-
-    Three D x D products per pair; `score` takes 4T per video, and then none per pair. (The keys' bias shifts all frames alike.)
-    """
-    H, D = pool.heads, t.shape[1]
-    f1 = pool.ln1(f)
-    q = torch.einsum("nhd,hde->nhe", pool.query(t), pool.k.weight.view(H, D // H, D)) / math.sqrt(D // H)
-    a = torch.einsum("nhe,vte->nvht", q, f1).softmax(-1)                        # softmax_j(q·k_j / sqrt(D/H))
-    u = torch.einsum("nvht,vte->nvhe", a, f1)                                   # Wv Σ_j a_j LN1(f_j) + bv = Σ_j a_j u_j
-    u = torch.einsum("nvhe,hde->nvhd", u, pool.v.weight.view(H, D // H, D)).flatten(2) + pool.v.bias
-    x = pool.ln2(pool.out(u))
-    return pool.ln3(x + pool.linear(x))
-
-
-@torch.no_grad()
-def score_few(model, t, f, trials=20, seed=24):
-    """What `model.score` computes, many times faster for a query or a few. t (N,D), f (V,T,D) of any precision -> sims (N,V)."""
-    if len(t) > model.frames:
-        return model.score(t, f.to(t.device).float(), trials, seed)
-    sims = t.new_empty(len(t), len(f))
-    for columns in blocks(len(f), 128):
-        part = f[columns].to(t.device).float()
-        for i, text in enumerate(t.split(1)):
-            v = pool_few(model.pool, text, part) if model.config["pooling"] == "xpool" else model.pool(text, part)
-            sims[i, columns] = scores_of_pooled(model, text, part, v, trials, seed)[0]
-    return sims
-
-
 @torch.no_grad()
 def search(model, t, index, shortlist=1000, top=5, trials=20, seed=24):
     """The best videos for each text: exact T-MASS scores of the `shortlist` best by mean-pooled frames (0: of all videos).
@@ -187,14 +157,14 @@ def search(model, t, index, shortlist=1000, top=5, trials=20, seed=24):
     if not shortlist or shortlist >= V:
         parts = []
         for rows in blocks(V, 4096):
-            scores = score_few(model, t, index.frames[rows], trials, seed)
+            scores = model.score(t, index.frames[rows], trials, seed)
             ids = torch.arange(rows.start, rows.start + scores.shape[1], device=t.device).expand_as(scores)
             parts = [merge(parts + [(scores, ids)], top)]
         return parts[0]
     found = []
     for query, ids in zip(t.split(1), best_points(t, index.mean, max(shortlist, top))):
         ids = ids.sort().values  # in the order of the file
-        scores = score_few(model, query, index.frames[ids.cpu()], trials, seed)
+        scores = model.score(query, index.frames[ids.cpu()], trials, seed)
         found.append(merge([(scores, ids[None])], top))
     return tuple(torch.cat(x) for x in zip(*found))
 

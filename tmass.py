@@ -23,7 +23,7 @@ from torch import nn
 from clip_model import CLIP, Tokenizer, WeightsError, load_vocabulary, read_weights, to_openai_names
 
 RADII = ("none", "mean", "scaled", "linear")
-POOLINGS = ("xpool", "mean")
+POOLINGS = ("xpool", "mean", "query")
 PRIORS = ("normal", "uniform")
 SUPPORTS = ("matched", "batch")
 
@@ -43,18 +43,19 @@ class XPool(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, t, f, generator=None):
-        N, D = t.shape
-        V, T, _ = f.shape
-        H = self.heads
+        """In the order that suits training and single queries: one text asks all frames, and only what it pools meets Wv, Wo, W."""
+        H, D = self.heads, t.shape[1]
         f1 = self.ln1(f)  # one LN1 is shared by text and frames
-        q = self.q(self.ln1(t)).view(N, H, D // H)
-        k = self.k(f1).view(V, T, H, D // H)
-        u = self.v(f1).view(V, T, H, D // H)
-        a = (torch.einsum("nhd,vthd->nvht", q, k) / math.sqrt(D // H)).softmax(-1)  # a = softmax_j(q·k_j / sqrt(D/H))
-        o = self.out(torch.einsum("nvht,vthd->nvhd", a, u).flatten(2))              # o = Wo concat_h(Σ_j a_j u_j) + bo
+        q = self.query(t)
+        Wk, bk, Wv = self.k.weight.view(H, D // H, D), self.k.bias.view(H, D // H), self.v.weight.view(H, D // H, D)
+        qk = torch.einsum("nhe,vte->nvht", torch.einsum("nhd,hde->nhe", q, Wk), f1)      # q·k_j = (Wkᵀ q)·LN1(f_j) + q·bk
+        qk = qk + torch.einsum("nhd,hd->nh", q, bk)[:, None, :, None]
+        a = (qk / math.sqrt(D // H)).softmax(-1)                                         # a = softmax_j(q·k_j / sqrt(D/H))
+        u = torch.einsum("nvhe,hde->nvhd", torch.einsum("nvht,vte->nvhe", a, f1), Wv)    # Σ_j a_j u_j = Wv Σ_j a_j LN1(f_j) + bv
+        o = self.out(u.flatten(2) + self.v.bias)                                         # o = Wo concat_h(Σ_j a_j u_j) + bo
         x = self.ln2(o)
-        y = x + drop(self.linear(x), self.dropout * self.training, generator)
-        return self.ln3(y)                                                         # v = LN3(x + Dropout(W x + b))
+        p = self.dropout * (self.training and torch.is_grad_enabled())                   # scoring keeps no gradients
+        return self.ln3(x + drop(self.linear(x), p, generator))                          # v = LN3(x + Dropout(W x + b))
 
     def span(self, f):
         """Everything about v that needs no text: K vectors Z_k, v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> tuple, see Videos.
@@ -111,6 +112,28 @@ class MeanPool(nn.Module):
         return q.T.expand(len(videos.Z), -1, -1)
 
 
+class QueryPool(nn.Module):
+    """v = Σ_j softmax_j(cos(t, f_j) / 0.1) f_j/|f_j|: text-conditioned without a parameter (query scoring, arXiv 2205.08508).
+
+    What a CLIP that nobody trained further is searched with. t (N,D), f (V,T,D) -> v (N,V,D).
+    """
+
+    def forward(self, t, f, generator=None):
+        unit = F.normalize(f, dim=-1)
+        a = (torch.einsum("nd,vtd->nvt", F.normalize(t, dim=-1), unit) / 0.1).softmax(-1)  # (N,V,T)
+        return torch.einsum("nvt,vtd->nvd", a, unit)
+
+    def span(self, f):
+        Z = F.normalize(f, dim=-1)  # K = T, c = the softmax
+        return None, None, None, Z, Z @ Z.mT
+
+    def query(self, t):
+        return F.normalize(t, dim=-1)
+
+    def coefficients(self, q, videos):
+        return (dots(q, videos.Z) / 0.1).softmax(1)
+
+
 class Videos(NamedTuple):
     """Per-video terms of scoring: unit frames, then what XPool.span gives."""
     unit: torch.Tensor  # (V,T,D)
@@ -120,15 +143,11 @@ class Videos(NamedTuple):
     Z: torch.Tensor     # (V,K,D)
     ZZ: torch.Tensor    # Z Zᵀ (V,K,K)
 
-    def rows(self, start, end):
-        return Videos(*(x if x is None else x[start:end] for x in self))
-
 
 class Texts(NamedTuple):
     """Per-text terms of scoring."""
     t: torch.Tensor     # (N,D)
     unit: torch.Tensor  # t/|t| (N,D)
-    tt: torch.Tensor    # |t|² (N)
     q: torch.Tensor     # pooling query (N,H,D/H)
 
     def rows(self, start, end):
@@ -200,12 +219,65 @@ def symmetric_cross_entropy(sims, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+# ---- the best of M samples ----
+
+class Noise(NamedTuple):
+    """What scoring knows of ε: M samples (M,D), or its mean and std per dimension and E_M, the mean of the largest of M normals."""
+    eps: torch.Tensor
+    mean: float = 0.0
+    std: float = 1.0
+    largest: float = 0.0
+
+
+def best_cosine(t, v, r, noise):
+    """The score of the text mass: max_m cos(t + R⊙ε_m, v), or its mean; cos(t, v) where noise is None. (...,D) each -> (...)."""
+    if noise is None:
+        return cosine(t, v)
+    return expected_cosine(t, v, r, *noise[1:]) if noise.eps is None else sample_cosines(t, v, r, noise.eps).amax(-1)
+
+
+def sample_cosines(t, v, r, eps):
+    """cos(t + R⊙ε_m, v) of every sample, without M copies of the text. t, v, r (...,D), eps (M,D) -> (...,M)."""
+    tv, vv, tt = (t * v).sum(-1), v.square().sum(-1), t.square().sum(-1)
+    return cosines(tv, vv, tt, (r * v) @ eps.T, (r * t) @ eps.T, r.square() @ eps.square().T)
+
+
+def cosines(tv, vv, tt, rv, rt, rr):
+    """(t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)) from its products, in place. tv, vv, tt (...), rv, rt, rr (...,M)."""
+    ts_norm = rr.add_(rt, alpha=2).add_(tt.unsqueeze(-1)).clamp_min_(1e-16).sqrt_()  # |t_s|
+    return rv.add_(tv.unsqueeze(-1)).div_(ts_norm).div_(vv.clamp_min(1e-16).sqrt().unsqueeze(-1))
+
+
+def expected_cosine(t, v, r, mean, std, largest):
+    """The mean over ε of max_m cos(t + R⊙ε_m, v), to first order in the noise: s = a + E_M b. t, v, r (...,D) -> (...).
+
+    ε = μ + σ z with z ~ N(0, I): exact for the normal prior (0, std); for the uniform one (1/2, 1/√12), whose sums over D dimensions are
+    normal to all purposes. So t_s = c + σ R⊙z with c = t + μR, whose length |t_s|² is |c|² + 2σ (R⊙c)·z + |σ R⊙z|²; the last term
+    hardly leaves its mean σ²|R|². With τ² = |c|² + σ²|R|² and k = c·v/τ²:
+        cos(t_s, v) = (c·v + σ (R⊙v)·z) / (|v| τ) · (1 + 2σ (R⊙c)·z/τ²)^-½  ≈  (c·v + σ (R⊙v - k R⊙c)·z) / (|v| τ),
+    which is normal with mean a = c·v/(|v|τ) and deviation b = σ|g|/(|v|τ), g = R⊙(v - k c). The largest of M of these is a + E_M b on
+    average: a cosine, shrunk by |t|/τ, and a bonus for a mass that is wide across v.
+    """
+    c = t + mean * r if mean else t
+    cv = (c * v).sum(-1)                                                                  # c·v
+    tau2 = (c.square().sum(-1) + std ** 2 * r.square().sum(-1)).clamp_min(1e-16)          # τ²
+    g = r * (v - (cv / tau2).unsqueeze(-1) * c)
+    return (cv + largest * std * g.norm(dim=-1)) / (v.norm(dim=-1).clamp_min(1e-8) * tau2.sqrt())  # a + E_M b
+
+
+def largest_of_normals(M):
+    """E_M, the mean of the largest of M standard normals: ∫ x d(Φ(x)^M), by the trapezoidal rule, which is exact for such integrands."""
+    x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)  # M up to 10^12 stays inside
+    density = M * torch.exp((M - 1) * torch.special.log_ndtr(x) - x.square() / 2) / math.sqrt(2 * math.pi)  # of the largest
+    return float((x * density).sum() * 0.001)
+
+
 # ---- the model ----
 
 class TMASS(nn.Module):
     """CLIP + frame pooling + radius. `model(ids, video)` is the training objective, `model.score(t, f)` ranks.
 
-    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean. radius: none | mean | scaled | linear.
+    clip: a clip_model.CLIP. frames: T. pooling: xpool | mean | query. radius: none | mean | scaled | linear.
     prior of ε: normal (times prior_std) | uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t).
     support_video: the v that t_sup looks towards; `matched` psi(f_i | t_i) as in the paper, or `batch`, the mean of psi(f_i | t_n) over the
     batch's texts n (the released code's).
@@ -226,7 +298,7 @@ class TMASS(nn.Module):
         self.frames, self.prior, self.prior_std = frames, prior, prior_std
         self.support_weight, self.ce_weight, self.support_video = support_weight, ce_weight, support_video
         self.clip = clip
-        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else MeanPool()
+        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else {"mean": MeanPool, "query": QueryPool}[pooling]()
         self.radius = Radius(radius, frames, D)
 
     def encode_text(self, ids):
@@ -276,81 +348,77 @@ class TMASS(nn.Module):
         return self.sample_noise((trials, width), torch.Generator().manual_seed(seed)).to(self.clip.logit_scale.device)
 
     @torch.no_grad()
-    def precompute(self, f):
-        """The per-video terms of `score`, to be kept when the same videos are scored often. f (V,T,D) -> Videos."""
-        f = f.float()
-        return Videos(F.normalize(f, dim=-1), *self.pool.span(f))
-
-    @torch.no_grad()
-    def score(self, t, f, trials=20, seed=24, chunk_mb=256):
+    def score(self, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         """Score every text with every video: max_m cos(t_i + R_ij·ε_m, v_ij). t (N,D), f (V,T,D) -> sims (N,V).
 
-        f: frame embeddings, or what `precompute` made of them. trials: M; 0 scores the point text t. seed: of the noise, which all pairs
-        share (differs from the released code, which draws fresh noise per pair: a pair's score has the same distribution here, and does not
-        depend on what else is in the gallery). float32, on the device of t; temporaries stay within about chunk_mb megabytes.
-        Equals the literal formula up to rounding: three products with eps per pair take the place of M noisy copies of t, and the span of
-        each video (XPool.span) takes the place of two D x D products per pair.
+        trials: M; 0 scores the point text t. seed: of the noise, which all pairs share (differs from the released code, which draws
+        fresh noise per pair: a pair's score has the same distribution here, and does not depend on what else is in the gallery).
+        expected: the mean of that maximum over the noise instead, in closed form (`expected_cosine`): no noise, no seed.
+        f may be of any precision and on any device; all is computed in float32 on the device of t, within about chunk_mb megabytes.
+        Equals the literal formula up to rounding. A few texts are pooled as in training: three D x D products per pair; for more,
+        the span of each video (XPool.span) costs 4T such products per video, and none per pair.
         """
+        (N, D), (V, T, _), H = t.shape, f.shape, self.config["heads"]
         with torch.autocast(t.device.type, enabled=False):
-            t = t.float()
-            texts = Texts(t, F.normalize(t, dim=-1), t.square().sum(-1), self.pool.query(t))
-            eps = self.noise(trials, seed).to(t.device) if trials and self.radius.kind != "none" else None
-            N, V, D = len(t), len(f[0] if isinstance(f, Videos) else f), t.shape[1]
-            floats, K = chunk_mb * 2 ** 20 / 4, self.config["heads"] * self.frames + 2
-            pairs = int(floats / 2 / (10 * K + 4 * trials))  # in a block: everything that is not of width D
-            tile = int(floats / 4 / (3 * D))                 # in a tile of a block: r and two products of width D
+            t, sims = t.float(), torch.empty(N, V, device=t.device)
+            noise = self._noise(trials, seed, expected, t.device)
+            few = N <= T
+            floats, M, K = chunk_mb * 2 ** 20 / 4, 0 if expected else trials, H * T + 2
+            tile = int(floats / 4 / ((H + 5) * D))      # pairs at once, of which vectors of width D are held
+            pairs = int(floats / 2 / (10 * K + 4 * M))  # pairs at once, of which all else is held
             if t.device.type == "cpu":
                 pairs, tile = min(pairs, 65536), min(tile, 512)  # what stays in the cache is several times faster
             n = max(1, min(N, tile))
-            v = max(1, min(V, pairs // n, int(floats / 4 / (7 * K * D))))
-            sims = t.new_empty(N, V)
+            v = max(1, min(V, (tile if few else pairs) // n, int(floats / 4 / (7 * K * D))))
+            texts = Texts(t, F.normalize(t, dim=-1), self.pool.query(t))
             for j in range(0, V, v):
-                videos = f.rows(j, j + v) if isinstance(f, Videos) else self.precompute(f[j:j + v])
+                fj = f[j:j + v].to(t.device).float()
+                unit = F.normalize(fj, dim=-1)
+                videos = None if few else Videos(unit, *self.pool.span(fj))
                 for i in range(0, N, n):
-                    sims[i:i + n, j:j + v] = self._score_block(texts.rows(i, i + n), videos, eps, max(1, tile // n)).T
+                    part = texts.rows(i, i + n)
+                    if few:
+                        S = torch.einsum("nd,vtd->nvt", part.unit, unit)
+                        block = best_cosine(part.t[:, None], self.pool(part.t, fj), self.radius(S), noise)
+                    else:
+                        block = self._score_block(part, videos, noise, max(1, tile // n)).T
+                    sims[i:i + n, j:j + v] = block
             return sims
 
-    def _score_block(self, texts, videos, eps, tile):
-        """Scores of a block by the algebra of XPool.span, video first. texts of N, videos of V, eps (M,D) or None, tile: videos -> (V,N).
+    def _noise(self, trials, seed, expected, device):
+        """What `best_cosine` needs to know. -> Noise, or None for the point text."""
+        if trials == 0 or self.radius.kind == "none":
+            return None
+        if not expected:
+            return Noise(self.noise(trials, seed).to(device))
+        mean, std = (0.5, 12 ** -0.5) if self.prior == "uniform" else (0.0, self.prior_std)
+        return Noise(None, mean, std, largest_of_normals(trials))
 
-        With v = Σ_k c_k Z_k:  t·v = Σ_k c_k (t·Z_k),  |v|² = cᵀ (Z Zᵀ) c, and for every sample m
-            cos(t + R⊙ε, v) = (t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)).
-        """
-        t, tt = texts.t, texts.tt
-        c = self.pool.coefficients(texts.q, videos)                       # (V,K,N)
-        tv = (dots(t, videos.Z) * c).sum(1)                               # t·v  (V,N)
-        v_norm = (videos.ZZ @ c * c).sum(1).clamp_min(1e-16).sqrt()       # |v|  (V,N)
-        if eps is None:
-            return tv / (v_norm * tt.sqrt().clamp_min(1e-8))
-        S = dots(texts.unit, videos.unit)                                 # cos(t, f_j)  (V,T,N)
-        if self.radius.kind == "linear":
-            (V, _, N), (M, D) = S.shape, eps.shape
-            rv, rt, rr = S.new_empty(3, V, N, M)
-            e, e2 = eps.T.contiguous(), eps.square().T.contiguous()       # (D,M)
-            Wb = torch.cat([self.radius.linear.weight.T, self.radius.linear.bias[None]])  # (T+1,D)
-            S1 = F.pad(S, (0, 0, 0, 1), value=1.0).mT                     # (V,N,T+1)
-            r_, p_ = S.new_empty(2, min(tile, V), N, D)
-            for j in range(0, V, tile):
-                v = slice(j, j + tile)
-                r, p = r_[:V - j], p_[:V - j]                             # what stays in the cache
-                torch.matmul(S1[v], Wb, out=r).exp_()                     # R = exp(S W + b)  (V,N,D)
-                torch.matmul(torch.matmul(c[v].mT, videos.Z[v], out=p).mul_(r), e, out=rv[v])  # (R⊙v)·ε  (V,N,M)
-                torch.matmul(torch.mul(r, t, out=p), e, out=rt[v])
-                torch.matmul(r.mul_(r), e2, out=rr[v])
-        else:  # one number per pair: R leaves the products, and nothing of width D is left
-            r = self.radius.scalar(S.mT).unsqueeze(-1)                    # (V,N,1)
-            rv = c.mT @ (videos.Z @ eps.T) * r
-            rt = t @ eps.T * r
-            rr = eps.square().sum(-1) * r.square()
-        ts_norm = rr.add_(rt, alpha=2).add_(tt[:, None]).clamp_min_(1e-16).sqrt_()  # |t_s|  (V,N,M)
-        return rv.add_(tv.unsqueeze(-1)).div_(ts_norm).amax(-1) / v_norm
-
-
-def best_cosine(t, v, r, eps):
-    """max_m cos(t + r·ε_m, v) for given v and r, without an (...,M,D) tensor. t, v, r (...,D) broadcast together, eps (M,D) -> (...)."""
-    rv = (r * v) @ eps.T
-    ts_norm = (t.square().sum(-1, keepdim=True) + 2 * (r * t) @ eps.T + r.square() @ eps.square().T).clamp_min(1e-16).sqrt()
-    return ((t * v).sum(-1, keepdim=True) + rv).div(ts_norm).amax(-1) / v.norm(dim=-1).clamp_min(1e-8)
+    def _score_block(self, texts, videos, noise, tile):
+        """Scores of a block by the algebra of XPool.span, video first. texts of N, videos of V, tile: videos at once -> (V,N)."""
+        t, V, D = texts.t, *videos.Z.shape[::2]
+        c = self.pool.coefficients(texts.q, videos)                       # v = Σ_k c_k Z_k  (V,K,N)
+        S = dots(texts.unit, videos.unit).mT                              # cos(t, f_j)  (V,N,T)
+        if self.radius.kind == "linear" and noise:
+            parts = [slice(j, j + tile) for j in range(0, V, tile)]
+            return torch.cat([best_cosine(t, c[j].mT @ videos.Z[j], self.radius(S[j]), noise) for j in parts])
+        # One number R per pair leaves the products, and nothing of width D is left: t·v = Σ_k c_k (t·Z_k), |v|² = cᵀ (Z Zᵀ) c.
+        tv, tt = (dots(t, videos.Z) * c).sum(1), t.square().sum(-1)       # (V,N), (N)
+        vv = (videos.ZZ @ c * c).sum(1).clamp_min(1e-16)                  # (V,N)
+        if noise is None:
+            return tv / (vv * tt.clamp_min(1e-16)).sqrt()
+        r = self.radius.scalar(S)                                         # (V,N)
+        if noise.eps is not None:
+            e, r = noise.eps.T, r.unsqueeze(-1)                           # (D,M), (V,N,1)
+            rv, rt, rr = r * (c.mT @ (videos.Z @ e)), r * (t @ e), r.square() * e.square().sum(0)
+            return cosines(tv, vv, tt, rv, rt, rr).amax(-1)
+        _, mean, std, largest = noise                                     # expected_cosine, by products
+        cv = tv + mean * r * (videos.Z.sum(-1, keepdim=True) * c).sum(1)
+        cc = tt + 2 * mean * r * t.sum(-1) + D * (mean * r).square()
+        tau2 = (cc + D * (std * r).square()).clamp_min(1e-16)
+        k = cv / tau2
+        g = r * (vv - 2 * k * cv + k.square() * cc).clamp_min(0).sqrt()   # |R(v - k c)|
+        return (cv + largest * std * g) / (vv * tau2).sqrt()
 
 
 # ---- checkpoints ----

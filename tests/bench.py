@@ -175,7 +175,7 @@ def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
         memory = peak_memory(lambda: se.search(model, one, index, shortlist))
         points = se.best_points(one, index.mean, shortlist)[0].sort().values
         s = seconds({"both": lambda: se.search(model, one, index, shortlist), "points": lambda: se.best_points(one, index.mean, shortlist),
-                     "points of 16": lambda: se.best_points(t, index.mean, shortlist), "exact": lambda: se.score_few(model, one, index.frames[points])})
+                     "points of 16": lambda: se.best_points(t, index.mean, shortlist), "exact": lambda: model.score(one, index.frames[points])})
         print(f"{videos} videos, {torch.get_num_threads()} threads, T={T} D={D}, shortlist {shortlist}: a query takes {s['both'] * 1e3:.0f} ms: "
               f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms with 16 queries at once), "
               f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included")

@@ -1,4 +1,4 @@
-"""Checkpoints of the released T-MASS and X-Pool code: their key layout, read by us, gives what their own tensors give literally."""
+"""The released code's side: its evaluation protocol, literally, and its checkpoints, whose tensors must give the same through us."""
 import csv
 import shutil
 
@@ -7,11 +7,42 @@ import torch
 
 import clip_model
 from clip_model import WeightsError
-from test_tmass import literal_pool, literal_radius, literal_score
+from eval import released_scores
+from test_tmass import cos, features, literal_pool, literal_radius, literal_score, make
 from tmass import load_checkpoint
 from videos import numbered, write_video
 
 D, T = 64, 12
+
+
+@torch.no_grad()
+def literal_released(model, t, f, caption_of, trials):
+    """The sample is picked with the honestly pooled video and scored with the video pooled by its own caption; pair by pair."""
+    out = torch.empty(len(t), len(f))
+    for i in range(len(t)):
+        for j in range(len(f)):
+            honest, own = literal_pool(model, t[i], f[j]), literal_pool(model, t[caption_of[j]], f[j])
+            r = literal_radius(model, torch.tensor([cos(t[i], x) for x in f[j]]))
+            samples = [t[i] + r * e for e in model.noise(trials)] if trials else [t[i]]
+            out[i, j] = cos(max(samples, key=lambda ts: cos(ts, honest)), own)
+    return out
+
+
+@pytest.mark.parametrize("method", [
+    dict(prior=prior, radius=radius, heads=heads, frames=frames, pooling=pooling) for prior, radius, heads, frames, pooling in (
+        ("normal", "linear", 1, 4, "xpool"), ("uniform", "linear", 4, 12, "xpool"), ("normal", "scaled", 2, 3, "xpool"),
+        ("uniform", "mean", 1, 4, "xpool"), ("normal", "none", 1, 7, "xpool"), ("normal", "linear", 1, 5, "query"))], ids=str)
+@pytest.mark.parametrize("trials", [0, 1, 8])
+def test_released_scores_equal_the_literal_protocol(method, trials):
+    """More texts than videos, captions of the videos in any order among them."""
+    model = make(**method)
+    t, f = features(9, 6, frames=method["frames"])
+    caption_of = torch.tensor([4, 0, 8, 1, 7, 2])
+    got, want = released_scores(model, t, f, caption_of, trials), literal_released(model, t, f, caption_of, trials)
+    assert (got - want).abs().max() < 5e-6
+    honest = model.score(t, f, trials)
+    own = got[caption_of, torch.arange(6)]
+    assert (own - honest[caption_of, torch.arange(6)]).abs().max() < 5e-6 and (got - honest).abs().max() > 1e-3  # they differ elsewhere
 
 
 @pytest.fixture(scope="module")

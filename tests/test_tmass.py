@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import tmass
 from clip_model import CLIP, Tokenizer, WeightsError
-from tmass import TMASS, best_cosine, load_checkpoint, save_checkpoint, stochastic_text, support_text, symmetric_cross_entropy
+from eval import released_scores
+from tmass import (TMASS, largest_of_normals, load_checkpoint, sample_cosines, save_checkpoint, stochastic_text, support_text,
+                   symmetric_cross_entropy)
 
 D, T = 64, 4
 
@@ -45,6 +46,9 @@ def literal_pool(model, t, f):
     """psi(f | t) for one text t (D) and one video f (T,D), written from the paper."""
     if model.config["pooling"] == "mean":
         return sum(f) / len(f)
+    if model.config["pooling"] == "query":
+        e = [math.exp(cos(t, x) / 0.1) for x in f]
+        return sum(w / sum(e) * x / x.norm() for w, x in zip(e, f))
     p, H = model.pool, model.config["heads"]
     d = D // H
     q = p.q.weight @ layer_norm(t, p.ln1) + p.q.bias
@@ -76,7 +80,7 @@ def cos(a, b):
 
 @torch.no_grad()
 def literal_score(model, t, f, trials, seed=24):
-    """Section 2's inference, one pair and one sample at a time."""
+    """max_m cos(t_i + R_ij ε_m, v_ij), one pair and one sample at a time."""
     eps = model.noise(trials, seed) if trials else torch.zeros(1, D)
     out = torch.empty(len(t), len(f))
     for i in range(len(t)):
@@ -88,7 +92,8 @@ def literal_score(model, t, f, trials, seed=24):
 
 
 METHODS = [dict(), dict(heads=4), dict(pooling="mean"), dict(radius="none"), dict(radius="mean"), dict(radius="scaled"), dict(prior="uniform"),
-           dict(radius="scaled", heads=2, prior_std=0.3), dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none")]
+           dict(radius="scaled", heads=2, prior_std=0.3), dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none"),
+           dict(pooling="query"), dict(pooling="query", radius="none"), dict(pooling="query", radius="scaled", prior="uniform")]
 NAMES = [",".join(f"{k}={v}" for k, v in m.items()) or "default" for m in METHODS]
 
 
@@ -100,6 +105,27 @@ def test_score_equals_literal_formula(method, trials):
     sims = model.score(t, f, trials)
     assert sims.shape == (7, 5) and sims.dtype == torch.float32
     assert (sims - literal_score(model, t, f, trials)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+@pytest.mark.parametrize("trials", [0, 1, 5])
+def test_few_texts_score_as_many_do(method, trials):
+    """Up to T texts go another way, and whatever the precision of f; 7 texts take the span's."""
+    model = make(**method)
+    t, f = features(7, 5)
+    literal, half = literal_score(model, t, f, trials), f.half()
+    for N in (1, 3, T):
+        few = model.score(t[:N], f, trials)
+        assert (few - literal[:N]).abs().max() < 2e-6 and (few - model.score(t, f, trials)[:N]).abs().max() < 2e-6
+        assert (model.score(t[:N], half, trials) - model.score(t, half, trials)[:N]).abs().max() < 2e-6
+    assert torch.equal(model.score(t, half, trials), model.score(t, half.float(), trials))
+
+
+def test_scoring_drops_nothing_in_training_mode():
+    model = make(dropout=0.5).train()
+    t, f = features(7, 5)
+    assert torch.equal(model.score(t, f), make(dropout=0.5).score(t, f))
+    assert torch.equal(model.score(t[:2], f), make(dropout=0.5).score(t[:2], f))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -221,46 +247,41 @@ def test_prior(prior, std, mean, spread):
     assert torch.equal(eps, make(prior=prior, prior_std=std).noise(2000, 3)) and not torch.equal(eps, make(prior=prior).noise(2000, 4))
 
 
-# ---- leak invariants (design, section 5) ----
+# ---- leak invariants ----
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
-def test_a_pair_alone_equals_its_entry_and_permuting_permutes(method):
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_pair_alone_equals_its_entry_and_permuting_permutes(method, expected):
     model = make(**method)
     t, f = features(9, 6)
-    sims = model.score(t, f, 8)
+    sims = model.score(t, f, 8, expected=expected)
     for i, j in ((0, 0), (3, 5), (8, 2)):
-        assert abs(float(model.score(t[i:i + 1], f[j:j + 1], 8)) - float(sims[i, j])) < 1e-6
+        assert abs(float(model.score(t[i:i + 1], f[j:j + 1], 8, expected=expected)) - float(sims[i, j])) < 1e-6
     g = torch.Generator().manual_seed(2)
     texts, videos = torch.randperm(9, generator=g), torch.randperm(6, generator=g)
-    assert (model.score(t[texts], f[videos], 8) - sims[texts][:, videos]).abs().max() < 1e-6
+    assert (model.score(t[texts], f[videos], 8, expected=expected) - sims[texts][:, videos]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
-def test_chunked_and_precomputed_equal_whole(method):
+@pytest.mark.parametrize("expected", [False, True])
+def test_chunked_equals_whole(method, expected):
     model = make(**method)
     t, f = features(33, 21)
-    whole = model.score(t, f, 6)
-    for chunk_mb in (0.001, 0.02, 0.3):
-        assert (model.score(t, f, 6, chunk_mb=chunk_mb) - whole).abs().max() < 1e-6
-    assert (model.score(t, model.precompute(f), 6, chunk_mb=0.05) - whole).abs().max() < 1e-6
+    for rows in (slice(33), slice(3)):
+        whole = model.score(t[rows], f, 6, expected=expected)
+        for chunk_mb in (0.001, 0.02, 0.3):
+            assert (model.score(t[rows], f, 6, expected=expected, chunk_mb=chunk_mb) - whole).abs().max() < 1e-6
 
 
 def test_score_has_no_way_to_receive_the_owner():
     """Its inputs are the two sides' features and numbers; it reads no attribute that training or evaluation could have left behind."""
-    assert list(inspect.signature(TMASS.score).parameters) == ["self", "t", "f", "trials", "seed", "chunk_mb"]
+    assert list(inspect.signature(TMASS.score).parameters) == ["self", "t", "f", "trials", "seed", "expected", "chunk_mb"]
     model = make()
     before = set(vars(model)) | set(model.state_dict())
     t, f = features(5, 5)
     first = model.score(t, f, 4)
     model.losses(t, f, torch.Generator().manual_seed(0))  # sees matched pairs
     assert set(vars(model)) | set(model.state_dict()) == before and torch.equal(model.score(t, f, 4), first)
-
-
-@torch.no_grad()
-def released_protocol(model, t, f, trials):
-    """The released evaluation, literally: v of video j is psi(f_j | t_j), whatever the query."""
-    v = model.pool(t, f).diagonal().T
-    return best_cosine(t[:, None], v, model.radius(tmass.cosine(t[:, None, None], f)), model.noise(trials))
 
 
 def test_null_honest_is_at_chance_and_released_protocol_is_not():
@@ -276,20 +297,62 @@ def test_null_honest_is_at_chance_and_released_protocol_is_not():
         model.pool.q.weight.data *= 6  # a trained model attends sharply; an untrained one takes nearly the mean
         t, f = features(N, N, seed=100 + draw)
         f = torch.randn(N, T, D, generator=torch.Generator().manual_seed(draw))  # diverse frames, unrelated to t
-        for sims, ranks in ((model.score(t, f, 10), honest), (released_protocol(model, t, f, 10), leaking)):
+        for sims, ranks in ((model.score(t, f, 10), honest), (released_scores(model, t, f, torch.arange(N), 10), leaking)):
             ranks.append(float((sims > sims.diagonal()[:, None]).sum(1).float().mean() + 1))
     chance, error = (N + 1) / 2, math.sqrt((N * N - 1) / 12 / N / 5)
     assert abs(sum(honest) / 5 - chance) < 4 * error, honest
     assert sum(leaking) / 5 < chance - 6 * error, leaking
 
 
-def test_best_cosine_equals_literal():
+def test_sample_cosines_equal_literal():
     model = make()
     t, f = features(4, 3)
     eps, r, v = model.noise(6), torch.rand(4, 3, D), torch.randn(4, 3, D)
-    got = best_cosine(t[:, None], v, r, eps)
-    want = torch.tensor([[max(cos(t[i] + r[i, j] * e, v[i, j]) for e in eps) for j in range(3)] for i in range(4)])
+    got = sample_cosines(t[:, None], v, r, eps)
+    want = torch.tensor([[[cos(t[i] + r[i, j] * e, v[i, j]) for e in eps] for j in range(3)] for i in range(4)])
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+# ---- without sampling: the mean of best-of-M in closed form ----
+
+def test_largest_of_normals():
+    """By integrals known in closed form, and by counting."""
+    root = math.sqrt(math.pi)
+    known = {1: 0, 2: 1 / root, 3: 1.5 / root, 4: 3 / root * (1 - 2 * math.acos(1 / 3) / (2 * math.pi)), 20: 1.86747505979832}
+    for M, value in known.items():
+        assert abs(largest_of_normals(M) - value) < 1e-9, M
+    drawn = torch.randn(200_000, 7, generator=torch.Generator().manual_seed(0)).amax(1)
+    assert abs(largest_of_normals(7) - float(drawn.mean())) < 5 * float(drawn.std()) / 200_000 ** 0.5
+    values = [largest_of_normals(M) for M in (10, 10 ** 3, 10 ** 6, 10 ** 9, 10 ** 11)]
+    assert values == sorted(values) and values[-1] < math.sqrt(2 * math.log(10 ** 11))
+
+
+@torch.no_grad()
+def literal_expected(model, t, f, trials):
+    """s = a + E_M b, one pair at a time, in float64."""
+    mean, std = (0.5, 12 ** -0.5) if model.prior == "uniform" else (0, model.prior_std)
+    out = torch.empty(len(t), len(f))
+    for i in range(len(t)):
+        for j in range(len(f)):
+            v = literal_pool(model, t[i], f[j]).double()
+            r = literal_radius(model, torch.tensor([cos(t[i], x) for x in f[j]])).double()
+            c = t[i] + mean * r
+            tau2 = sum(float(x) ** 2 for x in c) + std ** 2 * sum(float(x) ** 2 for x in r)
+            g = [float(r[d] * v[d] - c @ v / tau2 * r[d] * c[d]) for d in range(D)]
+            b = std * math.sqrt(sum(x * x for x in g))
+            out[i, j] = (float(c @ v) + largest_of_normals(trials) * b) / (float(v.norm()) * math.sqrt(tau2))
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+def test_expected_equals_its_formula(method):
+    model = make(**method)
+    t, f = features(6, 5)
+    for N, trials in ((6, 20), (6, 1), (2, 20)):  # many texts, the mean alone, few texts
+        got = model.score(t[:N], f, trials, expected=True)
+        assert (got - literal_expected(model, t[:N], f, trials)).abs().max() < 2e-6
+    assert torch.equal(model.score(t, f, 0, expected=True), model.score(t, f, 0))
+    assert torch.equal(model.score(t, f, 9, seed=1, expected=True), model.score(t, f, 9, seed=2, expected=True))
 
 
 def test_score_memory_stays_within_its_budget():
