@@ -353,7 +353,27 @@ def loading(dataset, batches, collate=None, workers=0, pin=False):
 
 
 # ---- the data sets' own files ----
-# A reader yields (file, start, end, caption, where) per caption; `where` names the line for messages. Roots default to data/NAME.
+# A reader gets the folder of the annotation files, a split, and the folders that may hold the videos. It yields
+# (Clip, caption, where) per caption; `where` names the line for messages.
+
+UNPACKED = ("videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
+            "Charades_v1_480")
+
+
+def video_folders(root, videos=None):
+    """Where a data set's videos are sought: in `videos` (default: root), first in what the sites' archives unpack to."""
+    base = str(videos or root)
+    found = [os.path.join(base, name) for name in UNPACKED if os.path.isdir(os.path.join(base, name))]
+    if not found and not videos:
+        found = [os.path.join(base, "videos")]  # where they belong
+    return [*found, base]
+
+
+def video_file(folders, *names):
+    """The first of a video's possible names that exists in one of the folders; else where the first name belongs."""
+    paths = [os.path.join(folder, name) for name in names for folder in folders]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
+
 
 def read_text(root, name, what):
     """A text file's content, or a DataError that says which file is missing and where it goes."""
@@ -362,45 +382,43 @@ def read_text(root, name, what):
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} is missing: it belongs to {what}; put it there, or name the right folder with --root") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} can't be read: {e}") from None
+    except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {e.object[e.start]:#x}); save it as UTF-8") from None
+    except OSError as e:
+        raise DataError(f"{path} can't be read: {e.strerror or e}") from None
 
 
 def read_json(root, name, what, kind):
     try:
         content = json.loads(read_text(root, name, what))
-        if not isinstance(content, kind):
-            raise DataError(f"{Path(root) / name}: should hold a JSON {'object' if kind is dict else 'list'}: fetch the file again")
-        return content
     except json.JSONDecodeError as e:
         raise DataError(f"{Path(root) / name}, line {e.lineno}: not valid JSON ({e.msg}): fetch the file again") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{Path(root) / name}: should hold a JSON {'object' if kind is dict else 'list'}: fetch the file again")
+    return content
 
 
 def read_table(root, name, what, columns):
-    """Rows of a csv file with a header. -> list of (row number as an editor shows it, dict); checks that the columns are there."""
+    """Rows of a csv file with a header. -> list of (number of the row's first line, dict); checks that the columns are there."""
+    path = Path(root) / name
     reader = csv.DictReader(io.StringIO(read_text(root, name, what), newline=""))
     rows = []
     try:
         missing = [c for c in columns if c not in (reader.fieldnames or [])]
         if missing:
-            raise DataError(f"{Path(root) / name} has no column {', '.join(missing)}; its first line is {reader.fieldnames}")
+            raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {reader.fieldnames}")
         for row in reader:
             if None in row or None in row.values():
-                raise DataError(f"{Path(root) / name}, row {reader.line_num}: not as many fields as the header has")
+                raise DataError(f"{path}, row {reader.line_num}: not as many fields as the header has")
             rows.append((reader.line_num, row))
     except csv.Error as e:  # mostly a quote that is never closed
-        raise DataError(f"{Path(root) / name}, row {reader.line_num}: {e}") from None
+        raise DataError(f"{path}, row {reader.line_num}: {e}") from None
     return rows
 
 
-def video_file(root, *names):
-    """The first of some possible files that exists, under root/videos, root/videos/all or root; the first possibility where none does."""
-    places = [Path(root) / folder / name for name in names for folder in ("videos", "videos/all", ".")]
-    return str(next((p for p in places if p.is_file()), places[0]))
-
-
 def read_csv(path, root, split):
-    """Your own csv: video, caption and optionally split, start, end (seconds). Paths relative to root, by default the csv's folder."""
+    """Your own csv: video, caption and optionally split, start, end (seconds). Paths are relative to root."""
     path = Path(path)
     for number, row in read_table(path.parent, path.name, "--data", ["video", "caption"]):
         where = f"{path}, row {number}"
@@ -408,33 +426,32 @@ def read_csv(path, root, split):
             raise DataError(f"{where}: split {row['split']!r} must be train, val or test")
         if split != "all" and row.get("split", split).strip() != split:
             continue
-        if not row["video"].strip() or not row["caption"].strip():
-            raise DataError(f"{where}: empty {'video' if not row['video'].strip() else 'caption'}; fill it in or delete the row")
+        for column in ("video", "caption"):
+            if not row[column].strip():
+                raise DataError(f"{where}: empty {column}; fill it in or delete the row")
         try:
-            start, end = (float(row[c]) if (row.get(c) or "").strip() else None for c in ("start", "end"))
+            start, end = (float(row[c]) if row.get(c, "").strip() else None for c in ("start", "end"))
         except ValueError:
             raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must be seconds") from None
         if not 0 <= (start or 0) < (math.inf if end is None else end):
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be negative")
-        yield str(Path(root) / row["video"].strip()), start, end, row["caption"].strip(), where
+        yield Clip(str(Path(root) / row["video"].strip()), start, end), row["caption"], where
 
 
-def read_msrvtt(root, split, size="9k"):
+def read_msrvtt(root, split, folders, size="9k"):
     if split == "test":
         name = "MSRVTT_JSFUSION_test.csv"
         for number, row in read_table(root, name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
-            yield video_file(root, row["video_id"] + ".mp4"), None, None, row["sentence"], f"{name}, row {number}"
+            yield Clip(video_file(folders, row["video_id"] + ".mp4")), row["sentence"], f"{name}, row {number}"
         return
-    name = f"MSRVTT_train.{size}.csv"
-    ids = {row["video_id"] for _, row in read_table(root, name, "msrvtt", ["video_id"])}
-    content, files = read_json(root, "MSRVTT_data.json", "msrvtt", dict), {}
-    for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json", list)):
-        where = f"MSRVTT_data.json, sentence {k + 1}"
+    rows = read_table(root, f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"])
+    clips = {row["video_id"]: Clip(video_file(folders, row["video_id"] + ".mp4")) for _, row in rows}
+    content = read_json(root, "MSRVTT_data.json", "msrvtt", dict)
+    for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json", list), 1):
+        where = f"MSRVTT_data.json, sentence {k}"
         video = _field(sentence, "video_id", where)
-        if video in ids:
-            if video not in files:
-                files[video] = video_file(root, video + ".mp4")
-            yield files[video], None, None, _field(sentence, "caption", where), where
+        if video in clips:
+            yield clips[video], _field(sentence, "caption", where), where
 
 
 def _field(row, key, where, kind=str):
@@ -452,45 +469,52 @@ def _sentences(row, key, where):
 
 
 LSMDC_BAD = "1012_Unbreakable_00.05.16.065-00.05.21.941"
+LSMDC = dict(train="LSMDC16_annos_training.csv", val="LSMDC16_annos_val.csv", test="LSMDC16_challenge_1000_publictect.csv")
 
 
-def read_lsmdc(root, split):
-    name = dict(train="LSMDC16_annos_training.csv", val="LSMDC16_annos_val.csv", test="LSMDC16_challenge_1000_publictect.csv")[split]
-    for number, line in enumerate(read_text(root, name, "lsmdc").split("\n"), 1):
+def read_lsmdc(root, split, folders):
+    for number, line in enumerate(read_text(root, LSMDC[split], "lsmdc").split("\n"), 1):
         if not line:
             continue
-        fields = line.split("\t")
+        where, fields = f"{LSMDC[split]}, row {number}", line.split("\t")
         if len(fields) != 6 or not fields[5].strip():
-            raise DataError(f"{Path(root) / name}, row {number}: {len(fields)} tab-separated fields, expected 6, the last a sentence")
+            raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a sentence; fetch the file again")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
         movie = clip.split(".")[0][:-3]
         if not movie:
-            raise DataError(f"{Path(root) / name}, row {number}: clip id {clip!r} does not begin with the movie's name")
+            raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; fetch the file again")
         if clip != LSMDC_BAD:  # known to be broken
-            yield video_file(root, f"{movie}/{clip}.avi"), None, None, fields[5].strip(), f"{name}, row {number}"
+            yield Clip(video_file(folders, f"{movie}/{clip}.avi")), fields[5], where
 
 
-def read_didemo(root, split):
+DIDEMO_SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")
+
+
+def didemo_file(folders, name):
+    """The annotations' names end in any suffix, or in a bare dot, whatever the file's is."""
+    return video_file(folders, name, *(re.sub(r"\.[^.]*$", "", name) + suffix for suffix in DIDEMO_SUFFIXES))
+
+
+def read_didemo(root, split, folders):
     name = f"didemo_{split}_label.csv"
-    suffixes = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")  # names end in any of them, or in a bare dot
-    files = lambda base: video_file(root, base, *(re.sub(r"\.[^.]*$", "", base) + x for x in suffixes))
     if not (Path(root) / name).is_file() and (Path(root) / f"{split}_data.json").is_file():
         name = f"{split}_data.json"
         for k, item in enumerate(read_json(root, name, "didemo", list), 1):
             where = f"{name}, entry {k}"
             text = _field(item, "description", where, (str, list))
             text = text if isinstance(text, str) else " ".join(_sentences(item, "description", where))
-            yield files(_field(item, "video", where)), None, None, text, where
+            yield Clip(didemo_file(folders, _field(item, "video", where))), text, where
         return
     for number, row in read_table(root, name, "didemo (or the json form)", ["video_path", "starts", "ends", "text"]):
         where = f"{name}, row {number}"
         start, end = (re.search(r"\d+", row[c]) for c in ("starts", "ends"))  # "tensor([[31]])"
         if not start or not end or float(start[0]) >= float(end[0]):
             raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} hold no seconds")
-        yield files(row["video_path"].rsplit("/", 1)[-1]), float(start[0]), float(end[0]), row["text"], where
+        path = didemo_file(folders, row["video_path"].rsplit("/", 1)[-1])
+        yield Clip(path, float(start[0]), float(end[0])), row["text"], where
 
 
-def read_vatex(root, split):
+def read_vatex(root, split, folders):
     name = "vatex_training_v1.0.json" if split == "train" else "vatex_validation_v1.0.json"
     listed = None if split == "train" else set(read_text(root, f"{split}_list.txt", "vatex").split())
     for k, item in enumerate(read_json(root, name, "vatex", list), 1):
@@ -498,65 +522,72 @@ def read_vatex(root, split):
         video = _field(item, "videoID", where)
         match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
         if not match:
-            raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>")
+            raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; fetch the file again")
         if listed is not None and video not in listed:
             continue
-        path, start, end = video_file(root, video + ".mp4"), None, None
-        if not os.path.isfile(path) and os.path.isfile(video_file(root, match[1] + ".mp4")):  # the uncut YouTube video
-            path, start, end = video_file(root, match[1] + ".mp4"), float(match[2]), float(match[3])
+        clip = Clip(video_file(folders, video + ".mp4"))
+        uncut = video_file(folders, match[1] + ".mp4")  # the YouTube video
+        if not os.path.isfile(clip.path) and os.path.isfile(uncut):
+            clip = Clip(uncut, float(match[2]), float(match[3]))
         for caption in _sentences(item, "enCap", where):
-            yield path, start, end, caption, where
+            yield clip, caption, where
 
 
-def read_charades(root, split):
+def read_charades(root, split, folders):
     name = f"Charades_v1_{split}.csv"
     for number, row in read_table(root, name, "charades", ["id", "script"]):
         if row["script"].strip():
-            yield video_file(root, row["id"] + ".mp4"), None, None, row["script"], f"{name}, row {number}"
+            yield Clip(video_file(folders, row["id"] + ".mp4")), row["script"], f"{name}, row {number}"
 
 
-def read_msvd(root, split):
+def read_msvd(root, split, folders):
     captions = read_json(root, "captions_msvd.json", "msvd", dict)
     for number, video in enumerate(read_text(root, f"{split}_list.txt", "msvd").split(), 1):
-        path = video_file(root, video + ".avi", video + ".mp4")
-        for caption in _sentences(captions, video, f"{Path(root) / 'captions_msvd.json'}"):
-            yield path, None, None, caption, f"{split}_list.txt, row {number}"
+        clip = Clip(video_file(folders, video + ".avi", video + ".mp4"))
+        for caption in _sentences(captions, video, "captions_msvd.json"):
+            yield clip, caption, f"{split}_list.txt, row {number}"
 
 
-READERS = {"msrvtt": read_msrvtt, "msrvtt-7k": functools.partial(read_msrvtt, size="7k"), "lsmdc": read_lsmdc, "didemo": read_didemo,
-           "vatex": read_vatex, "charades": read_charades, "msvd": read_msvd}
+READERS = {"msrvtt": read_msrvtt, "msrvtt-7k": functools.partial(read_msrvtt, size="7k"), "lsmdc": read_lsmdc,
+           "didemo": read_didemo, "vatex": read_vatex, "charades": read_charades, "msvd": read_msvd}
 NO_VAL = ("msrvtt", "msrvtt-7k", "charades")  # no official validation split
 SPLITS = ("train", "val", "test")
 
 
-def load_annotations(name_or_csv, root=None, split="train"):
-    """One split of a data set, as its files say. A csv without a split column has the same rows in every split. -> Annotations."""
+def load_annotations(name_or_csv, root=None, split="train", videos=None):
+    """One split of a data set, as its files say. A csv without a split column has the same rows in every split. -> Annotations.
+
+    root: the folder of the annotation files (default: data/NAME). videos: that of the videos, where it is another one.
+    """
     name = str(name_or_csv)
     if split not in (*SPLITS, "all"):
         raise DataError(f"unknown split {split!r}: choose train, val, test or all")
+    if videos and not os.path.isdir(videos):
+        raise DataError(f"--videos {videos}: there is no such folder; name the one that holds the video files")
     if name.endswith(".csv"):
         if not os.path.isfile(name):
             raise DataError(f"{name} is missing: --data wants the path of a csv file with the columns video and caption")
-        return _collect(read_csv(name, root or Path(name).parent, split))
+        return _collect(read_csv(name, videos or root or Path(name).parent, split))
     root = Path(root or Path("data") / name.split("-")[0])
     if name == "shapes":
         render_shapes(root)
-        return _collect(read_csv(root / "captions.csv", root, split))
+        return _collect(read_csv(root / "captions.csv", videos or root, split))
     if name not in READERS:
-        raise DataError(f"unknown data set {name!r}: choose {', '.join(['shapes', *READERS])}, or give the path of a .csv file")
+        names = ", ".join(["shapes", *READERS])
+        raise DataError(f"unknown data set {name!r}: choose {names}, or give the path of a .csv file")
     if not root.is_dir():
         raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the folder with --root; "
                         f"`python data.py check --data {name}` lists them")
+    folders = video_folders(root, videos)
     splits = [s for s in (SPLITS if split == "all" else [split]) if s != "val" or name not in NO_VAL]
-    return _collect(row for s in splits for row in READERS[name](root, s))
+    return _collect(row for s in splits for row in READERS[name](root, s, folders))
 
 
 def _collect(rows):
     clips, captions, owner, where = {}, [], [], []
-    for path, start, end, caption, line in rows:
-        if not isinstance(caption, str) or not caption.strip():
+    for clip, caption, line in rows:
+        if not caption.strip():
             raise DataError(f"{line}: empty caption")
-        clip = Clip(path, start, end)
         if clip not in clips:
             clips[clip] = len(clips)
             where.append(line)
@@ -565,32 +596,33 @@ def _collect(rows):
     return Annotations(list(clips), captions, owner, where)
 
 
-def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24):
+def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, videos=None):
     """The split that training and evaluation use: disjoint, and the test split never chooses anything. -> Annotations.
 
-    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice, are held out of
-    train.
-    A csv without a split column is divided by a hash of each file's name, 80 % train, 10 % val, 10 % test: adding rows moves no video.
+    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice, are
+    held out of train.
+    A csv without a split column is divided by a hash of each file's name, 80 % train, 10 % val, 10 % test: adding rows moves
+    no video.
     """
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all":
-        ann = load_annotations(name, root, "all")
+        ann = load_annotations(name, root, "all", videos)
         if has_splits(name):
-            return load_annotations(name, root, split)
-        base = str(root or Path(name).parent)
+            return load_annotations(name, root, split, videos)
+        base = str(videos or root or Path(name).parent)
         part = [zlib.crc32(os.path.relpath(c.path, base).encode()) % 10 for c in ann.clips]
         ann = ann.take([v for v, p in enumerate(part) if ("test" if p == 0 else "val" if p == 1 else "train") == split])
         if not ann.clips and split != "val":
-            raise DataError(f"{name} has no split column, and none of its videos falls into {split} (80 % train, 10 % val, 10 % test, "
-                            "by a hash of the name): add the column")
+            raise DataError(f"{name} has no split column, and none of its videos falls into {split} (80 % train, 10 % val, "
+                            "10 % test, by a hash of the name): add the column")
         return ann
     if name in NO_VAL and split in ("train", "val"):
-        ann = load_annotations(name, root, "train")
+        ann = load_annotations(name, root, "train", videos)
         if val_videos >= len(ann.clips):
             raise DataError(f"--val-videos {val_videos}: {name} has {len(ann.clips)} training videos in all")
         held = set(torch.randperm(len(ann.clips), generator=torch.Generator().manual_seed(seed))[:val_videos].tolist())
         return ann.take([v for v in range(len(ann.clips)) if (v in held) == (split == "val")])
-    return load_annotations(name, root, split)
+    return load_annotations(name, root, split, videos)
 
 
 def has_splits(path):
@@ -607,7 +639,7 @@ def present(ann, skip_bad=False):
     lines = [f"{ann.clips[v].path} ({ann.where[v]})" if ann.where else str(ann.clips[v].path) for v in gone]
     if gone and not skip_bad:
         raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(lines[:10])}{'; ...' if len(gone) > 10 else ''}: "
-                        "put them there, name the folder with --root, or leave them out with --skip-bad")
+                        "put them there, name their folder with --videos, or leave them out with --skip-bad")
     return (ann.take(set(range(len(ann.clips))) - set(gone)) if gone else ann), lines
 
 
@@ -630,7 +662,7 @@ def check(args):
     whole = args.data.endswith(".csv") and os.path.isfile(args.data) and not has_splits(args.data)
     for split in ["all"] if whole else [s for s in SPLITS if s != "val" or args.data not in NO_VAL]:
         try:
-            ann = load_annotations(args.data, args.root, split)
+            ann = load_annotations(args.data, args.root, split, args.videos)
         except DataError as e:
             if args.data not in READERS:
                 raise
@@ -659,6 +691,7 @@ def main(argv=None):
     c = commands.add_parser("check", help="what of a data set is there, what is missing, and where it belongs")
     c.add_argument("--data", required=True, help=f"{', '.join(READERS)}, shapes, or a .csv")
     c.add_argument("--root", help="folder of the data set (default: data/NAME)")
+    c.add_argument("--videos", help="folder of the videos, where it is another one (default: --root)")
     c.add_argument("--decode", action="store_true", help="open every video and list the bad ones")
     c.add_argument("--workers", type=numeric(int, 0), default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)")
     return check(p.parse_args(argv))

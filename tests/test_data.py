@@ -606,6 +606,47 @@ def test_msvd(tmp_path):
     assert [p for p, *_ in relative(ann, tmp_path)] == ["videos/b_3_4.avi", "videos/a_1_2.mp4"]
 
 
+@pytest.mark.parametrize("folder", ["videos", "videos/all", "all", "YouTubeClips", "."])
+def test_videos_may_lie_elsewhere_as_their_site_packs_them(tmp_path, folder):
+    root, store = tmp_path / "annotations", tmp_path / "store"
+    root.mkdir()
+    (root / "captions_msvd.json").write_text(json.dumps({"a_1_2": ["x"], "b_3_4": ["z"]}))
+    (root / "test_list.txt").write_text("a_1_2\nb_3_4\n")
+    touch(store, f"{folder}/a_1_2.avi")
+    ann = load_split("msvd", root, "test", videos=store)
+    assert os.path.samefile(ann.clips[0].path, store / folder / "a_1_2.avi")
+    assert ann.clips[1].path.startswith(str(store)) and not os.path.exists(ann.clips[1].path)
+    touch(root, f"{folder}/b_3_4.avi")  # without --videos: the same names below the annotations
+    ann = load_annotations("msvd", root, "test")
+    assert os.path.isfile(ann.clips[1].path) and not os.path.isfile(ann.clips[0].path)
+    with pytest.raises(DataError, match="1 of 2 videos are missing.*--videos"):
+        present(ann)
+    with pytest.raises(DataError, match="--videos .*nowhere: there is no such folder"):
+        load_annotations("msvd", root, "test", videos=tmp_path / "nowhere")
+
+
+def test_archives_as_their_sites_name_them(tmp_path):
+    table(tmp_path / "Charades_v1_test.csv", ["id", "script"], ["46GP8", "A person cooks."])
+    touch(tmp_path, "mp4/Charades_v1_480/46GP8.mp4", "mp4/MSRVTT/videos/all/video10.mp4", "mp4/TestVideo/video11.mp4")
+    ann = load_annotations("charades", tmp_path, "test", tmp_path / "mp4")
+    assert relative(ann, tmp_path) == [("mp4/Charades_v1_480/46GP8.mp4", None, None)]
+    ann = load_annotations("msrvtt", msrvtt(tmp_path), "test", tmp_path / "mp4")
+    assert [p for p, *_ in relative(ann, tmp_path)] == ["mp4/TestVideo/video11.mp4", "mp4/MSRVTT/videos/all/video10.mp4"]
+
+
+def test_videos_of_a_csv_may_lie_elsewhere(tmp_path):
+    (tmp_path / "clips").mkdir()
+    name = table(tmp_path / "my.csv", ["video", "caption"], *[[f"v{i}.mp4", "x"] for i in range(200)])
+    there = {s: load_split(name, None, s, videos=tmp_path / "clips") for s in data.SPLITS}
+    assert there["test"].clips[0].path.startswith(str(tmp_path / "clips" / "v"))
+    for split in data.SPLITS:  # where they lie changes no split
+        here = load_split(name, None, split)
+        assert [os.path.basename(c.path) for c in there[split].clips] == [os.path.basename(c.path) for c in here.clips]
+    assert data.main(["check", "--data", name, "--videos", str(tmp_path)]) == 1
+    touch(tmp_path / "clips", *[f"v{i}.mp4" for i in range(200)])
+    assert data.main(["check", "--data", name, "--videos", str(tmp_path / "clips")]) == 0
+
+
 @pytest.mark.parametrize("bad", ["letters", 3, [3], {"a": 1}, [None]])
 def test_captions_of_another_kind(tmp_path, bad):
     (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps([dict(videoID="abcdefghijk_000001_000011", enCap=bad)]))
