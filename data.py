@@ -2,8 +2,8 @@
 
     python data.py check --data msrvtt [--root DIR] [--decode]     # what is there, what is missing, where it belongs
 
-Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers of each data
-set's own files.
+Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers
+of each data set's own files.
 """
 import bisect
 import contextlib
@@ -41,7 +41,7 @@ class Clip(NamedTuple):
 
 @dataclass
 class Annotations:
-    """One split. clips (V); captions (N); owner (N): caption i describes clips[owner[i]]; where (V): the line that names each clip."""
+    """A split. clips (V), captions (N), owner (N): caption i describes clips[owner[i]]. where (V): each one's line."""
     clips: list
     captions: list
     owner: list
@@ -50,9 +50,10 @@ class Annotations:
     def take(self, videos):
         """The annotations of some videos, by index, in their order here."""
         new = {v: k for k, v in enumerate(sorted(videos))}
-        pairs = [(c, new[o]) for c, o in zip(self.captions, self.owner) if o in new]
+        kept = [i for i, o in enumerate(self.owner) if o in new]
         where = self.where and [self.where[v] for v in new]
-        return Annotations([self.clips[v] for v in new], [c for c, _ in pairs], [o for _, o in pairs], where)
+        return Annotations([self.clips[v] for v in new], [self.captions[i] for i in kept],
+                           [new[self.owner[i]] for i in kept], where)
 
 
 # ---- frames ----
@@ -195,15 +196,17 @@ def _fill(found):
 
 
 class FrameCache:
-    """Each video's T sampled frames as JPEG (quality 95, short side at most 256) in one file per clip, so that a video is decoded once.
+    """Each clip's T sampled frames in one file, as JPEG (quality 95, short side at most 256): it is decoded once.
 
-    A file counts only while the video's size, time of change, T and span are what they were. Files are written beside and renamed: any
-    number of workers and processes may share a folder. Where it can't be written, videos are decoded each time, after one warning.
-    Frames pass through JPEG the first time too: a run sees the same pixels whatever the cache held before.
+    A file counts only while the video's size, time of change, T and span are what they were. Files are written beside
+    and renamed: any number of workers and processes may share a folder. Where it can't be written, videos are decoded
+    each time, after one warning. Frames pass through JPEG the first time too: a run sees the same pixels whatever the
+    cache held before.
     """
 
     def __init__(self, folder, frames):
-        self.folder, self.frames, self.warned = Path(folder), frames, torch.zeros(1).share_memory_()  # one warning from all workers
+        self.folder, self.frames = Path(folder), frames
+        self.warned = torch.zeros(1).share_memory_()  # one warning from all workers
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -212,21 +215,23 @@ class FrameCache:
     def _warn(self, e):
         if not self.warned.item():
             self.warned.fill_(1)
-            print(f"warning: frame cache {self.folder} can't be written ({e.strerror or e}): videos are decoded instead", file=sys.stderr)
+            print(f"warning: frame cache {self.folder} can't be written ({e.strerror or e}): "
+                  "videos are decoded instead", file=sys.stderr)
 
     def _decode(self, body, sizes):
         pictures = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
         return torch.stack(decode_jpeg(list(pictures), ImageReadMode.RGB))
 
     def read(self, clip):
-        """The clip's frames, from the cache or decoded into it. -> uint8 (T,3,H,W). Raises DataError as read_frames does."""
+        """The clip's frames, from the cache or decoded into it. -> uint8 (T,3,H,W). Raises what read_frames raises."""
         path = os.path.abspath(clip.path)
         try:
             stat = os.stat(path)
         except OSError:
             return read_frames(clip, self.frames)  # says what is wrong
         key = [path, stat.st_size, stat.st_mtime_ns, self.frames, clip.start, clip.end]
-        file = self.folder / (hashlib.sha1(json.dumps([path, *key[3:]]).encode()).hexdigest() + ".jpegs")
+        name = hashlib.sha1(json.dumps([path, *key[3:]]).encode()).hexdigest()
+        file = self.folder / f"{name}.jpegs"
         try:
             head, body = file.read_bytes().split(b"\n", 1)  # a line of JSON, then the pictures one after the other
             saved, sizes, crc = json.loads(head)
@@ -256,16 +261,17 @@ def train_transform(size):
 
 def test_transform(size):
     """uint8 (T,3,H,W) -> uint8 (T,3,size,size): short side to size, bicubic, centre crop, as CLIP was trained."""
-    return v2.Compose([v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
+    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(size)])
 
 
 class VideoDataset(Dataset):
-    """Each clip once. Item v -> uint8 (T,3,R,R), or the DataError of a bad video as a value (a worker that raises would die)."""
+    """Each clip once. Item v -> uint8 (T,3,R,R), or a bad video's DataError as a value: a worker that raises dies."""
 
     def __init__(self, clips, frames, transform, cache=None):
         self.clips, self.transform = clips, transform
-        self.read = cache.read if cache else functools.partial(read_frames, frames=frames)  # not a lambda: workers may be spawned
-        self.reading = torch.zeros(256, 2, dtype=torch.long).share_memory_()  # per worker its pid and clip + 1, should it die
+        self.read = cache.read if cache else functools.partial(read_frames, frames=frames)  # a lambda can't be spawned
+        self.reading = torch.zeros(256, 2, dtype=torch.long).share_memory_()  # per worker: its pid, clip + 1
 
     def __len__(self):
         return len(self.clips)
@@ -284,7 +290,8 @@ class VideoDataset(Dataset):
 
     def was_reading(self, pid):
         """What a worker that died was decoding, for the error message."""
-        return next((str(self.clips[v - 1].path) for p, v in self.reading.tolist() if p == pid and v), "an unknown video")
+        paths = [str(self.clips[v - 1].path) for p, v in self.reading.tolist() if p == pid and v]
+        return paths[0] if paths else "an unknown video"
 
 
 class PairDataset(VideoDataset):
@@ -303,8 +310,8 @@ class PairDataset(VideoDataset):
     def __getitem__(self, item):
         epoch, i = item
         try:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator; torch.manual_seed would
-                # also set the GPU's, which is the training's
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
+                # torch.manual_seed would also set the GPU's, which is the training's
                 torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
                 return self.video(self.ann.owner[i]), self.ann.captions[i], i
         except DataError as e:
@@ -361,7 +368,7 @@ UNPACKED = ("videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo",
 
 
 def video_folders(root, videos=None):
-    """Where a data set's videos are sought: in `videos` (default: root), first in what the sites' archives unpack to."""
+    """Where a data set's videos are sought: in `videos` (default: root), first in what the archives unpack to."""
     base = str(videos or root)
     found = [os.path.join(base, name) for name in UNPACKED if os.path.isdir(os.path.join(base, name))]
     if not found and not videos:
@@ -381,7 +388,7 @@ def read_text(root, name, what):
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: it belongs to {what}; put it there, or name the right folder with --root") from None
+        raise DataError(f"{path} is missing: it belongs to {what}; put it there, or choose another --root") from None
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
         raise DataError(f"{path}, row {line}: not UTF-8 text (byte {e.object[e.start]:#x}); save it as UTF-8") from None
@@ -390,17 +397,18 @@ def read_text(root, name, what):
 
 
 def read_json(root, name, what, kind):
+    path = Path(root) / name
     try:
         content = json.loads(read_text(root, name, what))
     except json.JSONDecodeError as e:
-        raise DataError(f"{Path(root) / name}, line {e.lineno}: not valid JSON ({e.msg}): fetch the file again") from None
+        raise DataError(f"{path}, line {e.lineno}: not valid JSON ({e.msg}): fetch the file again") from None
     if not isinstance(content, kind):
-        raise DataError(f"{Path(root) / name}: should hold a JSON {'object' if kind is dict else 'list'}: fetch the file again")
+        raise DataError(f"{path}: holds no JSON {'object' if kind is dict else 'list'}: fetch the file again")
     return content
 
 
 def read_table(root, name, what, columns):
-    """Rows of a csv file with a header. -> list of (number of the row's first line, dict); checks that the columns are there."""
+    """Rows of a csv file with a header, which must have some columns. -> list of (number of the row's line, dict)."""
     path = Path(root) / name
     reader = csv.DictReader(io.StringIO(read_text(root, name, what), newline=""))
     rows = []
@@ -469,7 +477,8 @@ def _sentences(row, key, where):
 
 
 LSMDC_BAD = "1012_Unbreakable_00.05.16.065-00.05.21.941"
-LSMDC = dict(train="LSMDC16_annos_training.csv", val="LSMDC16_annos_val.csv", test="LSMDC16_challenge_1000_publictect.csv")
+LSMDC = dict(train="LSMDC16_annos_training.csv", val="LSMDC16_annos_val.csv",
+             test="LSMDC16_challenge_1000_publictect.csv")
 
 
 def read_lsmdc(root, split, folders):
@@ -478,7 +487,8 @@ def read_lsmdc(root, split, folders):
             continue
         where, fields = f"{LSMDC[split]}, row {number}", line.split("\t")
         if len(fields) != 6 or not fields[5].strip():
-            raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a sentence; fetch the file again")
+            raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a sentence; "
+                            "fetch the file again")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
         movie = clip.split(".")[0][:-3]
         if not movie:
@@ -555,7 +565,7 @@ SPLITS = ("train", "val", "test")
 
 
 def load_annotations(name_or_csv, root=None, split="train", videos=None):
-    """One split of a data set, as its files say. A csv without a split column has the same rows in every split. -> Annotations.
+    """A data set's split as its files say. A csv without a split column has all rows in every split. -> Annotations.
 
     root: the folder of the annotation files (default: data/NAME). videos: that of the videos, where it is another one.
     """
@@ -566,7 +576,7 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
         raise DataError(f"--videos {videos}: there is no such folder; name the one that holds the video files")
     if name.endswith(".csv"):
         if not os.path.isfile(name):
-            raise DataError(f"{name} is missing: --data wants the path of a csv file with the columns video and caption")
+            raise DataError(f"{name} is missing: --data wants a csv file with the columns video and caption")
         return _collect(read_csv(name, videos or root or Path(name).parent, split))
     root = Path(root or Path("data") / name.split("-")[0])
     if name == "shapes":
@@ -599,10 +609,10 @@ def _collect(rows):
 def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, videos=None):
     """The split that training and evaluation use: disjoint, and the test split never chooses anything. -> Annotations.
 
-    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice, are
-    held out of train.
-    A csv without a split column is divided by a hash of each file's name, 80 % train, 10 % val, 10 % test: adding rows moves
-    no video.
+    Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice,
+    are held out of train.
+    A csv without a split column is divided by a hash of each file's name, 80 % train, 10 % val, 10 % test: adding rows
+    moves no video.
     """
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all":
@@ -613,8 +623,8 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
         part = [zlib.crc32(os.path.relpath(c.path, base).encode()) % 10 for c in ann.clips]
         ann = ann.take([v for v, p in enumerate(part) if ("test" if p == 0 else "val" if p == 1 else "train") == split])
         if not ann.clips and split != "val":
-            raise DataError(f"{name} has no split column, and none of its videos falls into {split} (80 % train, 10 % val, "
-                            "10 % test, by a hash of the name): add the column")
+            raise DataError(f"{name} has no split column, and none of its videos falls into {split} "
+                            "(80 % train, 10 % val, 10 % test, by a hash of the name): add the column")
         return ann
     if name in NO_VAL and split in ("train", "val"):
         ann = load_annotations(name, root, "train", videos)
@@ -628,17 +638,19 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
 def has_splits(path):
     """Does a csv say itself which row belongs to which split?"""
     try:
-        return "split" in next(csv.reader(io.StringIO(read_text(Path(path).parent, Path(path).name, "--data"), newline="")), [])
+        text = read_text(Path(path).parent, Path(path).name, "--data")
+        return "split" in next(csv.reader(io.StringIO(text, newline="")), [])
     except csv.Error:  # load_annotations says what is wrong
         return False
 
 
 def present(ann, skip_bad=False):
-    """Check that every video file is there, before anything long starts. -> (annotations of those that are, lines about the others)."""
+    """Are the videos there? Asked before anything long starts. -> (annotations of those, lines about the others)."""
     gone = [v for v, clip in enumerate(ann.clips) if not os.path.isfile(clip.path)]
     lines = [f"{ann.clips[v].path} ({ann.where[v]})" if ann.where else str(ann.clips[v].path) for v in gone]
     if gone and not skip_bad:
-        raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(lines[:10])}{'; ...' if len(gone) > 10 else ''}: "
+        more = "; ..." if len(gone) > 10 else ""
+        raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(lines[:10])}{more}: "
                         "put them there, name their folder with --videos, or leave them out with --skip-bad")
     return (ann.take(set(range(len(ann.clips))) - set(gone)) if gone else ann), lines
 
@@ -666,11 +678,14 @@ def check(args):
         except DataError as e:
             if args.data not in READERS:
                 raise
-            good, _ = False, print(f"{split:5s} {e}")
+            good = False
+            print(f"{split:5s} {e}")
             continue
         found, gone = present(ann, skip_bad=True)
-        counts = zip(("texts", "videos"), (len(ann.captions), len(ann.clips)), PUBLISHED.get(args.data, {}).get(split, (None, None)))
-        told = [f"{n} {what}{f' (published {published})' if published else ''}" for what, n, published in counts]
+        told = []
+        published = PUBLISHED.get(args.data, {}).get(split, (None, None))
+        for n, what, said in zip((len(ann.captions), len(ann.clips)), ("texts", "videos"), published):
+            told.append(f"{n} {what} (published {said})" if said else f"{n} {what}")
         print(f"{split:5s} {', '.join(told)}, {len(gone)} of them missing")
         for line in gone[:10]:
             print(f"      missing {line}")
@@ -693,7 +708,8 @@ def main(argv=None):
     c.add_argument("--root", help="folder of the data set (default: data/NAME)")
     c.add_argument("--videos", help="folder of the videos, where it is another one (default: --root)")
     c.add_argument("--decode", action="store_true", help="open every video and list the bad ones")
-    c.add_argument("--workers", type=numeric(int, 0), default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)")
+    c.add_argument("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
+                   help="processes that decode (default: %(default)s)")
     return check(p.parse_args(argv))
 
 
