@@ -427,6 +427,13 @@ def test_csv(tmp_path):
     ([["file", "caption"], ["a", "b"]], "has no column video"),
     ([["video", "text"], ["a", "b"]], "has no column caption"),
     ([], "has no column video, caption"),
+    ([["video;caption"], ["a.mp4;x"]], "its first line is ['video;caption']"),
+    ([["video", "caption"]], "has a header, but no row below it"),
+    ([["video", "caption", "video"], ["a.mp4", "x", "b.mp4"]], "has the column video 2 times"),
+    ([["video", "caption"], ["a.mp4", "two\nlines"], ["b.mp4", ""]], "row 4: empty caption"),
+    ([["video", "caption"], ["a.mp4", ""], ["b.mp4", "x"]], "row 2: empty caption"),
+    ([["video", "caption"], [], ["a.mp4", "two\nlines", "too much"], ["b.mp4", "x"]], "row 3: not as many fields"),
+    ([["video", "caption"], ["a.mp4", "x"], ["b.mp4", "y" * 200_000]], "row 3: field larger than"),
     ([["video", "caption"], ["a.mp4", "x"], ["a.mp4", " "]], "row 3: empty caption"),
     ([["video", "caption"], ["", "x"]], "row 2: empty video"),
     ([["video", "caption"], ["a.mp4"]], "row 2: not as many fields"),
@@ -445,12 +452,35 @@ def test_csv_mistakes(tmp_path, rows, message):
     assert f"{name}" in str(e.value) and message in str(e.value)
 
 
+@pytest.mark.parametrize("text, row", [
+    ('a.mp4,x\nb.mp4,"never closed\nc.mp4,y\nd.mp4,z\n', 3),        # would swallow c and d
+    ('a.mp4,"x\ny"\nb.mp4,"never closed\nc.mp4,"closed here"\n', 4),  # would swallow half of c
+    ('a.mp4,"a "quoted" word"\nb.mp4,x\n', 2),
+    ('a.mp4,x\n' + 'b.mp4,"never closed\n' + "c.mp4,y\n" * 30000, 3),  # longer than a field may be
+])
+def test_a_quote_in_the_wrong_place_says_where(tmp_path, text, row):
+    (tmp_path / "my.csv").write_text("video,caption\n" + text)
+    with pytest.raises(DataError, match=f"my.csv, row {row}: .*double quotes"):
+        load_annotations(tmp_path / "my.csv")
+
+
+def test_rows_are_named_by_the_line_they_begin_in(tmp_path):
+    name = table(tmp_path / "my.csv", ["video", " caption "], ["a.mp4", "one\ntwo"], [], ["b.mp4", "three\nfour\nfive"],
+                 ["c.mp4", "six"])
+    ann = load_annotations(name)
+    lines = open(name).read().splitlines()
+    for where, clip in zip(ann.where, ann.clips):
+        assert lines[int(where.split()[-1]) - 1].startswith(os.path.basename(clip.path))
+
+
 def test_csv_files_that_are_none(tmp_path):
     (tmp_path / "open.csv").write_text('video,caption\na.mp4,"never closed\n' + "b.mp4,x\n" * 30000)
     (tmp_path / "header.csv").write_text('"video,caption\n' + "a.mp4,x\n" * 30000)  # nor is this quote
     assert data.program(lambda: data.main(["check", "--data", str(tmp_path / "header.csv")])) == 2
     (tmp_path / "latin.csv").write_bytes("video,caption\na.mp4,café\n".encode("latin-1"))
     (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="latin.csv, row 2: not UTF-8 text .byte 0xe9.; save it as UTF-8"):
+        load_annotations(tmp_path / "latin.csv")
     for name in ("open.csv", "header.csv", "latin.csv", "folder.csv", "gone.csv"):
         for load in (load_annotations, load_split):
             with pytest.raises(DataError, match=name):
@@ -479,8 +509,38 @@ def test_csv_without_split_column_is_divided_by_name(tmp_path):
     for split in data.SPLITS:  # more rows, in another order, in another folder: no video moves
         now = {os.path.basename(c.path) for c in load_split(grown, split=split).clips}
         assert {os.path.basename(p) for p in paths[split]} <= now
-    with pytest.raises(DataError, match="none of its videos falls into test"):
-        load_split(table(tmp_path / "one.csv", ["video", "caption"], ["v0.mp4", "x"], ["v1.mp4", "x"]), split="test")
+
+
+def divided(tmp_path, files):
+    """How a csv without splits is divided. -> {split: set of file names}; no video in two."""
+    name = table(tmp_path / "my.csv", ["video", "caption"], *[[file, f"{file} {k}"] for k in range(2) for file in files])
+    parts = {s: load_split(name, split=s) for s in data.SPLITS}
+    assert sum(len(ann.captions) for ann in parts.values()) == 2 * len(files)
+    names = {s: {os.path.basename(c.path) for c in ann.clips} for s, ann in parts.items()}
+    assert set.union(*names.values()) == set(files) and sum(map(len, names.values())) == len(files)
+    return names
+
+
+def test_a_small_csv_without_splits_can_train_and_test(tmp_path):
+    for n in (2, 3, 4, 8, 20, 40):
+        for prefix in "abcde":
+            files = [f"{prefix}{i}.mp4" for i in range(n)]
+            now = divided(tmp_path, files)
+            assert min(len(now["train"]), len(now["test"])) >= min(2, n // 2)
+            grown = divided(tmp_path, files[::-1] + [f"new{i}.mp4" for i in range(200)])
+            for split, others in (("test", ("train", "val")), ("train", ("test", "val"))):
+                moved = [x for x in now[split] if any(x in grown[other] for other in others)]
+                assert len(moved) <= 2 and (not moved or len(now[split]) <= 2)  # only those that made up the two move
+    name = table(tmp_path / "one.csv", ["video", "caption", "start"], ["v0.mp4", "x", 0], ["v0.mp4", "y", 5])
+    with pytest.raises(DataError, match="one.csv has one video and no split column"):
+        [load_split(name, split=s) for s in ("train", "test")]
+
+
+def test_clips_of_one_file_stay_in_one_split(tmp_path):
+    rows = [[f"v{i % 3}.mp4", "x", i] for i in range(30)]
+    name = table(tmp_path / "my.csv", ["video", "caption", "start"], *rows)
+    paths = [{c.path for c in load_split(name, split=s).clips} for s in ("train", "test")]
+    assert all(paths) and not set.intersection(*paths)
 
 
 # ---- the data sets' files ----
