@@ -517,22 +517,43 @@ def didemo_file(folders, name):
 
 
 def read_didemo(root, split, folders):
-    name = f"didemo_{split}_label.csv"
-    if not (Path(root) / name).is_file() and (Path(root) / f"{split}_data.json").is_file():
-        name = f"{split}_data.json"
-        for k, item in enumerate(read_json(root, name, "didemo", list), 1):
-            where = f"{name}, entry {k}"
-            text = _field(item, "description", where, (str, list))
-            text = text if isinstance(text, str) else " ".join(_sentences(item, "description", where))
-            yield Clip(didemo_file(folders, _field(item, "video", where))), text, where
+    name, other = f"didemo_{split}_label.csv", f"{split}_data.json"
+    if not (Path(root) / name).is_file() and (Path(root) / other).is_file():
+        yield from read_didemo_json(root, other, folders)
         return
-    for number, row in read_table(root, name, "didemo (or the json form)", ["video_path", "starts", "ends", "text"]):
+    turned = []
+    for number, row in read_table(root, name, f"didemo (or {other})", ["video_path", "starts", "ends", "text"]):
         where = f"{name}, row {number}"
         start, end = (re.search(r"\d+", row[c]) for c in ("starts", "ends"))  # "tensor([[31]])"
-        if not start or not end or float(start[0]) >= float(end[0]):
+        if not start or not end:
             raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} hold no seconds")
-        path = didemo_file(folders, row["video_path"].rsplit("/", 1)[-1])
-        yield Clip(path, float(start[0]), float(end[0])), row["text"], where
+        start, end = float(start[0]), float(end[0])
+        if start >= end:  # swapped as in the released code
+            start, end = end, start
+            turned.append(where)
+        yield Clip(didemo_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
+    if turned:
+        more = f" and {len(turned) - 1} more" if turned[1:] else ""
+        warn_once(f"{turned[0]}{more}: the clip's end is not after its start; the two are swapped, as in the released code")
+
+
+def read_didemo_json(root, name, folders):
+    """An entry per described segment: a video's descriptions, in the file's order, are one paragraph, as in the csv."""
+    videos = {}
+    for k, item in enumerate(read_json(root, name, "didemo", list), 1):
+        where = f"{name}, entry {k}"
+        text = _field(item, "description", where, (str, list))
+        _, paragraph = videos.setdefault(_field(item, "video", where), (where, []))
+        paragraph += [text] if isinstance(text, str) else _sentences(item, "description", where)
+    for video, (where, paragraph) in videos.items():
+        yield Clip(didemo_file(folders, video)), " ".join(paragraph), where
+
+
+@functools.cache
+def warn_once(line):
+    """A warning, once per program and by its first process only: train and test may read the same file."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def read_vatex(root, split, folders):

@@ -643,6 +643,35 @@ def didemo_row(video, ends="tensor([[31]])", starts="tensor([[0]])"):
     return ["True", f"/home/x/all/{video}", starts, ends, "one. two, three", "/home/x.pth"]
 
 
+def test_didemo_segments_become_one_paragraph(tmp_path):
+    """The LocalizingMoments project's json has an entry per described segment."""
+    segments = [("a.mp4", "a dog runs."), ("b.mp4", "rain"), ("a.mp4", "then it sits"), ("c.avi", "x"), ("a.mp4", "it barks.")]
+    entries = [dict(video=v, description=d, times=[[0, 0]], annotation_id=k) for k, (v, d) in enumerate(segments)]
+    (tmp_path / "test_data.json").write_text(json.dumps(entries))
+    ann = load_annotations("didemo", tmp_path, "test")
+    assert ann.captions == ["a dog runs. then it sits it barks.", "rain", "x"] and ann.owner == [0, 1, 2]
+    assert paths(ann, tmp_path) == ["videos/a.mp4", "videos/b.mp4", "videos/c.avi"]
+    assert ann.where == [f"test_data.json, entry {k}" for k in (1, 2, 4)]
+
+
+def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys):
+    """Swapped, as in the released code, and said once for all."""
+    rows = [didemo_row(f"{k}.mp4", f"tensor([[{end}]])", f"tensor([[{start}]])") for k, (start, end) in
+            enumerate([(0, 31), (2, 1), (30, 5), (3, 3)])]
+    table(tmp_path / "didemo_val_label.csv", DIDEMO, *rows)
+    (tmp_path / "videos").mkdir()
+    for k in range(4):
+        shutil.copy(make(folder, "bframes.mp4"), tmp_path / "videos" / f"{k}.mp4")
+    data.warn_once.cache_clear()
+    for _ in range(2):
+        ann = load_annotations("didemo", tmp_path, "val")
+        assert [c[1:] for c in ann.clips] == [(0, 31), (1, 2), (5, 30), (3, 3)]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
+    assert numbers(read_frames(ann.clips[1], 2)) == [25 + i for i in sample_indices(25, 2)]
+    assert numbers(read_frames(ann.clips[3], 2)) == [75, 75]  # no time at all: the one frame there
+
+
 def test_didemo(tmp_path):
     touch(tmp_path, "videos/12@N01_dot.avi", "videos/34@N02.mov")
     rows = [didemo_row(name) for name in ("12@N01_dot.", "34@N02.mp4", "56@N03.mpg")]
@@ -653,9 +682,6 @@ def test_didemo(tmp_path):
     assert ann.captions == ["one. two, three"] * 3
     table(tmp_path / "didemo_val_label.csv", DIDEMO, didemo_row("a.mp4"), didemo_row("b.mp4", "tensor([[]])"))
     with pytest.raises(DataError, match="didemo_val_label.csv, row 3: .*no seconds"):
-        load_annotations("didemo", tmp_path, "val")
-    table(tmp_path / "didemo_val_label.csv", DIDEMO, didemo_row("a.mp4", "tensor([[0]])"))  # ends where it starts
-    with pytest.raises(DataError, match="didemo_val_label.csv, row 2: .*no seconds"):
         load_annotations("didemo", tmp_path, "val")
     entries = [dict(video="34@N02.mp4", description=["a dog.", "a cat."], times=[[0, 0]]),
                dict(video="c.mp4", description="whole", times=[])]
