@@ -8,6 +8,7 @@ of each data set's own files.
 import bisect
 import contextlib
 import csv
+import datetime
 import functools
 import hashlib
 import io
@@ -215,8 +216,8 @@ class FrameCache:
     def _warn(self, e):
         if not self.warned.item():
             self.warned.fill_(1)
-            print(f"warning: frame cache {self.folder} can't be written ({e.strerror or e}): "
-                  "videos are decoded instead", file=sys.stderr)
+            why = "that is a file" if isinstance(e, FileExistsError) else e.strerror or e
+            print(f"warning: frame cache {self.folder} can't be written ({why}): videos are decoded each time", file=sys.stderr)
 
     def _decode(self, body, sizes):
         pictures = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
@@ -365,6 +366,7 @@ def loading(dataset, batches, collate=None, workers=0, pin=False):
 
 UNPACKED = ("videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
             "Charades_v1_480")
+SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")  # DiDeMo's end in any, or in a bare dot
 
 
 def video_folders(root, videos=None):
@@ -376,10 +378,15 @@ def video_folders(root, videos=None):
     return [*found, base]
 
 
-def video_file(folders, *names):
-    """The first of a video's possible names that exists in one of the folders; else where the first name belongs."""
-    paths = [os.path.join(folder, name) for name in names for folder in folders]
-    return next((path for path in paths if os.path.isfile(path)), paths[0])
+def video_file(folders, name):
+    """A video in one of the folders, by its name in the annotations or under another suffix; else where it belongs."""
+    for end in (None, *SUFFIXES):
+        file = name if end is None else name.rsplit(".", 1)[0] + end
+        for folder in folders:
+            path = os.path.join(folder, file)
+            if os.path.isfile(path):
+                return path
+    return os.path.join(folders[0], name)
 
 
 def read_text(root, name, what):
@@ -508,14 +515,6 @@ def read_lsmdc(root, split, folders):
             yield Clip(video_file(folders, f"{movie}/{clip}.avi")), fields[5], where
 
 
-DIDEMO_SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")
-
-
-def didemo_file(folders, name):
-    """The annotations' names end in any suffix, or in a bare dot, whatever the file's is."""
-    return video_file(folders, name, *(re.sub(r"\.[^.]*$", "", name) + suffix for suffix in DIDEMO_SUFFIXES))
-
-
 def read_didemo(root, split, folders):
     name, other = f"didemo_{split}_label.csv", f"{split}_data.json"
     if not (Path(root) / name).is_file() and (Path(root) / other).is_file():
@@ -531,7 +530,7 @@ def read_didemo(root, split, folders):
         if start >= end:  # swapped as in the released code
             start, end = end, start
             turned.append(where)
-        yield Clip(didemo_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
+        yield Clip(video_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
     if turned:
         more = f" and {len(turned) - 1} more" if turned[1:] else ""
         warn_once(f"{turned[0]}{more}: the clip's end is not after its start; the two are swapped, as in the released code")
@@ -546,7 +545,7 @@ def read_didemo_json(root, name, folders):
         _, paragraph = videos.setdefault(_field(item, "video", where), (where, []))
         paragraph += [text] if isinstance(text, str) else _sentences(item, "description", where)
     for video, (where, paragraph) in videos.items():
-        yield Clip(didemo_file(folders, video)), " ".join(paragraph), where
+        yield Clip(video_file(folders, video)), " ".join(paragraph), where
 
 
 @functools.cache
@@ -568,9 +567,9 @@ def read_vatex(root, split, folders):
         if listed is not None and video not in listed:
             continue
         clip = Clip(video_file(folders, video + ".mp4"))
-        uncut = video_file(folders, match[1] + ".mp4")  # the YouTube video
-        if not os.path.isfile(clip.path) and os.path.isfile(uncut):
-            clip = Clip(uncut, float(match[2]), float(match[3]))
+        if not os.path.isfile(clip.path):
+            uncut = video_file(folders, match[1] + ".mp4")  # the YouTube video
+            clip = Clip(uncut, float(match[2]), float(match[3])) if os.path.isfile(uncut) else clip
         for caption in _sentences(item, "enCap", where):
             yield clip, caption, where
 
@@ -585,7 +584,7 @@ def read_charades(root, split, folders):
 def read_msvd(root, split, folders):
     captions = read_json(root, "captions_msvd.json", "msvd", dict)
     for number, video in enumerate(read_text(root, f"{split}_list.txt", "msvd").split(), 1):
-        clip = Clip(video_file(folders, video + ".avi", video + ".mp4"))
+        clip = Clip(video_file(folders, video + ".avi"))
         for caption in _sentences(captions, video, "captions_msvd.json"):
             yield clip, caption, f"{split}_list.txt, row {number}"
 
@@ -686,14 +685,18 @@ def split_by_name(names):
     return [split.get(name, "train") for name in names]
 
 
+def ten(lines):
+    """The first ten, and how many more there are."""
+    return [*lines[:10], f"and {len(lines) - 10} more"] if len(lines) > 10 else lines
+
+
 def present(ann, skip_bad=False):
     """Are the videos there? Asked before anything long starts. -> (annotations of those, lines about the others)."""
     gone = [v for v, clip in enumerate(ann.clips) if not os.path.isfile(clip.path)]
     lines = [f"{ann.clips[v].path} ({ann.where[v]})" if ann.where else str(ann.clips[v].path) for v in gone]
     if gone and not skip_bad:
-        more = "; ..." if len(gone) > 10 else ""
-        raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(lines[:10])}{more}: "
-                        "put them there, name their folder with --videos, or leave them out with --skip-bad")
+        raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(ten(lines))}: put them there, "
+                        "name their folder with --videos, or leave them out with --skip-bad")
     return (ann.take(set(range(len(ann.clips))) - set(gone)) if gone else ann), lines
 
 
@@ -708,38 +711,68 @@ PUBLISHED = {  # (texts, videos) per split, None where the number is not publish
     "charades": dict(train=(None, 7_985), test=(None, 1_863)),
     "msvd": dict(train=(None, 1_200), val=(None, 100), test=(27_763, 670)),
 }
+LIST = "video,problem\n"  # the first line of what --list writes
+EVERY = 5                 # seconds between two lines of progress
+
+
+def decode_all(clips, frames, cache, workers):
+    """Read every clip, and tell on stderr how far that is. -> (file, what is wrong with it) of those that can't be."""
+    dataset, bad = VideoDataset(clips, frames, len, cache), []
+    began = told = time.monotonic()
+    with loading(dataset, [[v] for v in range(len(clips))], list, min(workers, len(clips))) as items:
+        for done, (item,) in enumerate(items, 1):
+            if isinstance(item, DataError):
+                bad.append((clips[done - 1].path, f"bad: {item}"))
+            if time.monotonic() - told >= EVERY:
+                told = time.monotonic()
+                rate = done / (told - began)
+                left = datetime.timedelta(seconds=round((len(clips) - done) / rate))
+                print(f"      {done}/{len(clips)} videos, {rate:.1f}/s, {left} left", file=sys.stderr)
+    return bad
 
 
 def check(args):
     """What of a data set is there. -> 0, or 1 where something is missing or bad."""
-    good = True
+    if args.list:  # replaces nothing but such a list
+        plain = os.path.isfile(args.list) and not os.path.islink(args.list)
+        ours = plain and open(args.list, "rb").read(len(LIST)) == LIST.encode()
+        folder = os.path.dirname(os.path.abspath(args.list))
+        if os.path.lexists(args.list) and not ours or not os.access(folder, os.W_OK):
+            raise DataError(f"--list {args.list} can't be written: name a new file, or such a list, in a folder of yours")
+    frames = args.frames or (6 if args.data == "shapes" else 12)
+    cache = FrameCache(args.cache, frames) if args.cache else None
     whole = args.data.endswith(".csv") and os.path.isfile(args.data) and not has_splits(args.data)
+    problems = []  # (video, what is the matter)
     for split in ["all"] if whole else [s for s in SPLITS if s != "val" or args.data not in NO_VAL]:
         try:
             ann = load_annotations(args.data, args.root, split, args.videos)
         except DataError as e:
             if args.data not in READERS:
                 raise
-            good = False
+            problems.append(("", f"{split}: {e}"))
             print(f"{split:5s} {e}")
             continue
         found, gone = present(ann, skip_bad=True)
-        told = []
-        published = PUBLISHED.get(args.data, {}).get(split, (None, None))
-        for n, what, said in zip((len(ann.captions), len(ann.clips)), ("texts", "videos"), published):
-            told.append(f"{n} {what} (published {said})" if said else f"{n} {what}")
-        print(f"{split:5s} {', '.join(told)}, {len(gone)} of them missing")
-        for line in gone[:10]:
-            print(f"      missing {line}")
-        bad = []
+        gone = [f"missing {line}" for line in gone]
+        counts = [f"{len(ann.captions)} texts", f"{len(ann.clips)} videos"]
+        for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
+            counts[k] += f" (published {n})" if n else ""
+        print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")
+        there = set(found.clips)
+        problems += zip([c.path for c in ann.clips if c not in there], gone)
+        for line in ten(gone):
+            print(f"      {line}")
         if args.decode:
-            loader = DataLoader(VideoDataset(found.clips, 12, len), batch_size=None, num_workers=args.workers)
-            bad = [x for x in loader if isinstance(x, Exception)]
+            bad = decode_all(found.clips, frames, cache, args.workers)
+            problems += bad
             print(f"      {len(found.clips) - len(bad)} decode, {len(bad)} don't")
-            for e in bad:
-                print(f"      bad: {e}")
-        good = good and not gone and not bad
-    return 0 if good else 1
+            for line in ten([line for _, line in bad]):
+                print(f"      {line}")
+    if args.list:
+        with written_whole(args.list) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(LIST)
+            csv.writer(file, lineterminator="\n").writerows(problems)
+    return 1 if problems else 0
 
 
 def main(argv=None):
@@ -748,12 +781,19 @@ def main(argv=None):
     c = commands.add_parser("check", help="what of a data set is there, what is missing, and where it belongs")
     c.add_argument("--data", required=True, help=f"{', '.join(READERS)}, shapes, or a .csv")
     c.add_argument("--root", help="folder of the data set (default: data/NAME)")
-    c.add_argument("--videos", help="folder of the videos, where it is another one (default: --root)")
-    c.add_argument("--decode", action="store_true", help="open every video and list the bad ones")
+    c.add_argument("--videos", metavar="DIR", help="folder of the videos, where it is another one (default: --root)")
+    c.add_argument("--decode", action="store_true", help="read every video, and tell which can't be read")
+    c.add_argument("--cache", metavar="DIR", help="with --decode: keep the frames there, for train.py and eval.py --cache")
+    c.add_argument("--frames", type=numeric(int, 1, 1000), metavar="T",
+                   help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
+    c.add_argument("--list", metavar="FILE", help="write all missing and bad videos there, as csv: ten of each are shown")
     c.add_argument("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
                    help="processes that decode (default: %(default)s)")
-    return check(p.parse_args(argv))
+    args = p.parse_args(argv)
+    if (args.cache or args.frames) and not args.decode:
+        c.error("--cache and --frames go with --decode")
+    return check(args)
 
 
 if __name__ == "__main__":
-    sys.exit(program(main))
+    sys.exit(program(main, OSError))  # of --list

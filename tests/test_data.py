@@ -1,8 +1,10 @@
 """Videos of every container, annotation files of every data set, the frame cache, and users' mistakes."""
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -388,6 +390,35 @@ def with_full_disk(folder, clip, out):
     out.put([numbers(cache.read(clip)) for _ in range(2)])
 
 
+@contextlib.contextmanager
+def on_a_full_disk(path):
+    yield "/dev/full"
+
+
+def test_the_warning_says_what_is_wrong_with_the_cache(film, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("mine")
+    assert close(FrameCache(tmp_path / "file", 4).read(film), read_frames(film, 4))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
+                                      "videos are decoded each time\n")
+    monkeypatch.setattr(data, "written_whole", on_a_full_disk)
+    cache = FrameCache(tmp_path / "c", 4)
+    assert close(cache.read(film), read_frames(film, 4)) and close(cache.read(film), read_frames(film, 4))
+    assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/c can't be written (No space left on device): "
+                                      "videos are decoded each time\n")
+
+
+def test_what_others_are_writing_stays(film, tmp_path):
+    cache = FrameCache(tmp_path / "c", 4)
+    first = cache.read(film)
+    whole, = (tmp_path / "c").iterdir()
+    parts = [tmp_path / "c" / f"{whole.name}{end}" for end in (".part", ".77.part", ".1.0a0b0c0d.part")]
+    for part in parts:
+        part.write_bytes(b"half")
+    whole.unlink()
+    assert torch.equal(cache.read(film), first) and all(part.read_bytes() == b"half" for part in parts)
+
+
 def test_full_disk_falls_back_to_decoding(film, tmp_path, capfd):
     context = multiprocessing.get_context("fork")
     out = context.Queue()
@@ -672,6 +703,16 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys):
     assert numbers(read_frames(ann.clips[3], 2)) == [75, 75]  # no time at all: the one frame there
 
 
+def test_a_video_is_found_under_another_suffix(tmp_path):
+    """Who re-encodes an archive gives it one suffix: every data set finds it."""
+    table(tmp_path / "Charades_v1_test.csv", ["id", "script"], ["46GP8", "x"])
+    (tmp_path / "LSMDC16_challenge_1000_publictect.csv").write_text(lsmdc_row(GOOD))
+    touch(tmp_path, "videos/46GP8.webm", f"videos/0001_American_Beauty/{GOOD}.mp4")
+    for name in ("charades", "lsmdc"):
+        ann = load_annotations(name, tmp_path, "test")
+        assert len(ann.clips) == 1 and present(ann) == (ann, [])
+
+
 def test_didemo(tmp_path):
     touch(tmp_path, "videos/12@N01_dot.avi", "videos/34@N02.mov")
     rows = [didemo_row(name) for name in ("12@N01_dot.", "34@N02.mp4", "56@N03.mpg")]
@@ -850,6 +891,74 @@ def test_check(run, folder, tmp_path, capsys):
     assert data.main(["check", "--data", name, "--decode", "--workers", "0"]) == 1
     out = capsys.readouterr().out
     assert "0 decode, 1 don't" in out and f"bad: video {tmp_path}/b.mp4" in out
+
+
+def films(folder, tmp_path, good, bad, missing):
+    """A csv of videos: some that decode, some that don't, some that are not there. -> its name."""
+    names = [f"good{i}.mp4" for i in range(good)] + [f"bad{i}.mp4" for i in range(bad)]
+    for name in names:
+        if name.startswith("good"):
+            shutil.copy(make(folder, "bframes.mp4"), tmp_path / name)
+        else:
+            (tmp_path / name).write_text("not a video")
+    names += [f"gone {i}, é.mp4" for i in range(missing)]
+    return table(tmp_path / "my.csv", ["video", "caption"], *[[name, f"of {name}"] for name in names])
+
+
+def test_check_lists_everything(folder, tmp_path, capsys):
+    name, file = films(folder, tmp_path, 1, 12, 13), tmp_path / "list.csv"
+    assert data.main(["check", "--data", name, "--decode", "--workers", "0", "--list", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("      missing ") == 10 and "      and 3 more\n" in out
+    assert out.count("      bad: video ") == 10 and "      and 2 more\n" in out and "1 decode, 12 don't" in out
+    head, *rows = csv.reader(open(file, newline="", encoding="utf-8"))
+    assert head == ["video", "problem"] and len(rows) == 25
+    assert [p for p, _ in rows] == [str(tmp_path / f"gone {i}, é.mp4") for i in range(13)] + [
+        str(tmp_path / f"bad{i}.mp4") for i in range(12)]
+    assert rows[0][1] == f"missing {tmp_path}/gone 0, é.mp4 ({name}, row 15)" and rows[13][1].startswith("bad: video ")
+    table(name, ["video", "caption"], ["good0.mp4", "x"])
+    assert data.main(["check", "--data", name, "--list", str(file)]) == 0
+    assert file.read_text() == "video,problem\n"  # such a list is replaced; nothing else is:
+    (tmp_path / "link.csv").symlink_to(file)
+    os.mkfifo(tmp_path / "pipe")
+    before = open(name).read()
+    for path in (name, tmp_path, tmp_path / "good0.mp4", tmp_path / "link.csv", tmp_path / "pipe", "/dev/null",
+                 tmp_path / "none" / "x.csv"):
+        assert data.program(lambda: data.main(["check", "--data", name, "--list", str(path)])) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: --list {path} can't be written") and err.count("\n") == 1
+    assert open(name).read() == before and (tmp_path / "link.csv").is_symlink()
+
+
+def test_check_tells_how_far_decoding_is(folder, tmp_path, capsys, monkeypatch):
+    name = films(folder, tmp_path, 3, 1, 0)
+    assert data.main(["check", "--data", name, "--decode", "--workers", "1"]) == 1
+    assert capsys.readouterr().err == ""  # it takes no time
+    monkeypatch.setattr(data, "EVERY", 0)
+    assert data.main(["check", "--data", name, "--decode", "--workers", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("/")[0].strip() for line in lines] == ["1", "2", "3", "4"]
+    assert all(re.fullmatch(r"      \d/4 videos, \d+\.\d/s, 0:00:\d\d left", line) for line in lines)
+
+
+def test_check_fills_the_cache_of_training(folder, tmp_path, capsys):
+    name, cache = films(folder, tmp_path, 2, 0, 0), tmp_path / "cache"
+    options = ["check", "--data", name, "--decode", "--workers", "2", "--cache", str(cache)]
+    assert data.main([*options, "--frames", "5"]) == 0 and data.main(options) == 0
+    assert len(os.listdir(cache)) == 4
+    ann = load_split(name, split="all")
+    want = {T: read_frames(ann.clips[0], T) for T in (5, 12)}
+    for clip in ann.clips:  # now nothing can be decoded any more
+        stat = os.stat(clip.path)
+        with open(clip.path, "wb") as file:
+            file.write(bytes(stat.st_size))
+        os.utime(clip.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for T, frames in want.items():
+        got = PairDataset(ann, T, lambda x: x, cache=FrameCache(cache, T))[0, 0]
+        assert close(got[0], frames) and got[1] == "of good0.mp4"
+    with pytest.raises(SystemExit) as e:
+        data.main(["check", "--data", name, "--cache", str(cache)])
+    assert e.value.code == 2 and "--decode" in capsys.readouterr().err
 
 
 def test_check_mistakes(run, tmp_path, capsys):
