@@ -217,7 +217,8 @@ class FrameCache:
         if not self.warned.item():
             self.warned.fill_(1)
             why = "that is a file" if isinstance(e, FileExistsError) else e.strerror or e
-            print(f"warning: frame cache {self.folder} can't be written ({why}): videos are decoded each time", file=sys.stderr)
+            print(f"warning: frame cache {self.folder} can't be written ({why}): videos are decoded each time",
+                  file=sys.stderr)
 
     def _decode(self, body, sizes):
         pictures = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
@@ -277,22 +278,22 @@ class VideoDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
-    def video(self, v):
+    def __getitem__(self, key):
+        try:
+            return self.item(key)
+        except DataError as e:
+            return e
+
+    def item(self, v):
         worker = torch.utils.data.get_worker_info()
         if worker and worker.id < len(self.reading):
             self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
         return self.transform(self.read(self.clips[v]))
 
-    def __getitem__(self, v):
-        try:
-            return self.video(v)
-        except DataError as e:
-            return e
-
     def was_reading(self, pid):
         """What a worker that died was decoding, for the error message."""
-        paths = [str(self.clips[v - 1].path) for p, v in self.reading.tolist() if p == pid and v]
-        return paths[0] if paths else "an unknown video"
+        paths = (str(self.clips[v - 1].path) for p, v in self.reading.tolist() if p == pid and v)
+        return next(paths, "an unknown video")
 
 
 class PairDataset(VideoDataset):
@@ -308,15 +309,12 @@ class PairDataset(VideoDataset):
     def __len__(self):
         return len(self.ann.captions)
 
-    def __getitem__(self, item):
-        epoch, i = item
-        try:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
-                # torch.manual_seed would also set the GPU's, which is the training's
-                torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
-                return self.video(self.ann.owner[i]), self.ann.captions[i], i
-        except DataError as e:
-            return e
+    def item(self, key):
+        epoch, i = key
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
+            # torch.manual_seed would also set the GPU's, which is the training's
+            torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
+            return super().item(self.ann.owner[i]), self.ann.captions[i], i
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -380,18 +378,13 @@ def video_folders(root, videos=None):
 
 def video_file(folders, name):
     """A video in one of the folders, by its name in the annotations or under another suffix; else where it belongs."""
-    for end in (None, *SUFFIXES):
-        file = name if end is None else name.rsplit(".", 1)[0] + end
-        for folder in folders:
-            path = os.path.join(folder, file)
-            if os.path.isfile(path):
-                return path
-    return os.path.join(folders[0], name)
+    names = [name, *(name.rsplit(".", 1)[0] + end for end in SUFFIXES)]
+    paths = (os.path.join(folder, name) for name in names for folder in folders)
+    return next(filter(os.path.isfile, paths), os.path.join(folders[0], name))
 
 
-def read_text(root, name, what):
+def read_text(path, what):
     """A text file's content, or a DataError that says which file is missing and where it goes."""
-    path = Path(root) / name
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -403,21 +396,19 @@ def read_text(root, name, what):
         raise DataError(f"{path} can't be read: {e.strerror or e}") from None
 
 
-def read_json(root, name, what, kind):
-    path = Path(root) / name
+def read_json(path, what, kind):
     try:
-        content = json.loads(read_text(root, name, what))
+        content = json.loads(read_text(path, what))
     except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {e.lineno}: not valid JSON ({e.msg}): fetch the file again") from None
+        raise DataError(f"{path}, line {e.lineno}: not valid JSON ({e.msg}); fetch the file again") from None
     if not isinstance(content, kind):
-        raise DataError(f"{path}: holds no JSON {'object' if kind is dict else 'list'}: fetch the file again")
+        raise DataError(f"{path}: holds no JSON {'object' if kind is dict else 'list'}; fetch the file again")
     return content
 
 
-def read_table(root, name, what, columns):
-    """Rows of a csv file with a header, which must have some columns. -> list of (line that the row begins in, dict)."""
-    path = Path(root) / name
-    reader = csv.reader(io.StringIO(read_text(root, name, what), newline=""), strict=True)
+def read_table(path, what, columns):
+    """Rows of a csv file with a header, which has `columns` at least. -> list of (line that the row begins in, dict)."""
+    reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
     rows, line = [], 1
     try:
         for fields in reader:
@@ -433,28 +424,26 @@ def read_table(root, name, what, columns):
         raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {header}")
     for column in header:
         if column and header.count(column) > 1:
-            raise DataError(f"{path} has the column {column} {header.count(column)} times: rename or delete the others")
+            raise DataError(f"{path} has the column {column} {header.count(column)} times: one is enough")
     if not rows[1:]:
         raise DataError(f"{path} has a header, but no row below it")
     for number, fields in rows[1:]:
         if len(fields) != len(header):
-            raise DataError(f"{path}, row {number}: not as many fields as the header has ({len(fields)}, not {len(header)}); "
-                            "a text with commas belongs in double quotes")
+            raise DataError(f"{path}, row {number}: not as many fields as the header has ({len(fields)}, not "
+                            f"{len(header)}); a text with commas belongs in double quotes")
     return [(number, dict(zip(header, fields))) for number, fields in rows[1:]]
 
 
 def read_csv(path, root, split):
     """Your own csv: video, caption and optionally split, start, end (seconds). Paths are relative to root."""
-    path = Path(path)
-    for number, row in read_table(path.parent, path.name, "--data", ["video", "caption"]):
+    for number, row in read_table(Path(path), "--data", ["video", "caption"]):
         where = f"{path}, row {number}"
         if "split" in row and row["split"].strip() not in SPLITS:
             raise DataError(f"{where}: split {row['split']!r} must be train, val or test")
         if split != "all" and row.get("split", split).strip() != split:
             continue
-        for column in ("video", "caption"):
-            if not row[column].strip():
-                raise DataError(f"{where}: empty {column}; fill it in or delete the row")
+        if not row["video"].strip():
+            raise DataError(f"{where}: empty video; fill it in or delete the row")
         try:
             start, end = (float(row[c]) if row.get(c, "").strip() else None for c in ("start", "end"))
         except ValueError:
@@ -467,12 +456,12 @@ def read_csv(path, root, split):
 def read_msrvtt(root, split, folders, size="9k"):
     if split == "test":
         name = "MSRVTT_JSFUSION_test.csv"
-        for number, row in read_table(root, name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
+        for number, row in read_table(root / name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
             yield Clip(video_file(folders, row["video_id"] + ".mp4")), row["sentence"], f"{name}, row {number}"
         return
-    rows = read_table(root, f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"])
+    rows = read_table(root / f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"])
     clips = {row["video_id"]: Clip(video_file(folders, row["video_id"] + ".mp4")) for _, row in rows}
-    content = read_json(root, "MSRVTT_data.json", "msrvtt", dict)
+    content = read_json(root / "MSRVTT_data.json", "msrvtt", dict)
     for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json", list), 1):
         where = f"MSRVTT_data.json, sentence {k}"
         video = _field(sentence, "video_id", where)
@@ -500,7 +489,7 @@ LSMDC = dict(train="LSMDC16_annos_training.csv", val="LSMDC16_annos_val.csv",
 
 
 def read_lsmdc(root, split, folders):
-    for number, line in enumerate(read_text(root, LSMDC[split], "lsmdc").split("\n"), 1):
+    for number, line in enumerate(read_text(root / LSMDC[split], "lsmdc").split("\n"), 1):
         if not line:
             continue
         where, fields = f"{LSMDC[split]}, row {number}", line.split("\t")
@@ -517,11 +506,11 @@ def read_lsmdc(root, split, folders):
 
 def read_didemo(root, split, folders):
     name, other = f"didemo_{split}_label.csv", f"{split}_data.json"
-    if not (Path(root) / name).is_file() and (Path(root) / other).is_file():
+    if not (root / name).is_file() and (root / other).is_file():
         yield from read_didemo_json(root, other, folders)
         return
     turned = []
-    for number, row in read_table(root, name, f"didemo (or {other})", ["video_path", "starts", "ends", "text"]):
+    for number, row in read_table(root / name, f"didemo (or {other})", ["video_path", "starts", "ends", "text"]):
         where = f"{name}, row {number}"
         start, end = (re.search(r"\d+", row[c]) for c in ("starts", "ends"))  # "tensor([[31]])"
         if not start or not end:
@@ -533,13 +522,13 @@ def read_didemo(root, split, folders):
         yield Clip(video_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
     if turned:
         more = f" and {len(turned) - 1} more" if turned[1:] else ""
-        warn_once(f"{turned[0]}{more}: the clip's end is not after its start; the two are swapped, as in the released code")
+        warn_once(f"{turned[0]}{more}: the end is not after the start; the two are swapped, as in the released code")
 
 
 def read_didemo_json(root, name, folders):
     """An entry per described segment: a video's descriptions, in the file's order, are one paragraph, as in the csv."""
     videos = {}
-    for k, item in enumerate(read_json(root, name, "didemo", list), 1):
+    for k, item in enumerate(read_json(root / name, "didemo", list), 1):
         where = f"{name}, entry {k}"
         text = _field(item, "description", where, (str, list))
         _, paragraph = videos.setdefault(_field(item, "video", where), (where, []))
@@ -557,8 +546,8 @@ def warn_once(line):
 
 def read_vatex(root, split, folders):
     name = "vatex_training_v1.0.json" if split == "train" else "vatex_validation_v1.0.json"
-    listed = None if split == "train" else set(read_text(root, f"{split}_list.txt", "vatex").split())
-    for k, item in enumerate(read_json(root, name, "vatex", list), 1):
+    listed = None if split == "train" else set(read_text(root / f"{split}_list.txt", "vatex").split())
+    for k, item in enumerate(read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {k}"
         video = _field(item, "videoID", where)
         match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
@@ -576,14 +565,14 @@ def read_vatex(root, split, folders):
 
 def read_charades(root, split, folders):
     name = f"Charades_v1_{split}.csv"
-    for number, row in read_table(root, name, "charades", ["id", "script"]):
+    for number, row in read_table(root / name, "charades", ["id", "script"]):
         if row["script"].strip():
             yield Clip(video_file(folders, row["id"] + ".mp4")), row["script"], f"{name}, row {number}"
 
 
 def read_msvd(root, split, folders):
-    captions = read_json(root, "captions_msvd.json", "msvd", dict)
-    for number, video in enumerate(read_text(root, f"{split}_list.txt", "msvd").split(), 1):
+    captions = read_json(root / "captions_msvd.json", "msvd", dict)
+    for number, video in enumerate(read_text(root / f"{split}_list.txt", "msvd").split(), 1):
         clip = Clip(video_file(folders, video + ".avi"))
         for caption in _sentences(captions, video, "captions_msvd.json"):
             yield clip, caption, f"{split}_list.txt, row {number}"
@@ -628,7 +617,7 @@ def _collect(rows):
     clips, captions, owner, where = {}, [], [], []
     for clip, caption, line in rows:
         if not caption.strip():
-            raise DataError(f"{line}: empty caption")
+            raise DataError(f"{line}: empty caption; fill it in or delete it")
         if clip not in clips:
             clips[clip] = len(clips)
             where.append(line)
@@ -641,14 +630,11 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     """The split that training and evaluation use: disjoint, and the test split never chooses anything. -> Annotations.
 
     Official splits where they exist. msrvtt and charades have no validation split: val_videos videos, a seeded choice,
-    are held out of train.
-    A csv without a split column is divided by a hash of each file's name: see split_by_name.
+    are held out of train. A csv without a split column is divided by split_by_name.
     """
     name = str(name_or_csv)
-    if name.endswith(".csv") and split != "all":
+    if name.endswith(".csv") and split != "all" and not has_splits(name):
         ann = load_annotations(name, root, "all", videos)
-        if has_splits(name):
-            return load_annotations(name, root, split, videos)
         chosen = split_by_name([os.path.relpath(c.path, videos or root or Path(name).parent) for c in ann.clips])
         ann = ann.take([v for v in range(len(ann.clips)) if chosen[v] == split])
         if not ann.clips and split != "val":
@@ -665,14 +651,14 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
 
 def has_splits(path):
     """Does a csv say itself which row belongs to which split?"""
-    return "split" in read_table(Path(path).parent, Path(path).name, "--data", ["video"])[0][1]
+    return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"])[0][1]
 
 
 def split_by_name(names):
-    """File names -> the split of each: 80 % train, 10 % val, 10 % test, by a hash of the name: adding videos moves none.
+    """File names -> each one's split: 80 % train, 10 % val, 10 % test, by a hash of the name: adding videos moves none.
 
-    Only where that leaves train or test with fewer than two videos (nearly never from 60 on), the nearest by hash make up
-    the two (of two or three videos: the one); such a place may go back to train when the list grows.
+    Only where train or test would get fewer than two (nearly never from 60 videos on) do the nearest by hash make up
+    the two (of two or three videos, the one): these may move when the list grows.
     """
     code = {name: zlib.crc32(os.fsencode(name)) for name in names}
     order = sorted(code, key=lambda name: (code[name] % 10, code[name], name))
@@ -731,6 +717,11 @@ def decode_all(clips, frames, cache, workers):
     return bad
 
 
+def tell(problems):
+    for line in ten([line for _, line in problems]):
+        print(f"      {line}")
+
+
 def check(args):
     """What of a data set is there. -> 0, or 1 where something is missing or bad."""
     if args.list:  # replaces nothing but such a list
@@ -738,10 +729,10 @@ def check(args):
         ours = plain and open(args.list, "rb").read(len(LIST)) == LIST.encode()
         folder = os.path.dirname(os.path.abspath(args.list))
         if os.path.lexists(args.list) and not ours or not os.access(folder, os.W_OK):
-            raise DataError(f"--list {args.list} can't be written: name a new file, or such a list, in a folder of yours")
+            raise DataError(f"--list {args.list} can't be written: name a new file, or such a list, in your folder")
     frames = args.frames or (6 if args.data == "shapes" else 12)
     cache = FrameCache(args.cache, frames) if args.cache else None
-    whole = args.data.endswith(".csv") and os.path.isfile(args.data) and not has_splits(args.data)
+    whole = args.data.endswith(".csv") and not has_splits(args.data)
     problems = []  # (video, what is the matter)
     for split in ["all"] if whole else [s for s in SPLITS if s != "val" or args.data not in NO_VAL]:
         try:
@@ -752,22 +743,21 @@ def check(args):
             problems.append(("", f"{split}: {e}"))
             print(f"{split:5s} {e}")
             continue
-        found, gone = present(ann, skip_bad=True)
-        gone = [f"missing {line}" for line in gone]
+        found, lines = present(ann, skip_bad=True)
+        there = set(found.clips)
+        gone = [clip.path for clip in ann.clips if clip not in there]
+        rows = [(path, f"missing {line}") for path, line in zip(gone, lines)]
         counts = [f"{len(ann.captions)} texts", f"{len(ann.clips)} videos"]
         for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
             counts[k] += f" (published {n})" if n else ""
         print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")
-        there = set(found.clips)
-        problems += zip([c.path for c in ann.clips if c not in there], gone)
-        for line in ten(gone):
-            print(f"      {line}")
+        tell(rows)
+        problems += rows
         if args.decode:
-            bad = decode_all(found.clips, frames, cache, args.workers)
-            problems += bad
-            print(f"      {len(found.clips) - len(bad)} decode, {len(bad)} don't")
-            for line in ten([line for _, line in bad]):
-                print(f"      {line}")
+            rows = decode_all(found.clips, frames, cache, args.workers)
+            print(f"      {len(found.clips) - len(rows)} decode, {len(rows)} don't")
+            tell(rows)
+            problems += rows
     if args.list:
         with written_whole(args.list) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(LIST)
@@ -783,10 +773,10 @@ def main(argv=None):
     c.add_argument("--root", help="folder of the data set (default: data/NAME)")
     c.add_argument("--videos", metavar="DIR", help="folder of the videos, where it is another one (default: --root)")
     c.add_argument("--decode", action="store_true", help="read every video, and tell which can't be read")
-    c.add_argument("--cache", metavar="DIR", help="with --decode: keep the frames there, for train.py and eval.py --cache")
+    c.add_argument("--cache", metavar="DIR", help="with --decode: keep the frames there, for --cache of the others")
     c.add_argument("--frames", type=numeric(int, 1, 1000), metavar="T",
                    help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
-    c.add_argument("--list", metavar="FILE", help="write all missing and bad videos there, as csv: ten of each are shown")
+    c.add_argument("--list", metavar="FILE", help="write all missing and bad videos there (csv); ten of each are shown")
     c.add_argument("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
                    help="processes that decode (default: %(default)s)")
     args = p.parse_args(argv)

@@ -544,7 +544,8 @@ def test_csv_without_split_column_is_divided_by_name(tmp_path):
 
 def divided(tmp_path, files):
     """How a csv without splits is divided. -> {split: set of file names}; no video in two."""
-    name = table(tmp_path / "my.csv", ["video", "caption"], *[[file, f"{file} {k}"] for k in range(2) for file in files])
+    rows = [[file, f"{file} {k}"] for k in range(2) for file in files]
+    name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
     parts = {s: load_split(name, split=s) for s in data.SPLITS}
     assert sum(len(ann.captions) for ann in parts.values()) == 2 * len(files)
     names = {s: {os.path.basename(c.path) for c in ann.clips} for s, ann in parts.items()}
@@ -676,7 +677,8 @@ def didemo_row(video, ends="tensor([[31]])", starts="tensor([[0]])"):
 
 def test_didemo_segments_become_one_paragraph(tmp_path):
     """The LocalizingMoments project's json has an entry per described segment."""
-    segments = [("a.mp4", "a dog runs."), ("b.mp4", "rain"), ("a.mp4", "then it sits"), ("c.avi", "x"), ("a.mp4", "it barks.")]
+    segments = [("a.mp4", "a dog runs."), ("b.mp4", "rain"), ("a.mp4", "then it sits"), ("c.avi", "x"),
+                ("a.mp4", "it barks.")]
     entries = [dict(video=v, description=d, times=[[0, 0]], annotation_id=k) for k, (v, d) in enumerate(segments)]
     (tmp_path / "test_data.json").write_text(json.dumps(entries))
     ann = load_annotations("didemo", tmp_path, "test")
@@ -687,18 +689,19 @@ def test_didemo_segments_become_one_paragraph(tmp_path):
 
 def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys):
     """Swapped, as in the released code, and said once for all."""
-    rows = [didemo_row(f"{k}.mp4", f"tensor([[{end}]])", f"tensor([[{start}]])") for k, (start, end) in
-            enumerate([(0, 31), (2, 1), (30, 5), (3, 3)])]
-    table(tmp_path / "didemo_val_label.csv", DIDEMO, *rows)
     (tmp_path / "videos").mkdir()
-    for k in range(4):
+    rows = []
+    for k, (start, end) in enumerate([(0, 31), (2, 1), (30, 5), (3, 3)]):
+        rows.append(didemo_row(f"{k}.mp4", f"tensor([[{end}]])", f"tensor([[{start}]])"))
         shutil.copy(make(folder, "bframes.mp4"), tmp_path / "videos" / f"{k}.mp4")
+    table(tmp_path / "didemo_val_label.csv", DIDEMO, *rows)
     data.warn_once.cache_clear()
     for _ in range(2):
         ann = load_annotations("didemo", tmp_path, "val")
         assert [c[1:] for c in ann.clips] == [(0, 31), (1, 2), (5, 30), (3, 3)]
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
+    assert err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
+    assert err.count("\n") == 1
     assert numbers(read_frames(ann.clips[1], 2)) == [25 + i for i in sample_indices(25, 2)]
     assert numbers(read_frames(ann.clips[3], 2)) == [75, 75]  # no time at all: the one frame there
 
