@@ -1,6 +1,7 @@
 """Videos and captions: what a split holds, how frames are read, what a batch is made of.
 
-    python data.py check --data msrvtt [--root DIR] [--decode]     # what is there, what is missing, where it belongs
+    python data.py check --data msrvtt [--root DIR] [--videos DIR]         # what is there, missing, and where it belongs
+    python data.py check --data my.csv --decode --list bad.csv            # which videos can't be read
 
 Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers
 of each data set's own files.
@@ -606,8 +607,7 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
         names = ", ".join(["shapes", *READERS])
         raise DataError(f"unknown data set {name!r}: choose {names}, or give the path of a .csv file")
     if not root.is_dir():
-        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the folder with --root; "
-                        f"`python data.py check --data {name}` lists them")
+        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the folder with --root")
     folders = video_folders(root, videos)
     splits = [s for s in (SPLITS if split == "all" else [split]) if s != "val" or name not in NO_VAL]
     return _collect(row for s in splits for row in READERS[name](root, s, folders))
