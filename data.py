@@ -1,7 +1,7 @@
 """Videos and captions: what a split holds, how frames are read, what a batch is made of.
 
-    python data.py check --data msrvtt [--root DIR] [--videos DIR]         # what is there, missing, and where it belongs
-    python data.py check --data my.csv --decode --list bad.csv            # which videos can't be read
+    python data.py check --data msrvtt [--root DIR] [--videos DIR]      # what is there, what is missing, where it belongs
+    python data.py check --data my.csv --decode --list bad.csv         # and which videos can't be read
 
 Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers
 of each data set's own files.
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
-from shapes import DataError, Parser, numeric, program, render_shapes, written_whole
+from shapes import DataError, Parser, escaped, numeric, program, render_shapes, written_whole
 
 
 class Clip(NamedTuple):
@@ -408,7 +408,7 @@ def read_json(path, what, kind):
 
 
 def read_table(path, what, columns):
-    """Rows of a csv file with a header, which has `columns` at least. -> list of (line that the row begins in, dict)."""
+    """Rows of a csv file with a header that has `columns` at least. -> list of (line that the row begins in, dict)."""
     reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
     rows, line = [], 1
     try:
@@ -717,9 +717,9 @@ def decode_all(clips, frames, cache, workers):
     return bad
 
 
-def tell(problems):
+def show(problems):
     for line in ten([line for _, line in problems]):
-        print(f"      {line}")
+        print(f"      {escaped(line)}")
 
 
 def check(args):
@@ -741,7 +741,7 @@ def check(args):
             if args.data not in READERS:
                 raise
             problems.append(("", f"{split}: {e}"))
-            print(f"{split:5s} {e}")
+            print(escaped(f"{split:5s} {e}"))
             continue
         found, lines = present(ann, skip_bad=True)
         there = set(found.clips)
@@ -751,12 +751,12 @@ def check(args):
         for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
             counts[k] += f" (published {n})" if n else ""
         print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")
-        tell(rows)
+        show(rows)
         problems += rows
         if args.decode:
             rows = decode_all(found.clips, frames, cache, args.workers)
             print(f"      {len(found.clips) - len(rows)} decode, {len(rows)} don't")
-            tell(rows)
+            show(rows)
             problems += rows
     if args.list:
         with written_whole(args.list) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:

@@ -933,6 +933,18 @@ def test_check_lists_everything(folder, tmp_path, capsys):
     assert open(name).read() == before and (tmp_path / "link.csv").is_symlink()
 
 
+def test_check_shows_odd_names_escaped(tmp_path, run):
+    """In the terminal; the list has them as they are."""
+    root = os.fsencode(tmp_path) + b"/caf\xe9"  # not UTF-8, as on old disks
+    os.mkdir(root)
+    name = table(tmp_path / "my.csv", ["video", "caption"], ["a\x1b[31m.mp4", "x"])
+    out = run("data.py", "check", "--data", name, "--root", os.fsdecode(root), "--list", tmp_path / "list.csv",
+              env=dict(PYTHONIOENCODING="utf-8:strict"))
+    assert out.returncode == 1 and out.stderr == ""
+    assert f"missing {tmp_path}/caf\\udce9/a\\x1b[31m.mp4 ({name}, row 2)" in out.stdout
+    assert (tmp_path / "list.csv").read_bytes().splitlines()[1].startswith(root + b"/a\x1b[31m.mp4,")
+
+
 def test_check_tells_how_far_decoding_is(folder, tmp_path, capsys, monkeypatch):
     name = films(folder, tmp_path, 3, 1, 0)
     assert data.main(["check", "--data", name, "--decode", "--workers", "1"]) == 1
