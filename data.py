@@ -1,6 +1,6 @@
 """Videos and captions: what a split holds, how frames are read, what a batch is made of.
 
-    python data.py check --data msrvtt [--root DIR] [--videos DIR]     # what is there, what is missing, where it belongs
+    python data.py check --data msrvtt [--root DIR] [--videos DIR]     # what is there, what is missing, where it goes
     python data.py check --data my.csv --decode --list bad.csv        # and which videos can't be read
 
 Order of reading: Clip and Annotations, read_frames, the datasets that training and evaluation iterate over, the readers
