@@ -8,6 +8,7 @@ are written whole).
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -77,6 +78,17 @@ def written_whole(path):
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+@contextlib.contextmanager
+def output(option, path):
+    """`written_whole` for a file that an option names: where it can't be written, a DataError says so."""
+    try:
+        with written_whole(path) as part:
+            yield part
+    except OSError as e:
+        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
+        raise DataError(f"{option} {path} cannot be written: {why}") from e
 
 
 def write_text(path, text):
@@ -345,6 +357,14 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
         raise DataError(f"{root}: the data set shapes can't be written there: {e.strerror or e}; choose another --root") from None
     print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}"
           + (f"; R@1 of one who sees everything: {ceiling:.1f} %" if target else ""))
+
+
+def shapes_ceiling(root=None):
+    """The best R@1 that the captions allow, which rendering wrote down. -> percent, or None where there is no such data."""
+    try:
+        return json.loads((Path(root or "data/shapes") / "shapes.json").read_text(encoding="utf-8"))["ceiling"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 # ---- command line ----
