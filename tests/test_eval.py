@@ -1,7 +1,9 @@
 """Ranks and metrics by hand and against literal loops, the released protocol, evaluation on real files by one and two processes, search."""
+import contextlib
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from videos import write_video
 
 import data
 import eval as ev
+import shapes
 from clip_model import CLIP, Tokenizer
 from tmass import TMASS, load_checkpoint, save_checkpoint
 
@@ -297,20 +300,171 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch):
             (["--ckpt", good, "--prior-std", "nan"], "--prior-std", "nan"), (["--ckpt", good, "--prior-std", "inf"], "--prior-std", "inf"),
             (["--ckpt", good, "--device", "foo"], "--device foo"), (["--ckpt", good, "--device", "meta"], "--device meta"),
             (["--ckpt", good, "--trials", -1], "--trials", "-1"), (["--ckpt", good, "--batch", 0], "--batch", "0"),
+            (["--ckpt", good, "--trials", 10 ** 11], "--trials", "100000000000"),
+            (["--ckpt", good, "--trials", "2.5"], "--trials", "2.5"), (["--ckpt", good, "--seed", 10 ** 22], "--seed"),
+            (["--ckpt", good, "--workers", 10 ** 9], "--workers"), (["--ckpt", good, "--batch", "nan"], "--batch", "nan"),
+            (["--ckpt", good, "--prior-std", 1e300], "--prior-std"), (["--ckpt", good, "--device", "cuda:99"], "cuda:99"),
+            (["--ckpt", good, "--device", ""], "--device"), (["--ckpt", good, "--json", "-"], "--json -"),
             (["--ckpt", good, "--prior", "odd"], "--prior"), (["--ckpt", good, "--prior-std", -1], "--prior-std")):
         status, out, err = called(capsys, monkeypatch, "--workers", 0, "--device", "cpu", *arguments)
         assert one_error(status, out, err, *words), (arguments, status, err)
 
 
-@pytest.mark.parametrize("option", ["--json", "--report"])
+@pytest.mark.parametrize("option", ["--json", "--report", "--save"])
 def test_only_plain_files_are_written_over(option, folder, tmp_path, capsys, monkeypatch):
     """A result is renamed into place: a pipe, a device (/dev/stdout!) or a link there would be gone."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "kept.txt")
     (tmp_path / "kept.txt").write_text("kept")
     before = sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir())
-    for name in ("pipe", "link"):
-        arguments = ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", option, tmp_path / name]
-        status, out, err = called(capsys, monkeypatch, *arguments)
+    for name in ("pipe", "link", "kept.txt"):
+        status, out, err = called(capsys, monkeypatch, *on(folder), option, tmp_path / name)
         assert one_error(status, out, err, option, name), (status, err)
+    assert one_error(*called(capsys, monkeypatch, *on(folder), option, tmp_path), option, str(tmp_path))
     assert sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in tmp_path.iterdir()) == before
+
+
+def on(folder, *args):
+    return ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", *args]
+
+
+def test_what_the_user_made_is_kept_and_a_result_replaced(folder, tmp_path, capsys, monkeypatch):
+    """Files that an option did not write are left as they are, though they are of its kind; its own last one is not."""
+    monkeypatch.chdir(tmp_path)
+    users = {"--json": ('{"videos": []}', "my own notes"), "--report": ("<!DOCTYPE html><title>Mine</title>", "notes"),
+             "--save": ((folder / "model.pt").read_bytes(), b"PK")}
+    for option, contents in users.items():
+        for content in contents:
+            content = content if isinstance(content, bytes) else content.encode()
+            (tmp_path / "mine").write_bytes(content)
+            status, out, err = called(capsys, monkeypatch, *on(folder), option, "mine")
+            assert one_error(status, out, err, option, "mine") and (tmp_path / "mine").read_bytes() == content
+    outputs = ["--json", "r.json", "--report", "r.html", "--save", "r.pt"]
+    (tmp_path / "r.json").touch()  # an empty file holds nothing
+    assert called(capsys, monkeypatch, *on(folder, *outputs, "--trials", 1))[0] == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("r.json", "r.html", "r.pt")}
+    assert called(capsys, monkeypatch, *on(folder, *outputs, "--trials", 2))[0] == 0
+    assert all((tmp_path / name).read_bytes() != content for name, content in before.items())
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["mine", *sorted(before)]
+    (tmp_path / "here").symlink_to(tmp_path)
+    model = (folder / "model.pt").read_bytes()
+    for one, other in (("new", "new"), ("new", tmp_path / "new"), ("here/new", "./new")):
+        assert one_error(*called(capsys, monkeypatch, *on(folder), "--json", one, "--save", other), "--json", "--save")
+    status, out, err = called(capsys, monkeypatch, *on(folder), "--save", os.path.relpath(folder / "model.pt"))
+    assert one_error(status, out, err, "--save", "--ckpt") and (folder / "model.pt").read_bytes() == model
+    assert not (tmp_path / "new").exists() and "T=" not in out  # refused before the model was read
+
+
+def test_a_full_disk_is_called_so(folder, tmp_path, capsys, monkeypatch):
+    """/dev/full takes the place of the temporary file: every write to it fails as on a full disk."""
+    @contextlib.contextmanager
+    def full(path):
+        yield "/dev/full"
+    monkeypatch.setattr(shapes, "written_whole", full)
+    for option in ("--json", "--report", "--save"):
+        status, out, err = called(capsys, monkeypatch, *on(folder), "--trials", 1, option, tmp_path / "out")
+        assert one_error(status, out, err, option, "out", "disk is full"), err
+    assert os.listdir(tmp_path) == []
+
+
+def test_saved_scores(folder, tmp_path, capsys, monkeypatch):
+    """From the file alone the metrics come out exactly, and so do the scores."""
+    args = on(folder, "--split", "all", "--trials", 3, "--save", tmp_path / "s.pt", "--json", tmp_path / "s.json")
+    assert called(capsys, monkeypatch, *args)[0] == 0
+    saved, result = torch.load(tmp_path / "s.pt", weights_only=True), json.loads((tmp_path / "s.json").read_text())
+    assert all(result[way] == x for way, x in ev.measure(saved["sims"], saved["owner"]).items())
+    for name, places in zip(("t2v_ranks", "v2t_ranks"), ev.ranks(saved["sims"], saved["owner"])):
+        assert torch.equal(saved[name], places)
+    model, _, _ = load_checkpoint(folder / "model.pt")
+    assert torch.equal(model.score(saved["t"], saved["f"], 3), saved["sims"])
+    ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
+    assert (saved["captions"], saved["owner"].tolist()) == (ann.captions, ann.owner)
+    assert [data.Clip(*clip) for clip in saved["clips"]] == ann.clips and saved["result"] == result
+
+
+def test_the_samples_on_average(folder, tmp_path, capsys, monkeypatch):
+    """--expected has no seed, is what `score` gives, and lies near the mean over many seeds."""
+    files = [tmp_path / f"{seed}.pt" for seed in range(12)]
+    for seed, file in enumerate(files):
+        expected = ["--expected"] if seed < 2 else []
+        status, out, _ = called(capsys, monkeypatch, *on(folder, "--seed", seed, "--save", file, *expected))
+        assert status == 0 and ("closed form" in out) == bool(expected) and (f"seed {seed}" in out) != bool(expected)
+    one, two, *sampled = (torch.load(file, weights_only=True)["sims"] for file in files)
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
+    assert torch.equal(one, two) and torch.equal(one, ev.rank_split(model, tokenizer, ann, expected=True).sims)
+    off = [(x - torch.stack(sampled).mean(0)).abs().mean() for x in (one, sampled[0])]
+    assert off[0] < off[1]
+    result = ev.evaluate(model, tokenizer, ann, expected=True)
+    assert result["expected"] and result["t2v"] == ev.metrics(ev.ranks(one, ann.owner)[0])
+
+
+def test_bfloat16(folder, tmp_path, capsys, monkeypatch):
+    """The towers round, and the embeddings are float32 all the same; scores move by little."""
+    kept = []
+    for amp in ("off", "bf16"):
+        file = tmp_path / f"{amp}.pt"
+        assert called(capsys, monkeypatch, *on(folder, "--amp", amp, "--trials", 0, "--save", file))[0] == 0
+        kept.append(torch.load(file, weights_only=True))
+    off, half = kept
+    assert half["t"].dtype == half["f"].dtype == half["sims"].dtype == torch.float32 and half["result"]["amp"] == "bf16"
+    for name in ("t", "f"):
+        moved = (off[name] - half[name]).norm() / off[name].norm()
+        assert 1e-5 < moved < 0.03, (name, moved)
+    assert (off["sims"] - half["sims"]).abs().max() < 0.02
+
+
+def test_another_pooling(folder, tmp_path, capsys, monkeypatch):
+    """mean and query suit a checkpoint of xpool; xpool needs its weights."""
+    t, f = (torch.load(_saved(folder, tmp_path, capsys, monkeypatch), weights_only=True)[k] for k in ("t", "f"))
+    unit, point = F.normalize(f, dim=-1), F.normalize(t, dim=-1)
+    weights = (torch.einsum("nd,vtd->nvt", point, unit) / 0.1).softmax(-1)
+    videos = dict(mean=f.mean(1).expand(len(t), -1, -1), query=torch.einsum("nvt,vtd->nvd", weights, unit))
+    for name, v in videos.items():
+        saved = torch.load(_saved(folder, tmp_path, capsys, monkeypatch, "--pooling", name), weights_only=True)
+        literal = F.cosine_similarity(t[:, None], v, dim=-1)
+        assert (saved["sims"] - literal).abs().max() < 1e-5 and saved["result"]["pooling"] == name
+    save_checkpoint(tmp_path / "mean.pt", make(pooling="mean"), Tokenizer((), 16), {})
+    args = ["--ckpt", tmp_path / "mean.pt", "--device", "cpu", "--pooling", "xpool"]
+    assert one_error(*called(capsys, monkeypatch, *args), "--pooling xpool", "mean.pt", "no weights")
+
+
+def _saved(folder, tmp_path, capsys, monkeypatch, *args):
+    status, out, err = called(capsys, monkeypatch, *on(folder, "--trials", 0, "--save", tmp_path / "p.pt", *args))
+    assert status == 0, err
+    return tmp_path / "p.pt"
+
+
+@pytest.mark.parametrize("weight", ["clip.text_projection", "clip.token_embedding.weight", "radius.linear.bias"])
+def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path, capsys, monkeypatch):
+    content = torch.load(folder / "model.pt", weights_only=True)
+    content["model"][weight][-1] = NAN  # of the tokens: end of text
+    torch.save(content, tmp_path / "broken.pt")
+    args = ["--ckpt", tmp_path / "broken.pt", "--workers", 0, "--device", "cpu"]
+    status, out, err = called(capsys, monkeypatch, *args, "--json", tmp_path / "r.json", "--save", tmp_path / "r.pt")
+    assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
+    assert os.listdir(tmp_path) == ["broken.pt"]
+
+
+def test_processes_that_cannot_start_or_are_lost(folder, tmp_path, capsys, monkeypatch):
+    """A job half started by hand, a port that is taken: one line. A process that dies ends the other, in one line."""
+    monkeypatch.setenv("RANK", "0")
+    assert one_error(*called(capsys, monkeypatch, *on(folder)), "process 0", "torchrun")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]), WORLD_SIZE="2")
+        for name, value in there.items():
+            monkeypatch.setenv(name, value)
+        assert one_error(*called(capsys, monkeypatch, *on(folder)), "process 0", "torchrun")
+    code = ("import os, sys, eval\n"
+            "if os.environ['RANK'] == '1':\n"
+            "    eval.encode_texts = lambda *args, **kwargs: os._exit(9)\n"
+            "sys.exit(eval.run(eval.main))")
+    command = [sys.executable, "-c", code, *map(str, on(folder))]
+    started = [subprocess.Popen(command, env={**os.environ, **ENV, **there, "RANK": str(rank)}, text=True,
+                                cwd=os.path.dirname(ev.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for rank in (0, 1)]
+    (out, err), _ = (process.communicate(timeout=120) for process in started)
+    assert started[1].returncode == 9 and one_error(started[0].returncode, out, err, "another process", "died"), err
+    assert "R@1" not in out
