@@ -1,4 +1,4 @@
-"""Ranks and metrics by hand and against literal loops, the released protocol, evaluation on real files by one and two processes, search."""
+"""Ranks and metrics by hand and by literal loops, the released protocol, and eval.py on real files as users run it."""
 import contextlib
 import dataclasses
 import json
@@ -25,25 +25,28 @@ ENV = {"OMP_NUM_THREADS": "1"}
 # ---- ranks and metrics ----
 
 def test_ranks_by_hand():
-    """Four videos, the last a distractor; video 0 has two captions, one of them tied; video 2's caption ties with the distractor."""
+    """Four videos, the last a distractor, with which video 2's caption ties; of video 0's two captions one is tied."""
     sims = torch.tensor([[0.9, 0.1, 0.9, 0.0],    # caption 0 of video 0: first, tied with video 2 -> 1.5
                          [0.2, 0.5, 0.1, 0.6],    # caption 1 of video 0: after the distractor and video 1 -> 3
                          [0.9, 0.4, 0.0, 0.7],    # caption 2 of video 1: -> 3
                          [0.1, 0.5, 0.3, 0.3]])   # caption 3 of video 2: one above, tied with the distractor -> 2.5
     t2v, v2t = ev.ranks(sims, [0, 0, 1, 2])
     assert t2v.tolist() == [1.5, 3, 3, 2.5]
-    # video 0: own captions' best 0.9, video 1's caption 0.9 too, video 2's 0.1 -> 1.5; video 1: own 0.4 against 0.5 and 0.5 -> 3;
+    # video 0: own captions' best 0.9, video 1's caption 0.9 too, video 2's 0.1 -> 1.5;
+    # video 1: own 0.4 against 0.5 and 0.5 -> 3;
     # video 2: own 0.3 against max(0.9, 0.1) and 0 -> 2; the distractor has no captions
     torch.testing.assert_close(v2t, torch.tensor([1.5, 3, 2, NAN], dtype=torch.float64), equal_nan=True)
-    # strict: video 0's best own caption ties with caption 2 -> 1.5; video 1: 0.4 after 0.5, 0.5 -> 3; video 2: 0.3 after 0.9 -> 2
-    torch.testing.assert_close(ev.strict_v2t_ranks(sims, [0, 0, 1, 2]), torch.tensor([1.5, 3, 2, NAN], dtype=torch.float64), equal_nan=True)
+    # strict: video 0's best own caption ties with caption 2 -> 1.5; video 1: 0.4 after 0.5, 0.5 -> 3; video 2: 0.3
+    # after 0.9 -> 2
+    strict = torch.tensor([1.5, 3, 2, NAN], dtype=torch.float64)
+    torch.testing.assert_close(ev.strict_v2t_ranks(sims, [0, 0, 1, 2]), strict, equal_nan=True)
     m = ev.metrics(v2t)
     assert m == dict(R1=0, R5=100, R10=100, R50=100, MdR=2, MnR=6.5 / 3)
     assert ev.metrics([1, 2, 6, 60]) == dict(R1=25, R5=50, R10=75, R50=75, MdR=4, MnR=17.25)
 
 
 def test_strict_ties_between_own_captions():
-    """Equal captions of one video can't push each other down; a tying stranger is above the first of two own ones a third of the time."""
+    """Equal captions of a video don't push each other down; a tying stranger is above the first of two in a third."""
     assert ev.strict_v2t_ranks(torch.ones(2, 1), [0, 0]).tolist() == [1]
     strict = ev.strict_v2t_ranks(torch.ones(3, 2), [0, 0, 1])
     torch.testing.assert_close(strict, torch.tensor([4 / 3, 2], dtype=torch.float64))
@@ -92,7 +95,8 @@ def test_scores_that_are_not_numbers_rank_at_chance():
 
 def test_dsl_by_hand():
     sims = torch.tensor([[0.5, 0.4], [0.5, 0.1]])
-    torch.testing.assert_close(ev.dsl(sims), torch.tensor([[0.25, 0.4], [0.25, 0.1 * torch.tensor(-30.0).exp().item()]]))
+    low = 0.1 * torch.tensor(-30.0).exp().item()
+    torch.testing.assert_close(ev.dsl(sims), torch.tensor([[0.25, 0.4], [0.25, low]]))
     torch.testing.assert_close(ev.dsl(sims.T, 1), ev.dsl(sims).T)
 
 
@@ -100,7 +104,7 @@ def test_dsl_by_hand():
 
 def make(**method):
     torch.manual_seed(0)
-    clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16, vocab_size=514,
+    clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16,
                 text_width=64, text_layers=1)
     model = TMASS(clip, **{"frames": T, "dropout": 0.0, **method}).eval()
     for name, p in model.named_parameters():
@@ -118,13 +122,14 @@ def noise_video(path, seed):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven videos (odd), one caption each in one.csv, up to three in many.csv, and a checkpoint 'trained' on many.csv."""
+    """Seven videos (odd), a caption each in one.csv, up to three in many.csv; a checkpoint 'trained' on many.csv."""
     folder = tmp_path_factory.mktemp("eval")
     (folder / "videos").mkdir()
     one, many = ["video,caption"], ["video,caption,split"]
     for v in range(7):
         noise_video(folder / "videos" / f"v{v}.mp4", v)
-        one.append(f"v{v}.mp4,{'ab cdefg'[v:]} {v}")  # at most 16 byte-level tokens, or they would all be cut to the same
+        # at most 16 byte-level tokens, or they would all be cut to the same
+        one.append(f"v{v}.mp4,{'ab cdefg'[v:]} {v}")
         many += [f"v{v}.mp4,{i} of {v},test" for i in range(v % 3 + 1)]
     many += ["v0.mp4,someone,test", "v1.mp4,someone,test"]  # one text, two owners: an exact tie
     (folder / "one.csv").write_text("\n".join(one) + "\n")
@@ -135,8 +140,10 @@ def folder(tmp_path_factory):
 
 
 def literal_sims(model, tokenizer, ann, released=False):
-    """Every score from its definition: one text, one video, one sample at a time. `released`: the honestly pooled video picks the
-    sample, and the video pooled by its own caption is what it is scored with."""
+    """Every score from its definition: one text, one video, one sample at a time.
+
+    released: the honestly pooled video picks the sample, which is scored with the video pooled by its own caption.
+    """
     t = [model.encode_text(tokenizer([c]))[0] for c in ann.captions]
     transform = data.test_transform(16)
     f = [model.encode_video(transform(data.read_frames(clip, T))[None])[0] for clip in ann.clips]
@@ -175,7 +182,7 @@ def test_evaluate_equals_literal_loops(folder):
 
 @torch.no_grad()
 def test_the_released_protocol_takes_each_videos_first_caption(folder):
-    """Of 15 captions for 7 videos, seven are used, and an eighth video without captions is left out; the honest rows are given for these too."""
+    """Of 15 captions for 7 videos seven are used, an eighth video without any is left out; honest rows are added."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     many = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
     many = dataclasses.replace(many, clips=[many.clips[2], *many.clips], owner=[v + 1 for v in many.owner])
@@ -184,7 +191,8 @@ def test_the_released_protocol_takes_each_videos_first_caption(folder):
     all_of_it, alone = (ev.evaluate(model, tokenizer, ann, trials=5, released=True) for ann in (many, one))
     leaking = dict(all_of_it["released_protocol"])
     assert (leaking["texts"], leaking["videos"]) == (7, 7) and leaking == alone["released_protocol"]
-    assert all_of_it["first_captions"] == {way: alone[way] for way in ("t2v", "v2t", "v2t_strict")} and "first_captions" not in alone
+    assert all_of_it["first_captions"] == {way: alone[way] for way in ("t2v", "v2t", "v2t_strict")}
+    assert "first_captions" not in alone
     printed = ev.report(all_of_it)
     assert "each video's first (7 texts)" in printed and "first, honest: t2v" in printed and "LEAKING t2v" in printed
     assert "first" not in ev.report(alone)
@@ -205,7 +213,7 @@ def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
 
 
 def test_evaluation_cannot_see_the_owner(folder):
-    """The scores stay whatever `owner` says, and follow texts and videos where these are put; 14 distinct texts, 7 videos."""
+    """The scores stay whatever `owner` says, and follow texts and videos where these are put; 14 distinct texts."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
     N, V, g = len(ann.captions), len(ann.clips), torch.Generator().manual_seed(0)
@@ -213,9 +221,11 @@ def test_evaluation_cannot_see_the_owner(folder):
     swapped = dataclasses.replace(ann, owner=[(v + 3) % V for v in ann.owner])
     other = ev.rank_split(model, tokenizer, swapped)
     assert torch.equal(other.sims, whole.sims)
-    assert not torch.equal(ev.ranks(other.sims, other.ann.owner)[0], ev.ranks(whole.sims, ann.owner)[0])  # there it does enter
+    places = [ev.ranks(x.sims, x.ann.owner)[0] for x in (whole, other)]
+    assert not torch.equal(*places)  # there it does enter
     texts, videos = torch.randperm(N, generator=g).tolist(), torch.randperm(V, generator=g).tolist()
-    moved = data.Annotations([ann.clips[v] for v in videos], [ann.captions[i] for i in texts], [videos.index(ann.owner[i]) for i in texts])
+    owner = [videos.index(ann.owner[i]) for i in texts]
+    moved = data.Annotations([ann.clips[v] for v in videos], [ann.captions[i] for i in texts], owner)
     there = ev.rank_split(model, tokenizer, moved)
     assert (there.sims - whole.sims[texts][:, videos]).abs().max() < 1e-6
 
@@ -230,9 +240,11 @@ def test_two_processes_report_what_one_does(folder, tmp_path):
     """Seven videos and 14 distinct texts in batches of 2: neither divides."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, start in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *start, ev.__file__, "--ckpt", folder / "model.pt", "--batch", 2, "--workers", 1, "--split", "all",
+        command = [sys.executable, *start, ev.__file__, "--ckpt", folder / "model.pt", "--batch", 2, "--workers", 1,
+                   "--split", "all",
                    "--dsl", "--device", "cpu", "--json", tmp_path / name]
-        done = subprocess.run(list(map(str, command)), env={**os.environ, **ENV}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(list(map(str, command)), env={**os.environ, **ENV}, capture_output=True, text=True,
+                              timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("7 videos") == 1  # one process speaks
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
@@ -254,7 +266,8 @@ def test_command_line(folder, run, tmp_path, capsys, monkeypatch):
     other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
     arguments += ["--data", other]
     status, out, err = called(capsys, monkeypatch, *arguments, "--skip-bad", "--released-protocol")
-    assert status == 0 and "1 unreadable videos left out; 2 texts, 2 videos remain" in out and "LEAKING" in out, out + err
+    assert status == 0 and "1 unreadable videos left out; 2 texts, 2 videos remain" in out, out + err
+    assert "LEAKING" in out
     assert "1 missing videos left out; 3 texts, 3 videos remain" in out
     assert one_error(*called(capsys, monkeypatch, *arguments), "gone.mp4")
     other.write_text("video,caption\nbroken.mp4,two\n")
@@ -292,18 +305,25 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch):
     for arguments, *words in (
             (["--ckpt", tmp_path / "none.pt"], "none.pt"), (["--ckpt", tmp_path / "cut.pt"], "cut.pt"),
             (["--ckpt", tmp_path / "text.pt"], "text.pt"), (["--ckpt", tmp_path / "other.pt"], "other.pt"),
-            (["--ckpt", tmp_path / "frames.pt"], "frames.pt", "radius.linear"), (["--ckpt", tmp_path / "nodata.pt"], "--data"),
-            (["--ckpt", good, "--data", tmp_path / "none.csv"], "none.csv"), (["--ckpt", good, "--data", "nonsense"], "nonsense"),
-            (["--ckpt", good, "--json", tmp_path], "--json"), (["--ckpt", good, "--json", tmp_path / "no" / "x.json"], "--json"),
+            (["--ckpt", tmp_path / "frames.pt"], "frames.pt", "radius.linear"),
+            (["--ckpt", tmp_path / "nodata.pt"], "--data"),
+            (["--ckpt", good, "--data", tmp_path / "none.csv"], "none.csv"),
+            (["--ckpt", good, "--data", "nonsense"], "nonsense"),
+            (["--ckpt", good, "--json", tmp_path], "--json"),
+            (["--ckpt", good, "--json", tmp_path / "no" / "x.json"], "--json"),
             (["--ckpt", good, "--json", ""], "--json"), (["--ckpt", good, "--split", "train"], "train", "no caption"),
             (["--ckpt", good, "--seed", -1], "--seed", "-1"), (["--ckpt", good, "--seed", 2 ** 70], "--seed"),
-            (["--ckpt", good, "--prior-std", "nan"], "--prior-std", "nan"), (["--ckpt", good, "--prior-std", "inf"], "--prior-std", "inf"),
-            (["--ckpt", good, "--device", "foo"], "--device foo"), (["--ckpt", good, "--device", "meta"], "--device meta"),
+            (["--ckpt", good, "--prior-std", "nan"], "--prior-std", "nan"),
+            (["--ckpt", good, "--prior-std", "inf"], "--prior-std", "inf"),
+            (["--ckpt", good, "--device", "foo"], "--device foo"),
+            (["--ckpt", good, "--device", "meta"], "--device meta"),
             (["--ckpt", good, "--trials", -1], "--trials", "-1"), (["--ckpt", good, "--batch", 0], "--batch", "0"),
             (["--ckpt", good, "--trials", 10 ** 11], "--trials", "100000000000"),
             (["--ckpt", good, "--trials", "2.5"], "--trials", "2.5"), (["--ckpt", good, "--seed", 10 ** 22], "--seed"),
-            (["--ckpt", good, "--workers", 10 ** 9], "--workers"), (["--ckpt", good, "--batch", "nan"], "--batch", "nan"),
-            (["--ckpt", good, "--prior-std", 1e300], "--prior-std"), (["--ckpt", good, "--device", "cuda:99"], "cuda:99"),
+            (["--ckpt", good, "--workers", 10 ** 9], "--workers"),
+            (["--ckpt", good, "--batch", "nan"], "--batch", "nan"),
+            (["--ckpt", good, "--prior-std", 1e300], "--prior-std"),
+            (["--ckpt", good, "--device", "cuda:99"], "cuda:99"),
             (["--ckpt", good, "--device", ""], "--device"), (["--ckpt", good, "--json", "-"], "--json -"),
             (["--ckpt", good, "--prior", "odd"], "--prior"), (["--ckpt", good, "--prior-std", -1], "--prior-std")):
         status, out, err = called(capsys, monkeypatch, "--workers", 0, "--device", "cpu", *arguments)
