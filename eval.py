@@ -306,7 +306,8 @@ def rank_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cach
     if bad:
         keep = [v for v in range(len(ann.clips)) if v not in bad]
         ann, f = ann.take(keep), f[keep]
-        job.say(f"--skip-bad: {len(bad)} unreadable videos left out; {size(ann)} remain")
+        job.say(f"--skip-bad: {len(bad)} unreadable videos left out; {len(ann.captions)} texts, "
+                f"{len(ann.clips)} videos remain")
     if not ann.captions:
         raise data.DataError(f"nothing to evaluate: no caption with a readable video ({len(bad)} videos left out)")
     distinct = {c: i for i, c in enumerate(dict.fromkeys(ann.captions))}  # equal captions tie exactly, and cost once
@@ -321,10 +322,6 @@ def rank_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cach
         t, sims = t[rows], sims[rows]
     model.train(training)
     return Split(t, f, sims, ann, list(bad.values()))
-
-
-def size(ann):
-    return f"{len(ann.captions)} texts, {len(ann.clips)} videos"
 
 
 def evaluate(model, tokenizer, ann, job=ALONE, trials=20, seed=24, expected=False, with_dsl=False, released=False,
@@ -396,12 +393,12 @@ def report(result):
 
 # ---- command line: what evaluation and search share ----
 
-def add_common(p, batch, expected=False):
-    """The options that evaluation and search share, with the program's own defaults of two. -> the last group."""
+def add_common(p, batch):
+    """The options that evaluation and search share. -> the last group."""
     g = p.add_argument_group("scoring")
     g.add_argument("--trials", type=numeric(int, 0, 10 ** 5), default=20,
                    help="M, samples of the text mass; 0 scores the point text (default: %(default)s)")
-    g.add_argument("--expected", action=argparse.BooleanOptionalAction, default=expected,
+    g.add_argument("--expected", action=argparse.BooleanOptionalAction, default=False,
                    help="score by the mean of the best of M, in closed form, without noise (default: %(default)s)")
     g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24, help="of the samples (default: 24)")
     g.add_argument("--prior", choices=PRIORS, help="of the samples (default: as trained; released code: uniform)")
@@ -494,18 +491,15 @@ def parse_args(argv=None):
     p.add_argument("--data", help="name of a data set or path of a .csv (default: what the checkpoint was trained on)")
     p.add_argument("--root", help="folder of the data set (default: as in training; for a .csv, the folder it lies in)")
     p.add_argument("--videos", metavar="DIR", help="folder of its videos (default: as in training, or within --root)")
-    p.add_argument("--split", choices=("train", "val", "test", "all"),
-                   help="(default: test; for a .csv it was not trained on, all rows)")
+    p.add_argument("--split", choices=(*data.SPLITS, "all"), help="(default: test; all of a .csv not trained on)")
     p.add_argument("--dsl", action="store_true", help="add rows with dual softmax, which uses all queries at once")
     p.add_argument("--released-protocol", action="store_true", help="add what the released, LEAKING evaluation reports")
     p.add_argument("--analyze", action="store_true",
                    help="add 95%% intervals, relevant against irrelevant pairs, recall by video complexity and length")
     g = add_common(p, batch=16)
-    g.add_argument("--save", metavar="FILE",
-                   help="write similarities, ranks, embeddings, captions, clips there, to ensemble, plot or check")
+    g.add_argument("--save", metavar="FILE", help="write similarities, ranks, embeddings, captions, clips there")
     g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, as in train.py")
-    g.add_argument("--skip-bad", action="store_true",
-                   help="leave out missing and undecodable videos, and count them (default: stop and name them)")
+    g.add_argument("--skip-bad", action="store_true", help="leave unreadable videos out and count them (default: stop)")
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
@@ -521,12 +515,12 @@ def load_data(args, config):
     name = trained_on if same else args.data
     root = args.root or (config.get("root") if same else None)
     videos = args.videos or (config.get("videos") if same else None)
-    foreign = name.endswith(".csv") and not same  # its rows were never divided for training
+    foreign = name.endswith(".csv") and not same  # no row of it was trained on
     split = args.split or ("all" if foreign else "test")
     if split == "all" or foreign:
-        ann = data.load_annotations(name, root, split)
+        ann = data.load_annotations(name, root, split, videos)
     else:
-        ann = data.load_split(name, root, split, config.get("val_videos", 0), config.get("seed", 24))
+        ann = data.load_split(name, root, split, config.get("val_videos", 0), config.get("seed", 24), videos)
     if not ann.captions:
         raise data.DataError(f"{name} has no caption in split {split}: choose another --split")
     return ann, name, root, split
@@ -549,7 +543,8 @@ def main(argv=None):
     ann, name, root, split = load_data(args, config)
     ann, missing = data.present(ann, args.skip_bad)
     if missing:
-        job.say(f"--skip-bad: {len(missing)} missing videos left out; {size(ann)} remain")
+        job.say(f"--skip-bad: {len(missing)} missing videos left out; {len(ann.captions)} texts, "
+                f"{len(ann.clips)} videos remain")
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     ranked = rank_split(model, tokenizer, ann, job, args.workers, args.skip_bad, args.cache, args.batch, args.amp,
                         args.ckpt, **scoring)

@@ -331,8 +331,8 @@ def test_in_a_browser(written, tmp_path, width):
 
     def browse(*args):
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                   "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(500, width)},1600"]
+                   "--hide-scrollbars", "--disable-background-networking", "--disable-component-update"]
+        options += ["--disable-sync", f"--user-data-dir={tmp_path / 'p'}", f"--window-size={max(500, width)},1600"]
         return subprocess.run([BROWSER, *options, *args, probe.as_uri()], capture_output=True, text=True, timeout=60)
     dom = browse("--virtual-time-budget=5000", "--dump-dom").stdout
     seen, page_wide, outside, broken, images = map(int, dom.split("<title>probe ")[1].split("</title>")[0].split())
