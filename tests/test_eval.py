@@ -105,7 +105,7 @@ def test_dsl_by_hand():
 def make(**method):
     torch.manual_seed(0)
     clip = CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16,
-                text_width=64, text_layers=1)
+                vocab_size=514, text_width=64, text_layers=1)
     model = TMASS(clip, **{"frames": T, "dropout": 0.0, **method}).eval()
     for name, p in model.named_parameters():
         p.data += 0.1 * torch.randn_like(p) * (not name.startswith("clip."))
@@ -464,6 +464,24 @@ def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path,
     status, out, err = called(capsys, monkeypatch, *args, "--json", tmp_path / "r.json", "--save", tmp_path / "r.pt")
     assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
     assert os.listdir(tmp_path) == ["broken.pt"]
+
+
+def test_videos_that_lie_elsewhere(folder, tmp_path, capsys, monkeypatch):
+    """--videos DIR, and the checkpoint's own: what training used is used again without being named."""
+    table = tmp_path / "my.csv"
+    table.write_text((folder / "many.csv").read_text())
+    for name, config in (("bare.pt", {}), ("trained.pt", dict(videos=str(folder / "videos"), root=str(tmp_path)))):
+        save_checkpoint(tmp_path / name, make(), Tokenizer((), 16), dict(data=str(table), seed=24, **config))
+    args = ["--workers", 0, "--device", "cpu", "--trials", 1, "--ckpt"]
+    assert one_error(*called(capsys, monkeypatch, *args, tmp_path / "bare.pt"), "7 of 7 videos are missing")
+    results = []
+    for more in ([tmp_path / "bare.pt", "--videos", folder / "videos"], [tmp_path / "trained.pt"]):
+        status, out, err = called(capsys, monkeypatch, *args, *more)
+        assert status == 0 and "15 texts, 7 videos" in out, err
+        results.append(out.split("split test")[1])
+    model, tokenizer, _ = load_checkpoint(tmp_path / "trained.pt")
+    ann = data.load_split(str(table), None, "test", videos=str(folder / "videos"))
+    assert results[0] == results[1] and ev.report(ev.evaluate(model, tokenizer, ann, trials=1)) in results[0]
 
 
 def test_processes_that_cannot_start_or_are_lost(folder, tmp_path, capsys, monkeypatch):
