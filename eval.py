@@ -52,11 +52,14 @@ class Job(NamedTuple):
 
     def join(self, lines):
         """The lists of all processes in one, each entry once."""
-        parts = [lines]
+        return list(dict.fromkeys(x for part in self.gather(lines) for x in part))
+
+    def gather(self, thing):
+        """What each process has, by rank: any plain object or tensors of the CPU. -> list, the same on all."""
+        parts = [thing] * self.world
         if self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, lines)
-        return list(dict.fromkeys(x for part in parts for x in part))
+            dist.all_gather_object(parts, thing)
+        return parts
 
     def largest(self, number):
         """Of all processes' numbers (an int)."""
@@ -78,6 +81,10 @@ class Job(NamedTuple):
 ALONE = Job()
 
 
+def brief(e):
+    return str(e).partition("\n")[0]
+
+
 def start_processes(device):
     """Join the job that torchrun started, if it did. -> Job. Raises DataError where device or job can't be had."""
     parallel = "RANK" in os.environ
@@ -88,14 +95,14 @@ def start_processes(device):
         if parallel and device.startswith("cuda"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as e:  # torch's ways to say so
-        raise data.DataError(f"--device {device} can't be used here ({first_line(e)}): try --device cpu") from e
+        raise data.DataError(f"--device {device} can't be used here ({brief(e)}): try --device cpu") from e
     if not parallel:
         return Job(device=torch.device(device))
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         except (RuntimeError, ValueError) as e:
-            raise data.DataError(f"process {os.environ['RANK']} can't join the others ({first_line(e)}): start them "
+            raise data.DataError(f"process {os.environ['RANK']} can't join the others ({brief(e)}): start them "
                                  "with torchrun, or unset RANK to run alone") from e
     return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
@@ -107,15 +114,11 @@ def run(main):
     except RuntimeError as e:
         if not dist.is_initialized() or "peer" not in str(e).lower() and not isinstance(e, dist.DistError):
             raise
-        print(f"error: another process of this job died ({first_line(e)}): see what it said", file=sys.stderr)
+        print(f"error: another process of this job died ({brief(e)}): see what it said", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def first_line(e):
-    return str(e).splitlines()[0][:200] if str(e) else type(e).__name__
 
 
 # ---- encode ----
@@ -210,11 +213,6 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
 
 # ---- ranks ----
 
-def lowest_if_nan(sims):
-    """A score that is not a number counts as the lowest: it ranks at chance, not first. (N,V) -> (N,V)."""
-    return sims.masked_fill(sims.isnan(), -torch.inf)
-
-
 def tied_rank(scores, own, dim):
     """Rank of `own`, one of the scores along dim: 1 + those above + half of the others that tie. -> one axis less."""
     own = own.unsqueeze(dim)
@@ -229,7 +227,8 @@ def ranks(sims, owner):
     distractor in t2v and has v2t rank NaN.
     """
     N, V = sims.shape
-    sims, owner = lowest_if_nan(sims), torch.as_tensor(owner, device=sims.device)
+    sims = sims.masked_fill(sims.isnan(), -torch.inf)  # what is not a number ranks at chance, not first
+    owner = torch.as_tensor(owner, device=sims.device)
     own = sims.gather(1, owner[:, None])[:, 0]  # each caption with its video  (N)
     t2v = torch.cat([tied_rank(sims[rows], own[rows], 1) for rows in blocks(N, 4096)])
     described = owner.unique()  # the videos that have captions
@@ -249,7 +248,7 @@ def strict_v2t_ranks(sims, owner):
     Ties are averaged: of the other captions that tie with k own ones, 1/(k+1) are expected above the first own one.
     """
     V, out = sims.shape[1], []
-    sims, owner = lowest_if_nan(sims), torch.as_tensor(owner, device=sims.device)
+    sims, owner = sims.masked_fill(sims.isnan(), -torch.inf), torch.as_tensor(owner, device=sims.device)
     for columns in blocks(V, 512):
         part = sims[:, columns]
         own = owner[:, None] == torch.arange(V, device=sims.device)[columns]  # (N,v)

@@ -11,10 +11,11 @@ import math
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 
+import av
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
@@ -239,7 +240,7 @@ def histogram_chart(h, about, label):
     return svg + key(("on", "relevant"), ("off", "irrelevant"))
 
 
-def thirds_chart(rows, label, trials):
+def thirds_chart(rows, label, samples):
     """R@1 by third: a bar with its interval for the samples, an open diamond for the point text."""
     def draw(X, Y):
         out = ""
@@ -254,7 +255,7 @@ def thirds_chart(rows, label, trials):
     names = [(n, f"{r['third']} ({r['texts']} texts)") for n, r in enumerate(rows)]
     about = f"R@1, {label}: " + ", ".join(f"{r['third']} {r['R1']:.1f}" for r in rows)
     return (chart(about, (-.5, len(rows) - .5), (0, min(104, top * 1.08)), label, draw, names, "%")
-            + key(("on", f"{trials} samples, 95 % interval"), ("diamond", "point text")))
+            + key(("on", f"{samples}, 95 % interval"), ("diamond", "point text")))
 
 
 def line_chart(lines, about, label, unit=""):
@@ -301,54 +302,47 @@ def training_charts(path):
 # ---- the page ----
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;--rule:#dcdcd8;
---on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
+:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;--rule:#dcdcd8;--on:#1f5fbf;
+--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
 @media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;--rule:#353a42;
---on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
-*{box-sizing:border-box}
+--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}*{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main,header,footer{max-width:1180px;margin:0 auto;padding:0 clamp(14px,3vw,32px)}
 header{padding-top:clamp(20px,4vw,44px)}
 h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
 h2{font-size:1.25rem;margin:2.6rem 0 .3rem}h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
-h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
-h1,h4,p,dd,.file,li{overflow-wrap:anywhere}p{margin:.2rem 0 .8rem}.soft,figcaption,footer{color:var(--soft)}
-.soft{font-size:.92rem}
+h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}h1,h4,p,dd,.file,li{overflow-wrap:anywhere}p{margin:.2rem 0 .8rem}
+.soft,figcaption,footer{color:var(--soft)}.soft{font-size:.92rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;min-width:0;margin:0}
-.scroll{overflow-x:auto}
-table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
-tr:last-child>*{border-bottom:0}
-th:first-child{text-align:left;font-weight:500}thead th{color:var(--soft);font-weight:500;font-size:.88rem}
+tr:last-child>*{border-bottom:0}th:first-child{text-align:left;font-weight:500}
+thead th{color:var(--soft);font-weight:500;font-size:.88rem}
 td small,th small{display:block;font-weight:400;color:var(--soft);font-size:.78rem;white-space:nowrap}
 th:first-child{min-width:7.5em}td.main{font-weight:650}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;margin:1.2rem 0}
 .tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:12px 16px}
 .tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
-.tiles span{color:var(--soft);font-size:.85rem}
-ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
-ol img{display:block;width:100%;height:auto;max-height:120px;object-fit:contain;object-position:left;
-border-radius:5px;background:var(--page)}
-ol figure{margin:0}figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;
-font-variant-numeric:tabular-nums}
-figcaption b{color:var(--ink)}.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;
-border-radius:7px}
+.tiles span{color:var(--soft);font-size:.85rem}ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
+ol img{display:block;width:100%;height:auto;max-height:120px;object-fit:contain;object-position:left;border-radius:5px;
+background:var(--page)}ol figure{margin:0}
+figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;font-variant-numeric:tabular-nums}
+figcaption b{color:var(--ink)}
+.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
 .right .mark{color:var(--good);font-weight:650}.gap{border-top:2px dotted var(--rule);padding-top:10px}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}.grid{stroke:var(--rule)}
-.axis{stroke:var(--soft)}
-.on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
+.axis{stroke:var(--soft)}.on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
 .off{fill:url(#hatch);stroke:var(--off);stroke-width:1.6;stroke-dasharray:4 2}
-.hatch{stroke:var(--off);stroke-width:1.4;stroke-opacity:.75}
-.whisker{stroke:var(--ink);stroke-width:1.8;fill:none}.diamond{fill:var(--card);stroke:var(--ink);stroke-width:1.8}
-[class^=line]{fill:none;stroke:var(--on);stroke-width:2}.line1{stroke-dasharray:7 4;stroke:var(--off)}
-.line2{stroke-dasharray:2 3;stroke:var(--ink)}.line3{stroke-dasharray:9 3 2 3;stroke:var(--soft)}.dot{fill:var(--on)}
+.hatch{stroke:var(--off);stroke-width:1.4;stroke-opacity:.75}.whisker{stroke:var(--ink);stroke-width:1.8;fill:none}
+.diamond{fill:var(--card);stroke:var(--ink);stroke-width:1.8}[class^=line]{fill:none;stroke:var(--on);stroke-width:2}
+.line1{stroke-dasharray:7 4;stroke:var(--off)}.line2{stroke-dasharray:2 3;stroke:var(--ink)}
+.line3{stroke-dasharray:9 3 2 3;stroke:var(--soft)}.dot{fill:var(--on)}
 .key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
-.key span{display:flex;align-items:center;gap:6px}
-.key svg{width:26px}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}
-dl div{min-width:0}dt{color:var(--soft);font-size:.82rem}dd{margin:0}
+.key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}dl div{min-width:0}
+dt{color:var(--soft);font-size:.82rem}dd{margin:0}
 .warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
 footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
 """
@@ -356,12 +350,8 @@ footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
 
 def page(title, lead, body, settings):
     """A whole document. title and lead are text; body is HTML."""
-    shown = {**settings, "Python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "av"):
-        try:
-            shown[package] = version(package)
-        except PackageNotFoundError:
-            pass
+    shown = {**settings, "Python": platform.python_version(), "torch": torch.__version__,
+             "torchvision": torchvision.__version__, "av": av.__version__}
     items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in shown.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -373,7 +363,7 @@ def page(title, lead, body, settings):
 <header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
 <main>{body}
 <section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
-<footer>Written by T-MASS eval.py on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
+<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
 """
 
 
@@ -431,7 +421,7 @@ def choose_queries(sims, owner, t2v, each, seed):
 
 def query_cards(sims, ann, t2v, each, top, seed):
     """Top videos of chosen queries, the right one marked, and shown below where it isn't among them."""
-    sims, owner, strips = sims.cpu().float().nan_to_num(nan=-torch.inf), torch.as_tensor(ann.owner), {}
+    sims, owner, strips = sims.cpu(), torch.as_tensor(ann.owner), {}
 
     def row(i, v, rank, gap=False):
         strips[v] = strips.get(v) or strip(ann.clips[v])
@@ -471,24 +461,25 @@ def metrics_table(result, a):
     if "released_protocol" in result:
         body += "".join(rows(result["released_protocol"], "⚠ LEAKING "))
         first = " It ranks each video's first caption only." if "first_captions" in result else ""
-        notes += ('<p class="warn"><b>LEAKING</b>: the released protocol scores a video as pooled by its own ground truth, '
+        notes += ('<p class="warn"><b>LEAKING</b>: the released protocol scores a video as pooled by its own caption, '
                   f"whatever the query. To compare with published numbers only.{first}</p>")
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("", *(f"R@{k}" for k in RECALLS), "MdR", "MnR"))
-    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+    return table(["", *(f"R@{k}" for k in RECALLS), "MdR", "MnR"], body) + notes
+
+
+def table(heads, body):
+    heads = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def pairs_table(a):
     """Means and spreads of `analyze`, relevant beside irrelevant."""
     body, kinds = "", (a["relevant"], a["irrelevant"])
     for label, what, d in PAIR_ROWS:
-        cells = ""
-        for k in kinds:
-            cells += f"<td>{number(k[what]['mean'], d)}<small>± {number(k[what]['std'], d)}</small></td>"
+        cells = "".join(f"<td>{mean_std(k[what], d).replace('±', '<small>±')}</small></td>" for k in kinds)
         body += f'<tr><th scope="row">{label}</th>{cells}</tr>'
     cells = "".join(f"<td>{number(k['best_beats_point'])} %</td>" for k in kinds)
     body += f'<tr><th scope="row">best sample beats point text</th>{cells}</tr>'
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("mean ± std", "relevant", "irrelevant"))
-    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(("mean ± std", "relevant", "irrelevant"), body)
 
 
 def figure(title, chart):
@@ -497,24 +488,24 @@ def figure(title, chart):
 
 def plain(result):
     """The settings among a result: what is a text or a number."""
-    words = {True: "yes", False: "no"}
-    return {k: words[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
-            for k, v in result.items() if isinstance(v, (str, int, float))}
+    words = {bool: lambda v: "yes" if v else "no", float: "{:g}".format, int: str, str: str}
+    return {k: words[type(v)](v) for k, v in result.items() if type(v) in words}
 
 
 def write_report(path, result, a, ann, sims, ranks, log=None, each=2, top=5, seed=24):
     """The report of an evaluation. result: of eval.main, a: of `analyze`, ranks: of eval.ranks, log: of train.py."""
     t2v, h = a["intervals"]["t2v"], a["histograms"]
     numbers = [(f"{x['value']:.1f}", f"t2v R@{k[1:]}") for k, x in t2v.items()]
-    numbers += [(f"{result['t2v']['MdR']:g}", "median rank")]
-    numbers += [(len(ann.captions), "captions"), (len(ann.clips), "videos")]
+    median = f"{result['t2v']['MdR']:g}"
+    numbers += [(median, "median rank"), (len(ann.captions), "captions"), (len(ann.clips), "videos")]
     tiles = "".join(f"<div><b>{x}</b><span>{esc(label)}</span></div>" for x, label in numbers)
     charts = by = ""
     for title, what, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
                                ("Radius of the text mass", "radius", "|R|₁")):
         charts += figure(title, histogram_chart(h[what], f"{title}: histogram, relevant and irrelevant pairs", label))
+    samples = f"best of {a['trials']} on average" if result["expected"] else f"{a['trials']} samples"
     for k, label, _ in THIRDS:
-        by += figure(f"t2v R@1 by {label}", thirds_chart(a[k], f"thirds of the texts by {label}", a["trials"]))
+        by += figure(f"t2v R@1 by {label}", thirds_chart(a[k], f"thirds of the texts by {label}", samples))
     curves = "".join(figure(*x) for x in (training_charts(log) if log else []))
     body = f"""<div class="tiles">{tiles}</div>
 <section><h2>Metrics</h2><p class="soft">Recall in percent; below it the 95 % interval of a bootstrap over videos, each

@@ -232,7 +232,8 @@ def written(tmp_path_factory):
            "40,2,2.5,1.5,1,nan,", "40,2,,,,,55"]
     (folder / "log.csv").write_text("\n".join(log))
     m = ev.measure(sims, owner)
-    result = dict(m, dsl=m, released_protocol=m, data=f"{EVIL}.csv", split="test", trials=M, seed=3, **model.config)
+    result = dict(m, dsl=m, released_protocol=m, first_captions=m, data=f"{EVIL}.csv", split="test", trials=M, seed=3,
+                  expected=True, **model.config)
     path = folder / "report.html"
     report.write_report(str(path), result, a, ann, sims, ranks, str(folder / "log.csv"), each=2, top=3)
     return path, ann, sims
@@ -244,6 +245,7 @@ def test_report(written):
     page = sound(text)
     assert [p.name for p in path.parent.iterdir() if "part" in p.name] == []
     assert all(x in page.text for x in (EVIL, "LEAKING", "transductive", "Validation t2v R@1"))
+    assert "best of 4 on average" in page.text and "each video's first caption" in page.text and "honest" in page.text
     assert "<script>0&.mp4" in page.text and "(0 s to 0.5 s)" in page.text
     marked = [text for css, text in page.hits if "right" in css]
     assert len(marked) == text.count("<article") == 8  # 2 best, 2 worst, 4 random: each shows its right video once
