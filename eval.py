@@ -213,6 +213,11 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
 
 # ---- ranks ----
 
+def lowest_if_nan(x):
+    """A score that is not a number counts as the lowest: it ranks at chance, not first. (...) -> (...)."""
+    return x.masked_fill(x.isnan(), -torch.inf)
+
+
 def tied_rank(scores, own, dim):
     """Rank of `own`, one of the scores along dim: 1 + those above + half of the others that tie. -> one axis less."""
     own = own.unsqueeze(dim)
@@ -227,8 +232,7 @@ def ranks(sims, owner):
     distractor in t2v and has v2t rank NaN.
     """
     N, V = sims.shape
-    sims = sims.masked_fill(sims.isnan(), -torch.inf)  # what is not a number ranks at chance, not first
-    owner = torch.as_tensor(owner, device=sims.device)
+    sims, owner = lowest_if_nan(sims), torch.as_tensor(owner, device=sims.device)
     own = sims.gather(1, owner[:, None])[:, 0]  # each caption with its video  (N)
     t2v = torch.cat([tied_rank(sims[rows], own[rows], 1) for rows in blocks(N, 4096)])
     described = owner.unique()  # the videos that have captions
@@ -248,7 +252,7 @@ def strict_v2t_ranks(sims, owner):
     Ties are averaged: of the other captions that tie with k own ones, 1/(k+1) are expected above the first own one.
     """
     V, out = sims.shape[1], []
-    sims, owner = sims.masked_fill(sims.isnan(), -torch.inf), torch.as_tensor(owner, device=sims.device)
+    sims, owner = lowest_if_nan(sims), torch.as_tensor(owner, device=sims.device)
     for columns in blocks(V, 512):
         part = sims[:, columns]
         own = owner[:, None] == torch.arange(V, device=sims.device)[columns]  # (N,v)
@@ -445,9 +449,9 @@ def check_output(option, path, begins=b"", holds=b""):
 
     Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout).
     """
-    folder, name = os.path.split(os.path.abspath(path) if path else "")
-    exists, head = os.path.lexists(path), b""
-    if not name or exists and not stat.S_ISREG(os.lstat(path).st_mode) or not os.access(folder, os.W_OK):
+    folder, exists, head = os.path.dirname(os.path.abspath(path)), os.path.lexists(path), b""
+    odd = not os.path.basename(path) or exists and not stat.S_ISREG(os.lstat(path).st_mode)
+    if odd or not os.access(folder, os.W_OK):
         raise data.DataError(f"{option} {path} cannot be written: give a plain file's name in a folder that exists")
     if exists:
         with open(path, "rb") as file:
@@ -484,7 +488,7 @@ def write_json(path, content):
 # ---- command line ----
 
 def parse_args(argv=None):
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__.rpartition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="model.pt", help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a "
                                                       "CLIP: ViT-B/32 or the like, or a file (default: %(default)s)")
     p.add_argument("--data", help="name of a data set or path of a .csv (default: what the checkpoint was trained on)")
