@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import stat
 import sys
 import time
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 import data
 from clip_model import WeightsError
 from report import analysis_text, analyze, write_report
-from shapes import numeric, output, program, shapes_ceiling
+from shapes import check_output, numeric, output, program, shapes_ceiling
 from tmass import POOLINGS, PRIORS, MeanPool, QueryPool, load_checkpoint, sample_cosines
 
 CUTOFFS = (1, 5, 10, 50)
@@ -316,15 +315,20 @@ def rank_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cach
     distinct = {c: i for i, c in enumerate(dict.fromkeys(ann.captions))}  # equal captions tie exactly, and cost once
     t = encode_texts(model, tokenizer, list(distinct), job, amp=amp)
     sims = score_all(model, t, f, job, **scoring)
-    if not sims.isfinite().all():
-        wrong = (~sims.isfinite()).sum().item()
-        raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, nothing can be ranked: "
-                           "its weights are damaged, or its training went wrong")
+    check_finite(sims, name)
     if len(distinct) < len(ann.captions):
         rows = [distinct[c] for c in ann.captions]
         t, sims = t[rows], sims[rows]
     model.train(training)
     return Split(t, f, sims, ann, list(bad.values()))
+
+
+def check_finite(scores, name):
+    """Raises WeightsError, which names the checkpoint, where scores (...) are infinite or not numbers."""
+    wrong = (~scores.isfinite()).sum().item()
+    if wrong:
+        raise WeightsError(f"{name}: {wrong} of {scores.numel()} scores are not finite numbers, nothing can be ranked: "
+                           "its weights are damaged, or its training went wrong")
 
 
 def evaluate(model, tokenizer, ann, job=ALONE, trials=20, seed=24, expected=False, with_dsl=False, released=False,
@@ -442,22 +446,6 @@ def check_outputs(args):
                 raise data.DataError(f"{option} {path} and {other} {file} are one file: give each its own")
         check_output(option, path, *OUTPUTS[option])
         named[option] = path
-
-
-def check_output(option, path, begins=b"", holds=b""):
-    """What the user has is never replaced, but by the next result of the same kind (as `begins` and `holds` tell).
-
-    Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout).
-    """
-    folder, exists, head = os.path.dirname(os.path.abspath(path)), os.path.lexists(path), b""
-    odd = not os.path.basename(path) or exists and not stat.S_ISREG(os.lstat(path).st_mode)
-    if odd or not os.access(folder, os.W_OK):
-        raise data.DataError(f"{option} {path} cannot be written: give a plain file's name in a folder that exists")
-    if exists:
-        with open(path, "rb") as file:
-            head = file.read(1000)
-    if head and not (head.startswith(begins) and holds in head):
-        raise data.DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
 
 
 def load_model(args, job):

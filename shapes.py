@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import sys
 import unicodedata
 from pathlib import Path
@@ -78,6 +79,24 @@ def written_whole(path):
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def check_output(option, path, begins=b"", holds=b""):
+    """What the user has is never replaced, but by the next result of the same kind (as `begins` and `holds` tell).
+
+    Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout).
+    """
+    folder, exists, head = os.path.dirname(os.path.abspath(path)), os.path.lexists(path), b""
+    usable = os.path.basename(path) and os.access(folder, os.W_OK)
+    if exists:
+        usable = usable and stat.S_ISREG(os.lstat(path).st_mode) and os.access(path, os.R_OK | os.W_OK)
+    if not usable:
+        raise DataError(f"{option} {path} cannot be written: give a plain file's name in a folder that exists")
+    if exists:
+        with open(path, "rb") as file:
+            head = file.read(1000)
+    if head and not (head.startswith(begins) and holds in head):
+        raise DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
 
 
 @contextlib.contextmanager
