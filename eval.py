@@ -451,7 +451,8 @@ def check_outputs(args):
 def load_model(args, job):
     """The checkpoint of --ckpt on the job's device, as the options want it. -> (model, tokenizer, config)."""
     check_outputs(args)
-    model, tokenizer, config = load_checkpoint(args.ckpt)
+    with job.first_alone():
+        model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:
         if args.pooling == "xpool":
             raise WeightsError(f"--pooling xpool: {args.ckpt} has no weights for it; choose mean or query")

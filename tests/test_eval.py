@@ -15,6 +15,7 @@ from videos import write_video
 import data
 import eval as ev
 import shapes
+import tmass
 from clip_model import CLIP, Tokenizer
 from tmass import TMASS, load_checkpoint, save_checkpoint
 
@@ -448,6 +449,34 @@ def test_another_pooling(folder, tmp_path, capsys, monkeypatch):
     save_checkpoint(tmp_path / "mean.pt", make(pooling="mean"), Tokenizer((), 16), {})
     args = ["--ckpt", tmp_path / "mean.pt", "--device", "cpu", "--pooling", "xpool"]
     assert one_error(*called(capsys, monkeypatch, *args), "--pooling xpool", "mean.pt", "no weights")
+
+
+def test_the_other_activation(folder, tmp_path, capsys, monkeypatch):
+    """What the checkpoint says is put right by --activation, and only by that."""
+    kept = {name: torch.load(_saved(folder, tmp_path, capsys, monkeypatch, *option), weights_only=True)["sims"]
+            for name, option in (("", []), ("gelu", ["--activation", "gelu"]), ("quick", ["--activation", "quickgelu"]))}
+    content = torch.load(folder / "model.pt", weights_only=True)
+    same = "quick" if content["clip"]["quick_gelu"] else "gelu"
+    assert torch.equal(kept[""], kept[same]) and (kept["gelu"] - kept["quick"]).abs().max() > 1e-5
+
+
+def test_a_clip_that_nobody_trained_further(folder, tmp_path, capsys, monkeypatch):
+    """--ckpt takes CLIP's own weights: pooled by nearness to the text, or by their mean; no radius, so no samples."""
+    monkeypatch.setattr(tmass, "load_vocabulary", lambda: Tokenizer((), 16))  # CLIP's is a download
+    clip = make().clip
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    args = ["--ckpt", tmp_path / "clip.pt", "--workers", 0, "--device", "cpu"]
+    assert one_error(*called(capsys, monkeypatch, *args), "clip.pt", "--data")
+    results = {}
+    for name, pooling in (("query", []), ("mean", ["--pooling", "mean"])):
+        more = ["--data", folder / "one.csv", "--root", folder / "videos", "--save", tmp_path / "s.pt", *pooling]
+        status, out, err = called(capsys, monkeypatch, *args, *more)
+        assert status == 0 and f"pooling {name}, radius none" in out and "7 texts, 7 videos" in out, err
+        results[name] = torch.load(tmp_path / "s.pt", weights_only=True)
+    saved = results["mean"]
+    literal = F.cosine_similarity(saved["t"][:, None], saved["f"].mean(1)[None], dim=-1)
+    assert (saved["sims"] - literal).abs().max() < 1e-5
+    assert (results["query"]["sims"] - literal).abs().max() > 1e-5
 
 
 def _saved(folder, tmp_path, capsys, monkeypatch, *args):
