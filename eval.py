@@ -80,10 +80,6 @@ class Job(NamedTuple):
 ALONE = Job()
 
 
-def brief(e):
-    return str(e).partition("\n")[0]
-
-
 def start_processes(device):
     """Join the job that torchrun started, if it did. -> Job. Raises DataError where device or job can't be had."""
     parallel = "RANK" in os.environ
@@ -94,15 +90,15 @@ def start_processes(device):
         if parallel and device.startswith("cuda"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as e:  # torch's ways to say so
-        raise data.DataError(f"--device {device} can't be used here ({brief(e)}): try --device cpu") from e
+        raise data.DataError(f"--device {device} can't be used ({str(e).splitlines()[0]}): try --device cpu") from e
     if not parallel:
         return Job(device=torch.device(device))
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         except (RuntimeError, ValueError) as e:
-            raise data.DataError(f"process {os.environ['RANK']} can't join the others ({brief(e)}): start them "
-                                 "with torchrun, or unset RANK to run alone") from e
+            raise data.DataError(f"process {os.environ['RANK']} can't join the others ({str(e).splitlines()[0]}): "
+                                 "start them with torchrun, or unset RANK to run alone") from e
     return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
@@ -113,7 +109,7 @@ def run(main):
     except RuntimeError as e:
         if not dist.is_initialized() or "peer" not in str(e).lower() and not isinstance(e, dist.DistError):
             raise
-        print(f"error: another process of this job died ({brief(e)}): see what it said", file=sys.stderr)
+        print(f"error: another process of this job died ({str(e).splitlines()[0]})", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
