@@ -100,7 +100,7 @@ def scoring_model(D, T, **method):
     model = TMASS(CLIP(D, 32, 32, 64, 1, 8, 514, 64, 1), frames=T, **method).eval()
     for name, p in model.named_parameters():
         if not name.startswith("clip."):
-            p.data += 0.05 * torch.randn_like(p) / p.shape[-1] ** 0.5
+            p.data += 0.05 * torch.randn_like(p) / max(p.shape, default=1) ** 0.5
     return model
 
 
