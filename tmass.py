@@ -367,7 +367,7 @@ class TMASS(nn.Module):
             tile = int(floats / 4 / ((H + 5) * D))      # pairs at once, of which vectors of width D are held
             pairs = int(floats / 2 / (10 * K + 4 * M))  # pairs at once, of which all else is held
             if t.device.type == "cpu":
-                pairs, tile = min(pairs, 65536), min(tile, 512)  # what stays in the cache is several times faster
+                pairs, tile = min(pairs, 65536), min(tile, 1024)  # what stays in the cache is several times faster
             n = max(1, min(N, tile))
             v = max(1, min(V, (tile if few else pairs) // n, int(floats / 4 / (7 * K * D))))
             texts = Texts(t, F.normalize(t, dim=-1), self.pool.query(t))
