@@ -426,7 +426,7 @@ def add_common(p, batch):
 
 
 # How the files that an option writes begin, and what else stands in their first 1,000 bytes.
-OUTPUTS = {"--json": (b'{\n "', b""), "--report": (b"<!DOCTYPE html>", b"<title>T-MASS"),
+OUTPUTS = {"--json": ((b'{\n "', b"{}"), b""), "--report": (b"<!DOCTYPE html>", b"<title>T-MASS"),
            "--save": (b"PK", b"tmass scores")}
 
 

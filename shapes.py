@@ -379,7 +379,7 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
 
 
 def shapes_ceiling(root=None):
-    """The best R@1 that the captions allow, which rendering wrote down. -> percent, or None where there is no such data."""
+    """The best R@1 that the captions allow, which rendering wrote down. -> percent, or None where there is none."""
     try:
         return json.loads((Path(root or "data/shapes") / "shapes.json").read_text(encoding="utf-8"))["ceiling"]
     except (OSError, ValueError, KeyError):

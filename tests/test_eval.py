@@ -362,7 +362,8 @@ def test_what_the_user_made_is_kept_and_a_result_replaced(folder, tmp_path, caps
             status, out, err = called(capsys, monkeypatch, *on(folder), option, "mine")
             assert one_error(status, out, err, option, "mine") and (tmp_path / "mine").read_bytes() == content
     outputs = ["--json", "r.json", "--report", "r.html", "--save", "r.pt"]
-    (tmp_path / "r.json").touch()  # an empty file holds nothing
+    (tmp_path / "r.json").write_text("{}")  # holds nothing, as r.html does
+    (tmp_path / "r.html").touch()
     assert called(capsys, monkeypatch, *on(folder, *outputs, "--trials", 1))[0] == 0
     before = {name: (tmp_path / name).read_bytes() for name in ("r.json", "r.html", "r.pt")}
     assert called(capsys, monkeypatch, *on(folder, *outputs, "--trials", 2))[0] == 0
