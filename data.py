@@ -743,21 +743,20 @@ def check(args):
             problems.append(("", f"{split}: {e}"))
             print(escaped(f"{split:5s} {e}"))
             continue
-        found, lines = present(ann, skip_bad=True)
-        there = set(found.clips)
-        gone = [clip.path for clip in ann.clips if clip not in there]
-        rows = [(path, f"missing {line}") for path, line in zip(gone, lines)]
+        found = present(ann, skip_bad=True)[0].clips
+        there = set(found)
+        gone = [(c.path, f"missing {c.path} ({line})") for c, line in zip(ann.clips, ann.where) if c not in there]
         counts = [f"{len(ann.captions)} texts", f"{len(ann.clips)} videos"]
         for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
             counts[k] += f" (published {n})" if n else ""
         print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")
-        show(rows)
-        problems += rows
+        show(gone)
+        bad = []
         if args.decode:
-            rows = decode_all(found.clips, frames, cache, args.workers)
-            print(f"      {len(found.clips) - len(rows)} decode, {len(rows)} don't")
-            show(rows)
-            problems += rows
+            bad = decode_all(found, frames, cache, args.workers)
+            print(f"      {len(found) - len(bad)} decode, {len(bad)} don't")
+            show(bad)
+        problems += gone + bad
     if args.list:
         with written_whole(args.list) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(LIST)
