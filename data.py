@@ -279,17 +279,19 @@ class VideoDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
+    def video(self, v):
+        worker = torch.utils.data.get_worker_info()
+        if worker and worker.id < len(self.reading):
+            self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
+        return self.transform(self.read(self.clips[v]))
+
+    item = video
+
     def __getitem__(self, key):
         try:
             return self.item(key)
         except DataError as e:
             return e
-
-    def item(self, v):
-        worker = torch.utils.data.get_worker_info()
-        if worker and worker.id < len(self.reading):
-            self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
-        return self.transform(self.read(self.clips[v]))
 
     def was_reading(self, pid):
         """What a worker that died was decoding, for the error message."""
@@ -315,7 +317,7 @@ class PairDataset(VideoDataset):
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
             # torch.manual_seed would also set the GPU's, which is the training's
             torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
-            return super().item(self.ann.owner[i]), self.ann.captions[i], i
+            return self.video(self.ann.owner[i]), self.ann.captions[i], i
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
