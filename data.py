@@ -324,7 +324,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _ignore_signals(worker):
-    """In a worker process: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may still want its batch."""
+    """In a worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may still want its batch."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -350,15 +350,16 @@ def loading(dataset, batches, collate=None, workers=0, pin=False):
                 if hold:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield iterator
-        except (EOFError, ConnectionError):  # it died while handing a batch over: in a moment torch's SIGCHLD handler raises more
-            time.sleep(1)
+        except (EOFError, ConnectionError):  # it died while handing a batch over
+            time.sleep(1)                    # in a moment torch's SIGCHLD handler raises what says more
             raise
     except RuntimeError as e:
         pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
         if not pid:
             raise
-        raise DataError(f"a decoding process died while it read {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): check that "
-                        "video, or the machine's memory (fewer --workers)") from e
+        video, why = dataset.was_reading(int(pid[1])), str(e).splitlines()[0]
+        raise DataError(f"a decoding process died while it read {video} ({why}): check that video, or the machine's "
+                        "memory (fewer --workers)") from e
 
 
 # ---- the data sets' own files ----
