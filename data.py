@@ -359,10 +359,13 @@ class VideoDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
-    def video(self, v):
+    def note(self, v):
         worker = torch.utils.data.get_worker_info()
         if worker and worker.id < len(self.reading):
             self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
+
+    def video(self, v):
+        self.note(v)
         return self.transform(self.read(self.clips[v]))
 
     def __getitem__(self, v):
@@ -412,14 +415,16 @@ def _ignore_signals(worker):
 
 
 @contextlib.contextmanager
-def loading(dataset, batches, collate=None, workers=0, pin=False):
+def loading(dataset, batches=None, collate=None, workers=0, pin=False):
     """`with loading(...) as batches:` what collate makes of each list of items, read by worker processes, in order.
+
+    Without batches the dataset is a stream that makes its own, and they come as they are ready.
 
     Signals are held back while workers start, so that none dies before it ignores them. A worker that dies all the same (out of memory, a
     crash in a codec) ends the block with a DataError that names the video it was reading; torch tells of it at any moment.
     """
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-                        worker_init_fn=_ignore_signals)
+    order = dict(batch_size=None, in_order=False) if batches is None else dict(batch_sampler=batches, collate_fn=collate)
+    loader = DataLoader(dataset, **order, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals)
     try:
         try:
             hold = workers and hasattr(signal, "pthread_sigmask")
