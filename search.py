@@ -19,7 +19,6 @@ import os
 import secrets
 import sys
 import time
-import unicodedata
 from typing import NamedTuple
 
 import torch
@@ -27,9 +26,9 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 import data
-from eval import ALONE, add_common, encode_texts, load_model, run, start_processes, write_json
-from report import write_search_report
-from shapes import numeric, written_whole
+from eval import ALONE, add_common, encode_texts, load_model, lowest_if_nan, run, start_processes, write_json
+from report import clock, write_search_report
+from shapes import escaped, numeric, written_whole
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
 INDEX, FORMAT = ".tmass-index", "tmass index 2"
@@ -357,7 +356,7 @@ def build_index(model, videos, window=10, index=None, new=True, job=ALONE, worke
     job.say(escaped(told))
     if not paths:
         why = next(iter(unreadable.values()), "the index holds none of its videos (without -n they are looked for)")
-        raise data.DataError(f"--videos {' '.join(videos)}: nothing to search: {escaped(why)}")
+        raise data.DataError(f"--videos {' '.join(videos)}: nothing to search: {why}")
     first = torch.tensor([0] + [len(shard.file) for shard in shards]).cumsum(0)
     return Index(shards, first, torch.cat(files), list(paths.values()), shown)
 
@@ -386,7 +385,7 @@ def point_scores(t, index, job=ALONE):
 
 def best_rows(scores, index, shortlist, files, job=ALONE):
     """The rows of the best `shortlist` scores of all processes; more where they belong to fewer than `files` files."""
-    P, files = len(scores), min(files, len(index.paths))
+    scores, P, files = lowest_if_nan(scores), len(scores), min(files, len(index.paths))
     while True:
         best, rows = scores.topk(min(shortlist, P))
         best, rows = (torch.cat(x) for x in zip(*job.gather((best.cpu(), rows.cpu()))))
@@ -415,10 +414,10 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
         at = times.gather(1, S.argmax(1, keepdim=True).cpu())
         scores = torch.cat([scores, model.score(text, f, **scoring)[0].cpu()])
         moments = torch.cat([moments, torch.cat([at, spans], 1)])
-    file = index.file[rows]
+    scores, file = lowest_if_nan(scores), index.file[rows]
     best = scores if pieces else scores.new_full((len(index.paths),), -torch.inf).scatter_reduce(0, file, scores, "amax")
     least = best.topk(min(top, len(best))).values.min() if len(best) else 0
-    good = (scores >= least) & (scores == (best if pieces else best[file]))  # a score that isn't a number never is
+    good = (scores >= least) & (scores == (best if pieces else best[file])) & (scores > -torch.inf)
     hits = [Hit(score, number, *moment) for score, number, moment
             in zip(scores[good].tolist(), file[good].tolist(), moments[good].tolist())]
     return merge([hits], index, top, pieces)
@@ -450,19 +449,6 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 
 
 # ---- command line ----
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def escaped(text):
-    """Names come from anywhere: what could move a terminal's cursor, or turn the direction of writing, is shown as \\x1b."""
-    shown = [c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else c.encode("unicode_escape").decode()
-             for c in text]
-    return "".join(shown)
-
 
 def parse_args(argv=None):
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import sys
+import unicodedata
 from pathlib import Path
 
 import av
@@ -31,6 +32,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def escaped(text, keep=""):
+    """Names come from anywhere: what could move a terminal's cursor, or turn the direction of writing, is shown as \\x1b."""
+    odd = lambda c: c not in keep and (unicodedata.category(c)[0] == "C" or c in "\u2028\u2029")
+    return "".join(c.encode("unicode_escape").decode() if odd(c) else c for c in text)
 
 
 def numeric(kind, least, most=2 ** 31 - 1, above=False):
@@ -52,7 +59,7 @@ def program(main, *mistakes):
     try:
         return main()
     except (DataError, *mistakes) as e:
-        print(f"error: {e}", file=sys.stderr)  # stderr escapes what it can't encode
+        print(f"error: {escaped(str(e))}", file=sys.stderr)  # stderr escapes what it can't encode
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
