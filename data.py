@@ -58,16 +58,13 @@ class Annotations:
 
 # ---- frames ----
 
-# Containers of moving pictures that open no file but their own: no playlists, no lists of files, no numbered pictures.
-DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,rm,mxf,gxf,nut,nuv,nsv,dv,"
-            "wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
+# Containers of moving pictures that open no file but their own: no playlists, lists of files, numbered pictures.
+DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,rm,mxf,gxf,nut,nuv,"
+            "nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
 
 
 def sample_indices(n, frames):
-    """Which of n frames are taken: the middle of each of T equal intervals; fewer than T: every one, then the last again.
-
-    -> list of T
-    """
+    """Which of n frames are taken: the middle of each of T equal intervals; every one, then the last again if n < T."""
     k = min(n, frames)
     starts = [n * i // k for i in range(k + 1)]
     return [(a + b - 1) // 2 for a, b in zip(starts, starts[1:])] + [n - 1] * (frames - k)
@@ -101,11 +98,11 @@ def read_pieces(path, frames, window=0):
 
 
 def _read(path, T, cut):
-    """What cut(times of all frames in seconds from the first) -> [(a, b)], ranges of frame numbers, asks for. Yields Pieces.
+    """The Pieces that `cut` asks for: the times of all frames, in seconds from the first -> ranges [(a, b)] of frames.
 
     mp4/mov and matroska/webm tell every frame's time without decoding: seek to the keyframe before each wanted frame,
-    and skip what no other frame refers to. Everything else is decoded from the start and counted. A frame that can't be
-    decoded is replaced by the one before.
+    and skip what no other frame refers to. Everything else is decoded from the start and counted. A frame that can't
+    be decoded is replaced by the one before.
     """
     path = str(path)
     if not os.path.exists(path):
@@ -136,13 +133,14 @@ def _open(path):
     try:  # absolute, or "12:30.mp4" would be a protocol named 12; and old files have titles that are not UTF-8
         file = av.open(os.path.abspath(path), options=only, metadata_errors="ignore")
     except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
-        raise DataError(f"{path} is not a video (playlists and lists of files are not followed), or is cut off") from None
+        raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not followed)") from None
     covers = av.stream.Disposition.attached_pic
-    stream = next((s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers), None)
-    if stream is None:
+    streams = [s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers]
+    if not streams:
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be decoded")
-    stream.codec_context.thread_type = "NONE"  # one thread per DataLoader worker: frame threads cost more than they give
+    stream = streams[0]
+    stream.codec_context.thread_type = "NONE"  # in DataLoader workers frame threads cost more than they give
     return file, stream
 
 
@@ -169,11 +167,16 @@ def _end(times):
 
 
 def _cut(times, window):
-    """Equal pieces of about `window` seconds of a video longer than 1.5 windows, else the whole. -> ranges [a, b) of times."""
+    """Equal parts of about `window` seconds of what is longer than 1.5 windows, else the whole. -> ranges [(a, b)]."""
     length = _end(times)
     n = min(len(times), round(length / window)) if window and length > 1.5 * window else 1
     bounds = [bisect.bisect_left(times, length * k / n - 1e-6) for k in range(n)] + [len(times)]
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]  # a still that lasts longer than a piece
+
+
+def _chosen(a, b, T):
+    """The T frames that are taken of the range [a, b)."""
+    return [a + i for i in sample_indices(b - a, T)]
 
 
 def _piece(path, times, a, b, chosen, found):
@@ -194,7 +197,7 @@ def _seek_frames(file, stream, T, cut):
     shown = sorted(pts for pts, _ in packets)  # in the stream's unit of time
     keys = sorted(pts for pts, key in packets if key)
     times = [float((pts - shown[0]) * stream.time_base) for pts in shown]
-    spans = [(a, b, [a + i for i in sample_indices(b - a, T)]) for a, b in cut(times)]
+    spans = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in spans for i in chosen}
     code, found, last_key, source = stream.codec_context, {}, None, None
     for a, b, chosen in spans:
@@ -229,11 +232,11 @@ def _count_frames(path, T, cut):
     file, stream = _open(path)
     with file:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        guess, spans = [k / rate for k, p in enumerate(p for p in _packets(file, stream) if p.size)], []
+        n = sum(1 for packet in _packets(file, stream) if packet.size)
+    times, found, keep = [], {}, []
     with contextlib.suppress(DataError):  # a clip that starts after the end: the true times will tell
-        spans = cut(guess) if guess else []
-    keep = [spans[0][0] + i for i in sample_indices(spans[0][1] - spans[0][0], T)] if len(spans) == 1 else []
-    times, found = [], {}
+        spans = cut([k / rate for k in range(n)]) if n else []
+        keep = _chosen(*spans[0], T) if len(spans) == 1 else []
     for k, frame in enumerate(_decode(path)):
         times.append(k / rate if frame.time is None else frame.time)
         if k in keep:
@@ -243,7 +246,7 @@ def _count_frames(path, T, cut):
     times = [t - times[0] for t in times]
     again = enumerate(_decode(path))
     for a, b in cut(times):
-        chosen = [a + i for i in sample_indices(b - a, T)]
+        chosen = _chosen(a, b, T)
         if any(i not in found for i in chosen):
             found = {}
             for k, frame in again:
@@ -274,7 +277,7 @@ def _pixels(frame):
 
 
 def _fill(found):
-    """Frames that were not found repeat the one before (the first found, at the start); all get the first one's size."""
+    """Frames not found repeat the one before (the first found, at the start); all get the first one's size."""
     last = next(x for x in found if x is not None)
     size, out = last.shape[1:], []
     for x in found:

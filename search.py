@@ -6,10 +6,10 @@
     python search.py -f "a dog" --videos ~/clips | head -1              # file names alone
     torchrun --nproc_per_node 8 search.py "a dog" --videos ~/clips      # each process encodes and searches its share
 
-A video is searched by pieces of some seconds; a piece is a row of the gallery. Their embeddings are kept in shards, files
-that are never rewritten, in the folder .tmass-index/: any number of processes, machines and searches may add to it at
-once, and a run that is killed loses what is younger than its last shard. In this order: list_videos, Shard and how one is
-written and read, build_index (only what is new is encoded), search (two stages), the command line.
+A video is searched by pieces of some seconds; a piece is a row of the gallery. Their embeddings are kept in shards,
+files that are never rewritten, in the folder .tmass-index/: any number of processes, machines and searches may add to
+it at once, and a run that is killed loses what is younger than its last shard. In this order: list_videos, Shard and
+how one is written and read, build_index (only what is new is encoded), search (two stages), the command line.
 """
 import argparse
 import contextlib
@@ -39,9 +39,9 @@ SMALL = 16            # so many shards that are mostly empty are made one
 # ---- which videos ----
 
 class Place(NamedTuple):
-    """A folder whose videos are searched. files: {name in it: (size, mtime_ns)}, or None to take what the index holds.
+    """A folder whose videos are searched. files: {name in it: (size, mtime_ns)}, or None for what the index holds.
 
-    whole: all its videos, not some that were named: what is not in `files` is gone.
+    whole: these are all its videos, not some that were named: what is not among them is gone.
     """
     folder: str
     files: dict
@@ -53,7 +53,7 @@ def list_videos(paths, new=True):
     places, named = [], {}
     for path in paths:
         if os.path.isdir(path):
-            places.append(Place(path, videos_below(path) if new else None, True))
+            places.append(Place(path, videos_below(path) if new else None, new))
         elif os.path.isfile(path):
             named.setdefault(os.path.dirname(path), {})[os.path.basename(path)] = stamp_of(path)
         else:
@@ -89,7 +89,7 @@ class Shard(NamedTuple):
     times: torch.Tensor   # (P,T) float32: seconds at which the frames are shown
     spans: torch.Tensor   # (P,2) float32: start and end of the piece
     file: torch.Tensor    # (P,) int32: which of files
-    files: list           # (name in the folder that is searched, its stamp when it was read, None or why it can't be read)
+    files: list           # (name in the folder, its stamp when it was read, None or why it can't be read)
 
 
 def pooled(f):
@@ -98,7 +98,7 @@ def pooled(f):
 
 
 def fingerprint(model, window):
-    """What embeddings depend on: the image tower, T and the window. Each weight counts in a sum of its bits, some by place."""
+    """What embeddings depend on: the image tower, T and the window. Each weight counts in a sum of its bits: 0.1 s."""
     digest = hashlib.sha256(repr((FORMAT, model.frames, float(window), model.clip.config)).encode())
     for name, x in sorted(model.clip.visual.state_dict().items()):
         bits = x.detach().contiguous().view(-1).view(torch.int32)
@@ -131,7 +131,7 @@ def read_shard(path, mark):
 
 
 def open_shards(folder, mark, known, job):
-    """All sound shards of an index, memory-mapped, the same on all processes. known: those opened before. -> {name: Shard}."""
+    """All sound shards of an index, the same on all processes. known: those opened before. -> {name: Shard}."""
     for attempt in range(100):
         try:
             names = sorted(x for x in os.listdir(folder) if x.startswith(mark) and x.endswith(".shard"))
@@ -146,7 +146,8 @@ def open_shards(folder, mark, known, job):
         time.sleep(0.1)
     for name, shard in shards.items():
         if shard is None and name not in known:
-            job.say(f"{os.path.join(folder, name)} is damaged and left out: its files are encoded again; it may be deleted")
+            path = escaped(os.path.join(folder, name))
+            job.say(f"{path} is damaged and left out: its files are encoded again; it may be deleted")
     known.update(shards)
     return {name: shard for name, shard in shards.items() if shard is not None}
 
@@ -169,7 +170,7 @@ def take_files(shard, living):
 
 
 def sort_out(shards, files):
-    """What counts: the newest rows of each file that is as it was. -> {file: (name of the shard, None or why unreadable)}."""
+    """What counts: the newest rows of each file that is as it was. -> {file: (shard, None or why unreadable)}."""
     held = {}
     for key, shard in sorted(shards.items(), reverse=True):
         for name, stamp, why in shard.files:
@@ -234,7 +235,9 @@ class PieceDataset(data.VideoDataset, IterableDataset):
 
 
 def tell_progress(done, files, seconds, job):
-    """Files done, files/s and the time left, of all processes: of the others it is only known that they have as much to do."""
+    """Files done, files/s and the time left, as if all processes were as far as this one."""
+    if job.rank:
+        return
     speed, end = done / seconds, "\r" if sys.stderr.isatty() else "\n"
     left = clock((files - done) / speed) if done else "an unknown time"
     line = f"encoding: {done * job.world} of {files * job.world} files, {speed * job.world:.1f} files/s, {left} left"
@@ -243,7 +246,7 @@ def tell_progress(done, files, seconds, job):
 
 @torch.no_grad()
 def encode_files(model, place, todo, save, window, job=ALONE, workers=0, batch=16, amp="off"):
-    """Encode this process' share of the files. save(Shard) is called whenever a shard is full, or old, and at the end."""
+    """Encode this process' share of the files. save(Shard) is called when a shard is full, or old, and at the end."""
     mine, T, D = todo[job.rank::job.world], model.frames, model.clip.config["embed_dim"]
     device = model.clip.logit_scale.device
     clips = [data.Clip(os.path.join(place.folder, name)) for name in mine]
@@ -260,7 +263,8 @@ def encode_files(model, place, todo, save, window, job=ALONE, workers=0, batch=1
                 embedded = zip(f.half(), pooled(f).half())
             for v, piece in rows:
                 if isinstance(piece, data.Piece):
-                    begun.setdefault(v, []).append((*next(embedded), torch.tensor(piece.times), torch.tensor(piece[:2])))
+                    moments = torch.tensor(piece.times), torch.tensor([piece.start, piece.end])
+                    begun.setdefault(v, []).append((*next(embedded), *moments))
                     continue
                 pieces, file = begun.pop(v, []), (mine[v], place.files[mine[v]], piece)
                 done += 1
@@ -272,7 +276,7 @@ def encode_files(model, place, todo, save, window, job=ALONE, workers=0, batch=1
             now = time.time()
             if now - told > (2 if sys.stderr.isatty() else 20):
                 told = now
-                tell_progress(done, len(mine), now - began, job) if job.rank == 0 else None
+                tell_progress(done, len(mine), now - began, job)
             if whole and (now - saved > OLD or sum(len(part.file) for part in whole) >= FULL):
                 save(join_shards(whole))
                 whole, saved = [], now
@@ -301,8 +305,8 @@ def update_index(model, place, folder, mark, window, job=ALONE, workers=0, batch
         except (OSError, RuntimeError) as e:
             if not unsaved:
                 why = getattr(e, "strerror", None) or str(e).splitlines()[0]
-                print(f"cannot write {escaped(folder)} ({why}): searching without saving, so the next search encodes again; "
-                      "--index DIR names another folder", file=sys.stderr)
+                print(f"cannot write {escaped(folder)} ({why}): searching without saving, so the next search encodes "
+                      "again; --index DIR names another folder", file=sys.stderr)
             unsaved[f"{mark}-{job.rank}-{len(unsaved)}"] = shard
 
     place = place._replace(files=job.gather(place.files)[0])
@@ -316,7 +320,7 @@ def update_index(model, place, folder, mark, window, job=ALONE, workers=0, batch
         for part in everybodys:
             shards.update(part)
         held = sort_out(shards, place.files)
-    if place.files is not None and place.whole and job.rank == 0 and not unsaved:
+    if place.whole and job.rank == 0 and not unsaved:
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
             repack(folder, mark, shards, held)
     return shards, held, sum(name in held and held[name][1] is None for name in todo)
@@ -398,7 +402,7 @@ def best_rows(scores, index, shortlist, files, job=ALONE):
 
 @torch.no_grad()
 def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring):
-    """Second stage: the best of those rows that are this process', by exact scores. text (1,D), rows sorted -> list of Hit."""
+    """Second stage: the best of those rows that are this process', by exact scores. text (1,D) -> list of Hit."""
     shard = torch.bucketize(rows, index.first[1:], right=True)
     rows = rows[shard % job.world == job.rank]
     scores, moments = torch.zeros(0), torch.zeros(0, 3)
@@ -415,7 +419,9 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
         scores = torch.cat([scores, model.score(text, f, **scoring)[0].cpu()])
         moments = torch.cat([moments, torch.cat([at, spans], 1)])
     scores, file = lowest_if_nan(scores), index.file[rows]
-    best = scores if pieces else scores.new_full((len(index.paths),), -torch.inf).scatter_reduce(0, file, scores, "amax")
+    best = scores  # of each piece, or of each file
+    if not pieces:
+        best = scores.new_full((len(index.paths),), -torch.inf).scatter_reduce(0, file, scores, "amax")
     least = best.topk(min(top, len(best))).values.min() if len(best) else 0
     good = (scores >= least) & (scores == (best if pieces else best[file])) & (scores > -torch.inf)
     hits = [Hit(score, number, *moment) for score, number, moment
@@ -424,7 +430,7 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
 
 
 def merge(parts, index, top, pieces=False):
-    """The best of several lists of hits, which is exact: the top K of the top Ks. Ties in the order of names and times."""
+    """The best of several lists of hits, which is exact: the top K of the top Ks. Ties by names and times."""
     hits = sorted((hit for part in parts for hit in part), key=lambda x: (-x.score, index.paths[x.file], x.start))
     if not pieces:  # the first of each file
         hits = list({hit.file: hit for hit in reversed(hits)}.values())[::-1]
@@ -433,7 +439,7 @@ def merge(parts, index, top, pieces=False):
 
 @torch.no_grad()
 def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **scoring):
-    """The best videos for each text: exact T-MASS scores of the `shortlist` best pieces by mean-pooled frames (0: of all).
+    """The best videos for each text: exact scores of the `shortlist` best pieces by mean-pooled frames (0: of all).
 
     t (N,D), Index -> N lists of at most `top` Hits. scoring: what model.score takes.
     """
@@ -452,20 +458,21 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 
 def parse_args(argv=None):
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("query", nargs="*", help="what to look for, one or several; none: asks, or reads one a line from a pipe")
+    p.add_argument("query", nargs="*", help="what to look for; none: asks, or reads one a line from a pipe")
     p.add_argument("--ckpt", default="ViT-B/32",
-                   help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a released T-MASS or "
-                        "X-Pool one (default: %(default)s)")
+                   help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a released "
+                        "T-MASS or X-Pool one (default: %(default)s)")
     p.add_argument("--videos", metavar="PATH", nargs="+", required=True, help="folders and files to search")
     p.add_argument("--window", type=numeric(float, 0, 1e6), default=10, metavar="SECONDS",
-                   help="a longer video is searched by pieces of about this length; 0: whole videos (default: %(default)s)")
+                   help="a video longer than 1.5 of these is searched by pieces of about this length; 0: whole videos "
+                        "(default: %(default)s)")
     p.add_argument("--pieces", action="store_true", help="list every piece, not each file once by its best")
     p.add_argument("--top", type=numeric(int, 1), default=5, help="results to show (default: %(default)s)")
     p.add_argument("--shortlist", type=numeric(int, 0), default=1000, metavar="K",
                    help="score exactly the best K pieces by mean-pooled frames; 0: all (default: %(default)s)")
     p.add_argument("-f", "--files", action="store_true", help="print file names alone, for other programs")
     p.add_argument("-n", "--no-new", action="store_true", help="search what the index holds: don't look for new files")
-    p.add_argument("--index", metavar="DIR", help=f"keep embeddings there, not in {INDEX}/ in the folder that is searched")
+    p.add_argument("--index", metavar="DIR", help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
     add_common(p, batch=16)
     p.set_defaults(amp="off", expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
@@ -475,7 +482,7 @@ def parse_args(argv=None):
 
 
 def questions(args, job):
-    """Lists of queries: those of the command line; or asked for at a terminal, or one a line from a pipe, until it ends."""
+    """Lists of queries: those of the command line; or asked for at a terminal, or one a line from a pipe."""
     if args.query:
         yield args.query
         return
@@ -486,8 +493,8 @@ def questions(args, job):
             asked = True
             yield [line.strip()]
     if not asked and not sys.stdin.isatty():
-        raise data.DataError('no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a line on '
-                             "standard input")
+        raise data.DataError('no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
+                             "line on standard input")
 
 
 def next_line():
@@ -533,7 +540,8 @@ def main(argv=None):
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
         job = start_processes(args.device)
         model, tokenizer, _ = load_model(args, job)
-        index = build_index(model, args.videos, args.window, args.index, not args.no_new, job, args.workers, args.batch, args.amp)
+        index = build_index(model, args.videos, args.window, args.index, not args.no_new, job, args.workers, args.batch,
+                            args.amp)
     try:
         found = run_search(model, tokenizer, index, args, job)
         if job.rank == 0 and args.json == "-":
