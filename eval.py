@@ -131,11 +131,14 @@ class Job(NamedTuple):
 
     def join(self, lines):
         """The lists of all processes in one, each entry once."""
-        parts = [lines]
+        return list(dict.fromkeys(x for part in self.gather(lines) for x in part))
+
+    def gather(self, thing):
+        """What each process has, by rank: any plain object or tensors of the CPU. -> list, the same on all."""
+        parts = [thing] * self.world
         if self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, lines)
-        return list(dict.fromkeys(x for part in parts for x in part))
+            dist.all_gather_object(parts, thing)
+        return parts
 
     def largest(self, number):
         """Of all processes' numbers (an int)."""
