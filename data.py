@@ -13,6 +13,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -60,44 +61,89 @@ class Annotations:
 
 # ---- frames ----
 
+# Containers of moving pictures that open no file but their own: no playlists, lists of files, numbered pictures.
+DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,rm,mxf,gxf,nut,nuv,"
+            "nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
+
+
 def sample_indices(n, frames):
-    """Which of n frames are taken: the middle of each of T equal intervals; fewer than T: every one, then the last again. -> list of T."""
+    """Which of n frames are taken: the middle of each of T equal intervals; every one, then the last again if n < T."""
     k = min(n, frames)
     starts = [n * i // k for i in range(k + 1)]
     return [(a + b - 1) // 2 for a, b in zip(starts, starts[1:])] + [n - 1] * (frames - k)
 
 
-def read_frames(clip, frames):
-    """Decode T frames of a clip, sampled evenly. -> uint8 (T,3,H,W), turned as the file says. Raises DataError, which names the file.
+class Piece(NamedTuple):
+    """T decoded frames of the seconds [start, end) of a file: when each is shown, and uint8 (T,3,H,W), upright."""
+    start: float
+    end: float
+    times: list
+    frames: torch.Tensor
 
-    mp4/mov and matroska/webm tell every frame's time without decoding: seek to the keyframe before each wanted frame, and skip what no
-    other frame refers to. Everything else is decoded from the start and counted. A frame that can't be decoded is replaced by the one
-    before.
+
+def read_frames(clip, frames):
+    """Decode T frames of a clip, sampled evenly. -> uint8 (T,3,H,W), turned as the file says. Raises DataError."""
+    return read_clip(clip, frames).frames
+
+
+def read_clip(clip, frames):
+    """The one Piece that a clip is. Seconds count from the first frame. Raises DataError, which names the file."""
+    [piece] = _read(clip.path, frames, lambda times: [_span(times, clip)])
+    return piece
+
+
+def read_pieces(path, frames, window=0):
+    """The pieces of about `window` seconds that a file is cut into, in order; one where it is short, or window 0.
+
+    -> iterator of Piece. The file is opened, and its table of packets read, once for all of them.
     """
-    path, T = str(clip.path), frames
+    return _read(path, frames, lambda times: _cut(times, window))
+
+
+def _read(path, T, cut):
+    """The Pieces that `cut` asks for: the times of all frames, in seconds from the first -> ranges [(a, b)] of frames.
+
+    mp4/mov and matroska/webm tell every frame's time without decoding: seek to the keyframe before each wanted frame,
+    and skip what no other frame refers to. Everything else is decoded from the start and counted. A frame that can't
+    be decoded is replaced by the one before.
+    """
+    path = str(path)
+    if not os.path.exists(path):
+        raise DataError(f"video {path} is missing")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"video {path} is empty (0 bytes)")
+    done = 0
     try:
-        if not os.path.exists(path):
-            raise DataError(f"video {path} is missing")
-        if os.path.getsize(path) == 0:
-            raise DataError(f"video {path} is empty (0 bytes)")
         file, stream = _open(path)
         with file:
-            found = _seek_frames(file, stream, clip, T) if "mp4" in file.format.name or "matroska" in file.format.name else None
-        return torch.stack(_fill(found or _count_frames(path, clip, T)))
+            seekable = "mp4" in file.format.name or "matroska" in file.format.name
+            fast = _seek_frames(file, stream, T, cut) if seekable else None
+            for piece in fast or [None]:
+                if piece is None:
+                    break
+                yield piece
+                done += 1
+            else:
+                return
+        yield from itertools.islice(_count_frames(path, T, cut), done, None)  # from where the fast way stopped
     except av.FFmpegError as e:
         raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from None
 
 
 def _open(path):
     """-> (open file, its first stream of moving pictures)."""
-    # absolute, or "12:30.mp4" would be a protocol named 12; and old files have titles that are not UTF-8
-    file = av.open(os.path.abspath(path), metadata_errors="ignore")
-    covers, name = av.stream.Disposition.attached_pic, file.format.name
-    stream = next((s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers), None)
-    if stream is None or name in ("tty", "image2") or name.endswith("_pipe"):
+    only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
+    try:  # absolute, or "12:30.mp4" would be a protocol named 12; and old files have titles that are not UTF-8
+        file = av.open(os.path.abspath(path), options=only, metadata_errors="ignore")
+    except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
+        raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not followed)") from None
+    covers = av.stream.Disposition.attached_pic
+    streams = [s for s in file.streams.video if s.codec_context is not None and not s.disposition & covers]
+    if not streams:
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be decoded")
-    stream.codec_context.thread_type = "NONE"  # one thread per DataLoader worker: frame threads cost more than they give
+    stream = streams[0]
+    stream.codec_context.thread_type = "NONE"  # in DataLoader workers frame threads cost more than they give
     return file, stream
 
 
@@ -110,7 +156,7 @@ def _packets(file, stream):
 
 
 def _span(times, clip):
-    """Indices [a, b) of the sorted times, in seconds from the first, that lie in the clip; at least one frame."""
+    """The range [a, b) of the sorted times, in seconds from the first, that lies in the clip; at least one frame."""
     a = 0 if clip.start is None else bisect.bisect_left(times, clip.start - 1e-6)
     b = len(times) if clip.end is None else bisect.bisect_left(times, clip.end - 1e-6)
     if a >= len(times):
@@ -118,77 +164,123 @@ def _span(times, clip):
     return a, max(b, a + 1)
 
 
-def _seek_frames(file, stream, clip, T):
-    """The fast way of read_frames. -> list of T (3,H,W), or None where it does not apply or a frame was not found."""
+def _end(times):
+    """When the last frame ends: it stays as long as the others do on average."""
+    return times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1)
+
+
+def _cut(times, window):
+    """Equal parts of about `window` seconds of what is longer than 1.5 windows, else the whole. -> ranges [(a, b)]."""
+    length = _end(times)
+    n = min(len(times), round(length / window)) if window and length > 1.5 * window else 1
+    bounds = [bisect.bisect_left(times, length * k / n - 1e-6) for k in range(n)] + [len(times)]
+    return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]  # a still that lasts longer than a piece
+
+
+def _chosen(a, b, T):
+    """The T frames that are taken of the range [a, b)."""
+    return [a + i for i in sample_indices(b - a, T)]
+
+
+def _piece(path, times, a, b, chosen, found):
+    """The Piece of the frames [a, b): those chosen, as far as they were found, {number: (3,H,W)}."""
+    frames = [found.get(i) for i in chosen]
+    if all(x is None for x in frames):
+        raise DataError(f"video {path} has no frame that can be decoded")
+    end = times[b] if b < len(times) else _end(times)
+    return Piece(times[a], end, [times[i] for i in chosen], torch.stack(_fill(frames)))
+
+
+def _seek_frames(file, stream, T, cut):
+    """The fast way of _read. Yields Pieces, and None where it does not apply or a frame was not found."""
     packets = [(p.pts, p.is_keyframe) for p in _packets(file, stream) if p.size and not p.is_discard]
     if not packets or any(pts is None for pts, _ in packets):
-        return None
-    times = sorted(pts for pts, _ in packets)
-    a, b = _span([float((t - times[0]) * stream.time_base) for t in times], clip)
-    wanted = [times[a + i] for i in sample_indices(b - a, T)]
+        yield None
+        return
+    shown = sorted(pts for pts, _ in packets)  # in the stream's unit of time
     keys = sorted(pts for pts, key in packets if key)
-    code, found, last_key = stream.codec_context, {}, None
-    for target in sorted(set(wanted)):
-        if target in found:
-            continue
-        key = keys[max(0, bisect.bisect_right(keys, target) - 1)] if keys else times[0]
-        if key != last_key:  # else: go on decoding where we are
-            file.seek(key, stream=stream)
-            last_key, packet_source = key, _packets(file, stream)
-        for packet in packet_source:
-            code.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
-            try:
-                for frame in packet.decode():
-                    if frame.pts in wanted:
-                        found[frame.pts] = _pixels(frame)
-            except av.FFmpegError:
+    times = [float((pts - shown[0]) * stream.time_base) for pts in shown]
+    spans = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
+    wanted = {shown[i]: i for _, _, chosen in spans for i in chosen}
+    code, found, last_key, source = stream.codec_context, {}, None, None
+    for a, b, chosen in spans:
+        for i in chosen:
+            if i in found:
                 continue
-            if target in found:
-                break
-    return [found[t] for t in wanted] if len(found) == len(set(wanted)) else None
+            key = keys[max(0, bisect.bisect_right(keys, shown[i]) - 1)] if keys else shown[0]
+            if key != last_key:  # else: go on decoding where we are
+                file.seek(key, stream=stream)
+                last_key, source = key, _packets(file, stream)
+            for packet in source:
+                code.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
+                with contextlib.suppress(av.FFmpegError):
+                    for frame in packet.decode():
+                        if frame.pts in wanted:
+                            found[wanted[frame.pts]] = _pixels(frame)
+                if i in found:
+                    break
+            else:
+                yield None
+                return
+        yield _piece(file.name, times, a, b, chosen, found)
+        found = {i: x for i, x in found.items() if i >= b}
 
 
-def _count_frames(path, clip, T):
-    """The exact way of read_frames for any container: decode from the start, and count. -> list of T (3,H,W)."""
-    file, stream = _open(path)
-    with file:  # the number of packets is that of frames nearly always; where it isn't, a second pass follows
-        n = sum(1 for p in _packets(file, stream) if p.size)
-    times, kept = _decode_all(path, set(sample_indices(n, T)) if n and clip[1:] == (None, None) else set())
-    if not times:
-        raise DataError(f"video {path} has no frame that can be decoded")
-    a, b = _span([t - times[0] for t in times], clip)
-    wanted = [a + i for i in sample_indices(b - a, T)]
-    if any(i not in kept for i in wanted):
-        kept = _decode_all(path, set(wanted))[1]
-    return [kept.get(i) for i in wanted]
+def _count_frames(path, T, cut):
+    """The exact way of _read for any container: decode from the start, and count. Yields Pieces.
 
-
-def _decode_all(path, keep):
-    """Decode everything. -> (time of every frame in seconds, {number: (3,H,W)} of the frames to keep)."""
-    times, kept = [], {}
+    Frame times need one pass over the file, the pixels another. What is a single piece mostly needs but one: the number
+    of packets nearly always is that of frames, so those that will be wanted are known before.
+    """
     file, stream = _open(path)
     with file:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
+        n = sum(1 for packet in _packets(file, stream) if packet.size)
+    times, found, keep = [], {}, []
+    with contextlib.suppress(DataError):  # a clip that starts after the end: the true times will tell
+        spans = cut([k / rate for k in range(n)]) if n else []
+        keep = _chosen(*spans[0], T) if len(spans) == 1 else []
+    for k, frame in enumerate(_decode(path)):
+        times.append(k / rate if frame.time is None else frame.time)
+        if k in keep:
+            found[k] = _pixels(frame)
+    if not times:
+        raise DataError(f"video {path} has no frame that can be decoded")
+    times = [t - times[0] for t in times]
+    again = enumerate(_decode(path))
+    for a, b in cut(times):
+        chosen = _chosen(a, b, T)
+        if any(i not in found for i in chosen):
+            found = {}
+            for k, frame in again:
+                if k in chosen:
+                    found[k] = _pixels(frame)
+                if k >= chosen[-1]:
+                    break
+        yield _piece(path, times, a, b, chosen, found)
+
+
+def _decode(path):
+    """Every frame of a file, in order; a damaged packet costs its own frames only."""
+    file, stream = _open(path)
+    with file:
         for packet in _packets(file, stream):
-            try:
-                for frame in packet.decode():
-                    if len(times) in keep:
-                        kept[len(times)] = _pixels(frame)
-                    times.append(len(times) / rate if frame.time is None else frame.time)
-            except av.FFmpegError:  # a damaged packet costs its own frames only
-                continue
-    return times, kept
+            frames = []
+            with contextlib.suppress(av.FFmpegError):
+                frames = packet.decode()
+            yield from frames
 
 
 def _pixels(frame):
     """A decoded frame -> uint8 (3,H,W), upright."""
     plane = frame.reformat(format="rgb24").planes[0]  # its lines are padded
-    x = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(frame.height, plane.line_size)[:, :frame.width * 3]
-    return torch.rot90(x.reshape(frame.height, frame.width, 3), round((frame.rotation or 0) / 90) % 4).permute(2, 0, 1).contiguous()
+    x = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(frame.height, plane.line_size)
+    x = x[:, :frame.width * 3].reshape(frame.height, frame.width, 3)
+    return torch.rot90(x, round((frame.rotation or 0) / 90) % 4).permute(2, 0, 1).contiguous()
 
 
 def _fill(found):
-    """Frames that were not found repeat the one before (the first found, at the start); all get the first one's size."""
+    """Frames not found repeat the one before (the first found, at the start); all get the first one's size."""
     last = next(x for x in found if x is not None)
     size, out = last.shape[1:], []
     for x in found:
@@ -279,17 +371,22 @@ class VideoDataset(Dataset):
     def __len__(self):
         return len(self.clips)
 
+    def note(self, v):
+        worker = torch.utils.data.get_worker_info()
+        if worker and worker.id < len(self.reading):
+            self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
+
+    def video(self, v):
+        self.note(v)
+        return self.transform(self.read(self.clips[v]))
+
+    item = video
+
     def __getitem__(self, key):
         try:
             return self.item(key)
         except DataError as e:
             return e
-
-    def item(self, v):
-        worker = torch.utils.data.get_worker_info()
-        if worker and worker.id < len(self.reading):
-            self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
-        return self.transform(self.read(self.clips[v]))
 
     def was_reading(self, pid):
         """What a worker that died was decoding, for the error message."""
@@ -315,14 +412,14 @@ class PairDataset(VideoDataset):
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
             # torch.manual_seed would also set the GPU's, which is the training's
             torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2 ** 63)
-            return super().item(self.ann.owner[i]), self.ann.captions[i], i
+            return self.video(self.ann.owner[i]), self.ann.captions[i], i
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _ignore_signals(worker):
-    """In a worker process: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may still want its batch."""
+    """In a worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may still want its batch."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -330,14 +427,16 @@ def _ignore_signals(worker):
 
 
 @contextlib.contextmanager
-def loading(dataset, batches, collate=None, workers=0, pin=False):
+def loading(dataset, batches=None, collate=None, workers=0, pin=False):
     """`with loading(...) as batches:` what collate makes of each list of items, read by worker processes, in order.
+
+    Without batches the dataset is a stream that makes its own, and they come as they are ready.
 
     Signals are held back while workers start, so that none dies before it ignores them. A worker that dies all the same (out of memory, a
     crash in a codec) ends the block with a DataError that names the video it was reading; torch tells of it at any moment.
     """
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-                        worker_init_fn=_ignore_signals)
+    order = dict(batch_size=None, in_order=False) if batches is None else dict(batch_sampler=batches, collate_fn=collate)
+    loader = DataLoader(dataset, **order, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals)
     try:
         try:
             hold = workers and hasattr(signal, "pthread_sigmask")
@@ -348,15 +447,16 @@ def loading(dataset, batches, collate=None, workers=0, pin=False):
                 if hold:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield iterator
-        except (EOFError, ConnectionError):  # it died while handing a batch over: in a moment torch's SIGCHLD handler raises more
-            time.sleep(1)
+        except (EOFError, ConnectionError):  # it died while handing a batch over
+            time.sleep(1)                    # in a moment torch's SIGCHLD handler raises what says more
             raise
     except RuntimeError as e:
         pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
         if not pid:
             raise
-        raise DataError(f"a decoding process died while it read {dataset.was_reading(int(pid[1]))} ({str(e).splitlines()[0]}): check that "
-                        "video, or the machine's memory (fewer --workers)") from e
+        video, why = dataset.was_reading(int(pid[1])), str(e).splitlines()[0]
+        raise DataError(f"a decoding process died while it read {video} ({why}): check that video, or the machine's "
+                        "memory (fewer --workers)") from e
 
 
 # ---- the data sets' own files ----
@@ -743,21 +843,20 @@ def check(args):
             problems.append(("", f"{split}: {e}"))
             print(escaped(f"{split:5s} {e}"))
             continue
-        found, lines = present(ann, skip_bad=True)
-        there = set(found.clips)
-        gone = [clip.path for clip in ann.clips if clip not in there]
-        rows = [(path, f"missing {line}") for path, line in zip(gone, lines)]
+        found = present(ann, skip_bad=True)[0].clips
+        there = set(found)
+        gone = [(c.path, f"missing {c.path} ({line})") for c, line in zip(ann.clips, ann.where) if c not in there]
         counts = [f"{len(ann.captions)} texts", f"{len(ann.clips)} videos"]
         for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
             counts[k] += f" (published {n})" if n else ""
         print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")
-        show(rows)
-        problems += rows
+        show(gone)
+        bad = []
         if args.decode:
-            rows = decode_all(found.clips, frames, cache, args.workers)
-            print(f"      {len(found.clips) - len(rows)} decode, {len(rows)} don't")
-            show(rows)
-            problems += rows
+            bad = decode_all(found, frames, cache, args.workers)
+            print(f"      {len(found) - len(bad)} decode, {len(bad)} don't")
+            show(bad)
+        problems += gone + bad
     if args.list:
         with written_whole(args.list) as part, open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(LIST)

@@ -311,20 +311,15 @@ def rank_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cach
     distinct = {c: i for i, c in enumerate(dict.fromkeys(ann.captions))}  # equal captions tie exactly, and cost once
     t = encode_texts(model, tokenizer, list(distinct), job, amp=amp)
     sims = score_all(model, t, f, job, **scoring)
-    check_finite(sims, name)
+    wrong = (~sims.isfinite()).sum().item()
+    if wrong:
+        raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, nothing can be ranked: "
+                           "its weights are damaged, or its training went wrong")
     if len(distinct) < len(ann.captions):
         rows = [distinct[c] for c in ann.captions]
         t, sims = t[rows], sims[rows]
     model.train(training)
     return Split(t, f, sims, ann, list(bad.values()))
-
-
-def check_finite(scores, name):
-    """Raises WeightsError, which names the checkpoint, where scores (...) are infinite or not numbers."""
-    wrong = (~scores.isfinite()).sum().item()
-    if wrong:
-        raise WeightsError(f"{name}: {wrong} of {scores.numel()} scores are not finite numbers, nothing can be ranked: "
-                           "its weights are damaged, or its training went wrong")
 
 
 def evaluate(model, tokenizer, ann, job=ALONE, trials=20, seed=24, expected=False, with_dsl=False, released=False,

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+from urllib.parse import quote
 
 import av
 import torch
@@ -20,7 +21,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 import data
-from shapes import output
+from shapes import escaped, output
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs looked at; more are sampled
@@ -184,7 +185,13 @@ W, H, LEFT, RIGHT, TOP, BOTTOM = 480, 270, 46, 14, 12, 44
 
 
 def esc(x):
-    return html.escape(str(x), quote=True)
+    return html.escape(escaped(str(x), keep="\n\t"), quote=True)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def ticks(low, high, about=5):
@@ -376,21 +383,42 @@ def write(path, text):
 def strip(clip, frames=6, height=96):
     """Frames of a clip side by side, as an <img> with a JPEG in it; a note where it can't be read."""
     try:
-        x = data.read_frames(clip, frames)  # (T,3,H,W)
+        return picture(data.read_frames(clip, frames), height, os.path.basename(clip.path))
     except data.DataError as e:
         return f"<p>no picture: {esc(e)}</p>"
+
+
+def moment(clip, at, frames=12, height=96, shown=6):
+    """As `strip`, of the piece that a search found: about every second of its T frames, that at time `at` framed."""
+    try:
+        piece = data.read_clip(clip, frames)
+    except data.DataError as e:
+        return f"<p>no picture: {esc(e)}</p>"
+    k, step = min(range(frames), key=lambda k: abs(piece.times[k] - at)), max(1, frames // shown)
+    return picture(piece.frames[k % step::step], height, f"{os.path.basename(clip.path)} around {clock(at)}", k // step)
+
+
+def picture(x, height, name, marked=None):
+    """uint8 (n,3,H,W) -> an <img> of them side by side, one of them marked by a frame around it."""
     x = resize(x, [height, max(16, min(4 * height, round(height * x.shape[3] / x.shape[2])))], antialias=True)
-    x = torch.cat([F.pad(frame, (0, 4), value=255) for frame in x], 2)[:, :, :-4]
+    x = F.pad(x, (4, 4, 4, 4), value=255)
+    if marked is not None:
+        edge = torch.ones(x.shape[2:], dtype=torch.bool)
+        edge[4:-4, 4:-4] = False
+        x[marked] = x[marked].where(~edge, torch.tensor([0, 114, 178], dtype=torch.uint8).view(3, 1, 1))
+    n, x = len(x), torch.cat(list(x), 2)
     jpeg = base64.b64encode(encode_jpeg(x, quality=75).numpy().tobytes()).decode()
-    return (f'<img alt="{frames} frames of {esc(os.path.basename(clip.path))}" width="{x.shape[2]}" height="{height}" '
+    return (f'<img alt="{n} frames of {esc(name)}" width="{x.shape[2]}" height="{x.shape[1]}" '
             f'src="data:image/jpeg;base64,{jpeg}">')
 
 
-def hit(picture, rank, score, name, right=None, gap=False):
-    """One result. right: whether it is the video that was looked for, None where nobody knows."""
+def hit(picture, rank, score, name, right=None, gap=False, link=None):
+    """One result. right: is it the video that was looked for? None where nobody knows. link: where its name leads."""
     mark = '<span class="mark">✓ the right video</span>' if right else ""
-    return (f'<li class="{"right" if right else ""}{" gap" if gap else ""}"><figure>{picture}<figcaption><b>{rank:g}</b>'
-            f'<span>score {score:.4f}</span>{mark}<span class="file">{esc(name)}</span></figcaption></figure></li>')
+    name = f'<a href="{esc(link)}">{esc(name)}</a>' if link else esc(name)
+    css = ("right" if right else "") + (" gap" if gap else "")
+    caption = f'<b>{rank:g}</b><span>score {score:.4f}</span>{mark}<span class="file">{name}</span>'
+    return f'<li class="{css}"><figure>{picture}<figcaption>{caption}</figcaption></figure></li>'
 
 
 def clip_name(clip):
@@ -526,13 +554,19 @@ embeddings. Diamonds: the point text alone, without samples
     write(path, page("T-MASS: text-video retrieval", lead, body, plain(result)))
 
 
-def write_search_report(path, found, settings, frames=6):
-    """The report of a search. found: {query: [dict(rank, score, file)]} of eval.run_search, settings: dict of plain values."""
-    strips, cards = {}, ""
+def write_search_report(path, found, settings):
+    """The report of a search. found: {query: [dict(rank, score, file, at, start, end)]}, settings: plain values."""
+    cards, folder = "", os.path.dirname(os.path.abspath(path))
     for query, results in found.items():
+        rows = ""
         for x in results:
-            strips[x["file"]] = strips.get(x["file"]) or strip(data.Clip(x["file"]), frames)
-        rows = "".join(hit(strips[x["file"]], x["rank"], x["score"], x["file"]) for x in results)
-        cards += f'<section class="card"><h2 style="margin-top:0" dir="auto">“{esc(query)}”</h2><ol>{rows}</ol></section>'
-    lead = f"{len(found)} {'query' if len(found) == 1 else 'queries'}; scores order the videos of one query, and are no probabilities"
-    write(path, page("T-MASS: search results", lead, f'<div class="cards" style="margin-top:20px">{cards}</div>', plain(settings)))
+            clip = data.Clip(x["file"], x["start"], x["end"])
+            frames = moment(clip, x["at"], settings.get("frames", 12))
+            link = quote(os.fsencode(os.path.relpath(x["file"], folder))) + f"#t={x['at']:g}"
+            rows += hit(frames, x["rank"], x["score"], f"{x['file']} at {clock(x['at'])}", link=link)
+        title = f'<h2 style="margin-top:0" dir="auto">“{esc(query)}”</h2>'
+        cards += f'<section class="card">{title}<ol>{rows}</ol></section>'
+    lead = (f"{len(found)} {'query' if len(found) == 1 else 'queries'}; scores order the videos of one query, and are "
+            "no probabilities; the framed picture is the frame nearest to the text, and a name leads to it")
+    body = f'<div class="cards" style="margin-top:20px">{cards}</div>'
+    write(path, page("T-MASS: search results", lead, body, plain(settings)))

@@ -167,49 +167,162 @@ def scoring(D=512, T=12, M=20):
 
 
 @torch.no_grad()
-def search(videos=100_000, ckpt=None, D=512, T=12, shortlist=1000):
-    """A query in a big gallery of random features, memory-mapped from disk (1.3 GB per 100,000 videos): seconds of both stages and peak memory;
-    with --ckpt of a trained model, how much of the exact top 10 of its test split a shortlist keeps."""
+def index(pieces=1_000_000, a_file=10, D=512, T=12):
+    """Search's index of random features: making it, what that writes and holds, adding to it, opening and asking it.
+
+    All by search.py's own code on real (empty) files; only decoding and the image tower are left out. 13.3 GB for 1,000,000 pieces.
+    """
+    import tempfile
+
+    import data
+    import search as se
+    g = torch.Generator().manual_seed(0)
+    model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
+    noise = 0.7 * torch.randn(512, T, D, generator=g)
+    model.encode_video = lambda x: torch.randn(len(x), 1, D, generator=g) + noise[:len(x)]
+    data.test_transform = lambda size: lambda x: x
+    times, nothing, threads = [k / 2 for k in range(T)], torch.zeros(1), torch.get_num_threads()
+    torch.set_num_threads(1)  # until queries: there is little to compute
+    data.read_pieces = lambda path, T, window: (data.Piece(10. * k, 10. * k + 10, times, nothing) for k in range(a_file))
+    written = lambda: int(next(line for line in open("/proc/self/io") if line.startswith("wchar")).split()[1])
+
+    def seconds_of(function):
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        files = pieces // a_file
+        for k in range(files):
+            if k % 1000 == 0:
+                Path(folder, f"{k // 1000:03d}").mkdir()
+            Path(folder, f"{k // 1000:03d}", f"video {k:06d}.mp4").touch()
+        build = lambda new=True: se.build_index(model, [folder], new=new, batch=256)
+        before, start = written(), time.perf_counter()
+        memory = peak_memory(build)
+        took, wrote = time.perf_counter() - start, written() - before
+        size = sum(file.stat().st_size for file in Path(folder, se.INDEX).iterdir())
+        print(f"{files} files, {pieces} pieces, T={T} D={D}: made in {took:.0f} s; "
+              f"{size / 1e9:.2f} GB in {len(list(Path(folder, se.INDEX).iterdir()))} shards; written {wrote / size:.3f} times that; "
+              f"peak memory {memory:.2f} GB", flush=True)
+        for k in range(1000 // a_file):
+            Path(folder, f"new {k:03d}.mp4").touch()
+        print(f"adding 1,000 pieces: {seconds_of(build):.1f} s; opening it with nothing new: {seconds_of(build):.1f} s, "
+              f"with -n: {seconds_of(lambda: build(False)):.1f} s", flush=True)
+        torch.set_num_threads(threads)
+        gallery, one = build(False), t[:1]
+        memory = peak_memory(lambda: se.search(model, one, gallery, expected=True))
+        rows = se.best_rows(se.point_scores(one, gallery)[0], gallery, 1000, 5)
+        s = seconds({"both": lambda: se.search(model, one, gallery, expected=True), "points": lambda: se.point_scores(one, gallery),
+                     "points of 16": lambda: se.point_scores(t, gallery), "rest": lambda: se.search(model, t, gallery, expected=True),
+                     "exact": lambda: se.score_rows(model, one, gallery, rows, 5, expected=True)})
+        print(f"a query, {threads} threads, shortlist 1,000: {s['both'] * 1e3:.0f} ms ({s['rest'] / 16 * 1e3:.0f} ms with 16 at once): "
+              f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms), {s['exact'] * 1e3:.0f} ms for the "
+              f"exact ones; peak memory {memory:.2f} GB, mapped pages included")
+        part = gallery._replace(file=gallery.file.where(torch.arange(len(gallery.file)) < 10_000, -1))
+        exact = seconds({"exact": lambda: se.search(model, one, part, 0, expected=True)}, repeat=2)["exact"]
+        print(f"exact scores of everything (--shortlist 0): {exact:.2f} s per 10,000 pieces")
+
+
+def test_split(ckpt):
+    """The test split of what a checkpoint was trained on -> model, tokenizer, Annotations."""
+    import data
+    from tmass import load_checkpoint
+    model, tokenizer, config = load_checkpoint(ckpt)
+    root, held = config.get("root"), config.get("val_videos", 0)
+    return model, tokenizer, data.load_split(config["data"], root, "test", held, config.get("seed", 24))
+
+
+@torch.no_grad()
+def shortlist(ckpt="model.pt"):
+    """How much of the exact top 10 of a trained model's test split a shortlist by mean-pooled frames keeps."""
+    import eval as eval_
+    import search as se
+    model, tokenizer, ann = test_split(ckpt)
+    split = eval_.rank_split(model, tokenizer, ann, workers=2)
+    V, T, _ = split.f.shape
+    f, rows = split.f.half(), torch.arange(V)
+    shard = se.Shard(f, se.pooled(f).half(), torch.zeros(V, T), torch.zeros(V, 2), rows.int(), [])
+    gallery = se.Index([shard], torch.tensor([0, V]), rows, [f"{v:06d}" for v in range(V)], [])
+    exact = se.search(model, split.t, gallery, 0, 10)
+    for K in (10, 20, 50, 100, 200):
+        if K < V:
+            found = se.search(model, split.t, gallery, K, 10)
+            kept = [len({x.file for x in a} & {x.file for x in b}) / 10 for a, b in zip(exact, found)]
+            print(f"shortlist of {K:4d} of {V} videos keeps {100 * statistics.mean(kept):.1f} % of the exact top 10 ({len(kept)} queries)")
+
+
+@torch.no_grad()
+def moment(ckpt="model.pt"):
+    """How often the time that search gives lies in a shot that the caption tells of: every test caption of shapes with its own video."""
+    import json
     import tempfile
 
     import eval as eval_
     import search as se
-    from tmass import load_checkpoint
-    g = torch.Generator().manual_seed(0)
-    model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
+    import shapes
+    model, tokenizer, ann = test_split(ckpt)
+    root = Path(ann.clips[0].path).parent.parent
+    settings = json.loads((root / "shapes.json").read_text())["settings"]
+    seen, draw, write = [], shapes.draw_shots, shapes.write_video
     with tempfile.TemporaryDirectory() as folder:
-        mapped = lambda name, *shape: torch.from_file(f"{folder}/{name}", shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
-        frames, mean = mapped("frames", videos, T, D), mapped("mean", videos, D)
-        noise = 0.7 * torch.randn(4096, T, D, generator=g)  # the same for each block: a million videos take long enough to make
-        for rows in eval_.blocks(videos, 4096):
-            f = torch.randn(len(mean[rows]), 1, D, generator=g) + noise[:len(mean[rows])]
-            frames[rows], mean[rows] = f, se.pooled(f)
-        del frames, mean  # mapped anew, nothing of it in this process' memory
-        index = se.Index(mapped("frames", videos, T, D), mapped("mean", videos, D), None)
-        one = t[:1]
-        memory = peak_memory(lambda: se.search(model, one, index, shortlist))
-        points = se.best_points(one, index.mean, shortlist)[0].sort().values
-        s = seconds({"both": lambda: se.search(model, one, index, shortlist), "points": lambda: se.best_points(one, index.mean, shortlist),
-                     "points of 16": lambda: se.best_points(t, index.mean, shortlist), "exact": lambda: model.score(one, index.frames[points])})
-        print(f"{videos} videos, {torch.get_num_threads()} threads, T={T} D={D}, shortlist {shortlist}: a query takes {s['both'] * 1e3:.0f} ms: "
-              f"{s['points'] * 1e3:.0f} ms for the point scores ({s['points of 16'] / 16 * 1e3:.0f} ms with 16 queries at once), "
-              f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included")
-        part = se.Index(index.frames[:10_000], index.mean[:10_000], None)
-        exact = seconds({"exact": lambda: se.search(model, one, part, 0)}, repeat=2)["exact"]
-        print(f"exact scores of everything (--shortlist 0): {exact / len(part.frames) * 1e4:.2f} s per 10,000 videos")
-    if ckpt is None:
-        return
+        again = shapes.ShapesVideos(Path(folder), *(settings[key] for key in ("train", "val", "test", "seed")))
+        shapes.draw_shots, shapes.write_video = lambda facts, *_: seen.append(facts), lambda *_: None
+        truth = {}  # video -> facts of its frames (FRAMES,6), {caption: what it says (6,)}
+        for clip in ann.clips:
+            captions, _, says = again[int(Path(clip.path).stem)]
+            truth[clip.path] = seen[-1], dict(zip(captions, torch.tensor(says)))
+        shapes.draw_shots, shapes.write_video = draw, write
+        gallery = se.build_index(model, [clip.path for clip in ann.clips], index=folder, workers=1)
+    row = {gallery.paths[number]: k for k, number in enumerate(gallery.file.tolist())}
+    t = eval_.encode_texts(model, tokenizer, ann.captions)
+    hits, chance = [], []
+    for text, caption, owner in zip(t.split(1), ann.captions, ann.owner):
+        path = ann.clips[owner].path
+        facts, says = truth[path]
+        told = ((facts == says[caption]) | (says[caption] < 0)).all(1)  # frames of a shot that the caption fits  (FRAMES,)
+        (hit,) = se.score_rows(model, text, gallery, torch.tensor([row[path]]), 1)
+        hits.append(told[round(hit.at * shapes.RATE)].item())
+        chance.append(told.double().mean().item())
+    print(f"{len(hits)} captions of {len(ann.clips)} videos: the moment lies in a described shot for {100 * statistics.mean(hits):.1f} % "
+          f"(chance {100 * statistics.mean(chance):.1f} %)")
+
+
+def pieces(minutes=20, T=12, window=10):
+    """The pieces of a long 320x240 H.264 file against one sequential decode of it, one thread."""
+    import tempfile
+
+    import av
+    from videos import write_video
+
     import data
-    model, tokenizer, config = load_checkpoint(ckpt)
-    ann = data.load_split(config["data"], config.get("root"), "test", config.get("val_videos", 0), config.get("seed", 24))
-    split = eval_.rank_split(model, tokenizer, ann, workers=2)
-    index = se.Index(split.f.half(), se.pooled(split.f).half(), None)
-    exact = se.search(model, split.t, index, 0, 10)[1]
-    for K in (10, 20, 50, 100, 200):
-        if K < len(split.f):
-            found = se.search(model, split.t, index, K, 10)[1]
-            kept = (exact[:, :, None] == found[:, None]).any(-1).double().mean()
-            print(f"shortlist of {K:4d} of {len(split.f)} videos keeps {100 * kept:.1f} % of the exact top 10 ({len(split.t)} queries of {config['data']})")
+    torch.set_num_threads(1)  # as a DataLoader's worker
+    g = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        scenes = torch.nn.functional.interpolate(torch.rand(6, 3, 60, 80, generator=g) * 255, (480, 640), mode="bicubic")
+        frames = []
+        for i in range(60 * 25):  # textures that drift, and grain: what a camera gives
+            x = scenes[i // 250][:, i % 250 // 2:i % 250 // 2 + 240, i % 250 // 3:i % 250 // 3 + 320]
+            frames.append((x + torch.randn(240, 320, generator=g) * 4).clamp(0, 255).byte().permute(1, 2, 0).contiguous())
+        write_video(f"{folder}/minute.mp4", frames, fps=25, preset="fast")
+        with av.open(f"{folder}/long.mp4", "w") as out:  # the same minute again and again, without decoding it
+            for k in range(minutes):
+                with av.open(f"{folder}/minute.mp4") as source:
+                    stream = out.add_stream_from_template(source.streams.video[0]) if k == 0 else stream
+                    for packet in source.demux(video=0):
+                        if packet.dts is not None:
+                            packet.pts += round(60 * k / packet.time_base)
+                            packet.dts += round(60 * k / packet.time_base)
+                            packet.stream = stream
+                            out.mux(packet)
+
+        def decode():
+            file, stream = data._open(f"{folder}/long.mp4")
+            with file:
+                return sum(1 for packet in file.demux(stream) for _ in packet.decode())
+        read = lambda: sum(1 for _ in data.read_pieces(f"{folder}/long.mp4", T, window))
+        n, size, s = decode(), Path(folder, "long.mp4").stat().st_size, seconds({"decode": decode, "pieces": read}, repeat=3)
+        print(f"{n} frames of 320x240 H.264, {size / 1e6:.0f} MB: {read()} pieces of {window} s, T={T}, in {s['pieces']:.2f} s; "
+              f"one sequential decode {s['decode']:.2f} s: {s['pieces'] / s['decode']:.2f} times that")
 
 
 def data_(videos=8, T=12):
@@ -382,13 +495,14 @@ def train_(batch=16, T=12, repeat=2):
 
 
 if __name__ == "__main__":
-    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, search, data_, train_, memory)}
+    benches = {f.__name__.rstrip("_"): f for f in (encode, scoring, index, shortlist, moment, pieces, data_, train_, memory)}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     for name, bench in benches.items():
         command = commands.add_parser(name, help=" ".join(bench.__doc__.split()).replace("%", "%%"))
-        if name == "search":
-            command.add_argument("--videos", type=int, default=100_000, help="size of the gallery (default: %(default)s)")
-            command.add_argument("--ckpt", help="a trained model: what a shortlist keeps on its test split")
+        if name == "index":
+            command.add_argument("--pieces", type=int, default=1_000_000, help="ten to a file (default: %(default)s)")
+        if name in ("shortlist", "moment"):
+            command.add_argument("--ckpt", default="model.pt", help="a trained model (default: %(default)s)")
     args = vars(parser.parse_args())
     benches[args.pop("bench")](**args)

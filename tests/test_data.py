@@ -687,7 +687,7 @@ def test_didemo_segments_become_one_paragraph(tmp_path):
     assert ann.where == [f"test_data.json, entry {k}" for k in (1, 2, 4)]
 
 
-def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys):
+def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys, monkeypatch):
     """Swapped, as in the released code, and said once for all."""
     (tmp_path / "videos").mkdir()
     rows = []
@@ -702,6 +702,9 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
     assert err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")  # another process of the same job
+    data.warn_once.cache_clear()
+    assert load_annotations("didemo", tmp_path, "val") == ann and capsys.readouterr().err == ""
     assert numbers(read_frames(ann.clips[1], 2)) == [25 + i for i in sample_indices(25, 2)]
     assert numbers(read_frames(ann.clips[3], 2)) == [75, 75]  # no time at all: the one frame there
 

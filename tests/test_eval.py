@@ -14,6 +14,7 @@ from videos import write_video
 
 import data
 import eval as ev
+import search
 import shapes
 import tmass
 from clip_model import CLIP, Tokenizer
@@ -498,6 +499,9 @@ def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path,
     status, out, err = called(capsys, monkeypatch, *args, "--json", tmp_path / "r.json", "--save", tmp_path / "r.pt")
     assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
     assert os.listdir(tmp_path) == ["broken.pt"]
+    args += ["--videos", folder / "videos", "--index", tmp_path / "index", "--json", tmp_path / "r.json"]
+    assert one_error(*called(capsys, monkeypatch, "a query", *args, room=search), "broken.pt", "finite", "a query")
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_videos_that_lie_elsewhere(folder, tmp_path, capsys, monkeypatch):

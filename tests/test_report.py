@@ -1,6 +1,7 @@
 """The analysis against literal loops; the report parsed, its pictures decoded, seen by a browser if there is one."""
 import base64
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image
-from videos import write_video
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+from videos import numbered, write_video
 
 import data
 import eval as ev
@@ -178,7 +179,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         attrs = dict(attrs)
-        assert not any(name.startswith("on") or name in ("href", "srcset") for name in attrs)
+        assert not any(name.startswith("on") or name == "srcset" for name in attrs)
+        if "href" in attrs:  # a moment of a file
+            assert tag == "a" and re.fullmatch(r"[^:?]*\.mp4#t=[\d.]+", attrs["href"])
         if tag == "img":
             self.images.append(attrs)
         if tag == "li":
@@ -285,11 +288,24 @@ def test_queries_chosen():
 def test_search_report(written, tmp_path):
     _, ann, _ = written
     files = [ann.clips[0].path, ann.clips[7].path, str(tmp_path / "gone<b>.mp4")]
-    found = {EVIL: [dict(rank=n, score=.9 - n / 10, file=x) for n, x in enumerate(files, 1)]}
+    found = {EVIL: [dict(rank=n, score=.9 - n / 10, file=x, at=n / 10, start=0, end=9) for n, x in enumerate(files, 1)]}
     report.write_search_report(str(tmp_path / "s.html"), found, dict(ckpt="m.pt", trials=20))
     page = sound((tmp_path / "s.html").read_text(encoding="utf-8"))
     assert EVIL in page.text and len(page.hits) == 3 and len(page.images) == 2 and "no picture" in page.hits[2][1]
     assert all(f"score {.9 - n / 10:.4f}" in text for n, (_, text) in enumerate(page.hits, 1)) and "✓" not in page.text
+
+
+def test_the_matching_frame_is_framed(tmp_path):
+    write_video(tmp_path / "x.mp4", numbered(240), fps=10)
+    for at, T, shown, place in ((11.0, 12, 6, 0), (18.5, 12, 6, 5), (14.4, 4, 4, 1), (0.0, 12, 6, 0)):
+        img = report.moment(data.Clip(str(tmp_path / "x.mp4"), 10, 20), at, T)
+        width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', img).groups())
+        body = base64.b64decode(re.search(r"base64,([^\"]+)", img)[1])
+        x = decode_jpeg(torch.frombuffer(bytearray(body), dtype=torch.uint8)).float()
+        assert x.shape == (3, height, width)
+        red = x[0, 2].view(shown, -1).mean(1)  # of the upper edge: white, or blue
+        assert [k for k in range(shown) if red[k] < 100] == [place]
+    assert "0:00:00" in img and report.clock(3725.9) == "1:02:05"
 
 
 def test_unwritable(tmp_path):
@@ -301,7 +317,8 @@ def test_unwritable(tmp_path):
 
 
 def test_names_that_are_not_unicode(tmp_path):
-    report.write_search_report(str(tmp_path / "r.html"), {"q": [dict(rank=1, score=0., file="caf\udce9.mp4")]}, {})
+    found = [dict(rank=1, score=0., file="caf\udce9.mp4", at=0, start=0, end=1)]
+    report.write_search_report(str(tmp_path / "r.html"), {"q": found}, {})
     sound((tmp_path / "r.html").read_text(encoding="utf-8"))
 
 

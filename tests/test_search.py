@@ -1,6 +1,14 @@
-"""Search: the index, the two stages, and the command line."""
+"""Search: pieces and moments, shards, the two stages, and the command line as users type it, on real files."""
+import contextlib
+import io
 import json
 import os
+import pty
+import random
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,142 +18,529 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from test_eval import ENV, D, T, called, folder, make, noise_video, one_error  # noqa: F401
+from videos import numbered, numbers, write_video
 
 import data
 import eval as ev
 import search as se
+from data import DataError, read_pieces, sample_indices
 from tmass import load_checkpoint, save_checkpoint
 
 
-def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def ask(folder, capsys, monkeypatch):  # noqa: F811
+    """ask("a dog", "--videos", DIR) -> what stands on standard output, and on standard error."""
+    def ask(*args, ckpt=folder / "model.pt", expect=0):
+        status, out, err = called(capsys, monkeypatch, *args, "--ckpt", ckpt, "--workers", 0, "--device", "cpu", room=se)
+        assert status == expect, (out, err)
+        return out, err
+    return ask
+
+
+def answers(path, query="noise"):
+    return json.loads(path.read_text())[query]
+
+
+def same(a, b):
+    """The same results, but for rounding."""
+    return [(x["file"], x["at"], x["start"]) for x in a] == [(x["file"], x["at"], x["start"]) for x in b] and all(
+        abs(x["score"] - y["score"]) < 1e-3 for x, y in zip(a, b))
+
+
+def forked(*args, ckpt, **env):
+    """Run search.py with these arguments in a copy of this process, which saves the time of starting one. -> its pid"""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
+    try:
+        torch.set_num_threads(1)  # a copy has no other threads
+        os.environ.update(env)
+        sys.argv = ["search.py", *map(str, args), "--ckpt", str(ckpt), "--workers", "0", "--device", "cpu"]
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        status = ev.run(se.main)
+    finally:
+        os._exit(status)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def shards(videos):
+    return sorted(name for name in os.listdir(videos / se.INDEX) if name.endswith(".shard"))
+
+
+def held(videos):
+    """Files in the shards of a folder, each counted as often as it is there."""
+    return [name for shard in shards(videos) for name, *_ in torch.load(videos / se.INDEX / shard, weights_only=True)["files"]]
+
+
+# ---- pieces ----
+
+@pytest.mark.parametrize("name, options", [("x.mp4", dict(bf=2, g=25)), ("x.mkv", dict(bf=3, g=40)), ("x.ts", dict(bf=2, g=25)),
+                                           ("x.avi", dict(codec="mpeg4", bf=2))])
+def test_pieces_are_equal_and_exact(tmp_path, name, options):
+    write_video(tmp_path / name, numbered(230), fps=10, **options)
+    for window, n in ((0, 1), (20, 1), (15.4, 1), (15, 2), (10, 2), (5, 5), (1, 23)):
+        pieces = list(read_pieces(tmp_path / name, 6, window))
+        bounds = [-(-230 * k // n) for k in range(n + 1)]
+        assert len(pieces) == n
+        for piece, a, b in zip(pieces, bounds, bounds[1:]):
+            chosen = [a + i for i in sample_indices(b - a, 6)]
+            assert numbers(piece.frames) == chosen and piece.times == pytest.approx([i / 10 for i in chosen])
+            assert (piece.start, piece.end) == pytest.approx((a / 10, b / 10))
+
+
+def test_pieces_of_one_file_open_it_once(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4", numbered(200), fps=10, g=25, bf=2)
+    opened, packets, plain_open, plain_packets = [], [], data._open, data._packets
+    monkeypatch.setattr(data, "_open", lambda path: opened.append(path) or plain_open(path))
+    monkeypatch.setattr(data, "_packets", lambda file, stream: map(lambda p: packets.append(p) or p, plain_packets(file, stream)))
+    assert len(list(read_pieces(tmp_path / "x.mp4", 4, 1))) == 20 and len(opened) == 1
+    assert len(packets) < 2.2 * 200 + 40  # the table, then every packet once
+
+
+def test_a_piece_that_the_fast_way_loses_is_counted(tmp_path, monkeypatch):
+    """From the piece where a frame is not found on, the exact way goes on; no piece comes twice."""
+    write_video(tmp_path / "x.mp4", numbered(200), fps=10, g=25)
+    fast = data._seek_frames
+
+    def broken(*args):
+        for k, piece in enumerate(fast(*args)):
+            yield piece if k < 3 else None
+    whole = list(read_pieces(tmp_path / "x.mp4", 4, 2))
+    monkeypatch.setattr(data, "_seek_frames", broken)
+    again = list(read_pieces(tmp_path / "x.mp4", 4, 2))
+    assert len(again) == len(whole) == 10
+    assert all(torch.equal(a.frames, b.frames) and a.times == pytest.approx(b.times) for a, b in zip(whole, again))
+
+
+def test_odd_lengths(tmp_path):
+    """A still of one frame; a slide show whose frames last longer than a piece."""
+    write_video(tmp_path / "still.mp4", numbered(1))
+    assert [numbers(p.frames) for p in read_pieces(tmp_path / "still.mp4", 3, 10)] == [[0, 0, 0]]
+    write_video(tmp_path / "slides.mp4", numbered(4), fps=1)
+    assert [numbers(p.frames) for p in read_pieces(tmp_path / "slides.mp4", 2, 0.1)] == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+PLAYLISTS = {
+    "list.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{other}\n#EXT-X-ENDLIST\n",
+    "list.ts": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{other}\n#EXT-X-ENDLIST\n",
+    "concat.mp4": "ffconcat version 1.0\nfile {other}\n",
+    "concat.ts": "ffconcat version 1.0\nfile {other}\n",
+    "dash.mp4": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT4S" '
+                'profiles="urn:mpeg:dash:profile:isoff-main:2011"><Period><AdaptationSet mimeType="video/mp4">'
+                '<Representation id="1" bandwidth="1000"><BaseURL>{other}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+    "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_a_video_opens_nothing_but_itself(tmp_path, name):
+    write_video(tmp_path / "other.ts", numbered(20), fps=10)
+    (tmp_path / name).write_text(PLAYLISTS[name].format(other="other.ts"))
+    before = os.stat(tmp_path / "other.ts").st_atime_ns
+    with pytest.raises(DataError, match=name):
+        list(read_pieces(tmp_path / name, 4))
+    with pytest.raises(DataError, match=name):
+        data.read_frames(data.Clip(tmp_path / name), 4)
+    assert os.stat(tmp_path / "other.ts").st_atime_ns == before
+
+
+# ---- the command line ----
+
+def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # noqa: F811
     good, videos = folder / "model.pt", folder / "videos"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.mp4").write_text("nothing")
     for arguments, *words in (
-            (["x"], "--videos"), (["--videos", videos], "query"), ([" ", "--videos", videos], "query"),
-            (["x", "--videos", tmp_path / "nowhere"], "nowhere", "no such folder"), (["x", "--videos", good], "model.pt", "no such folder"),
-            (["x", "--videos", tmp_path / "empty"], "empty", "no videos"), (["x", "--videos", videos, "--top", 0], "--top", "0")):
+            (["x"], "--videos"), ([" ", "--videos", videos], "query"), (["--videos", videos, "a dog"], "a dog", "before --videos"),
+            (["x", "--videos", tmp_path / "nowhere"], "nowhere", "no such folder"), (["x", "--videos", videos, "--window", "nan"], "nan"),
+            (["x", "--videos", tmp_path / "empty"], "empty", "no videos"), (["x", "--videos", videos, "--top", 0], "--top", "0"),
+            (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
+            (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt")):
         status, out, err = called(capsys, monkeypatch, "--ckpt", good, "--workers", 0, "--device", "cpu", *arguments, room=se)
+        err = "".join(line for line in err.splitlines(True) if not line.startswith((str(good), "encoded 0")))
         assert one_error(status, out, err, *words), (arguments, status, err)
+    status, out, err = called(capsys, monkeypatch, "x", "--ckpt", good, "--videos", tmp_path / "bad", "--workers", 0, room=se)
+    assert status == 2 and "1 unreadable left out" in err and "nothing to search" in err.splitlines()[-1] and "x.mp4" in err
 
 
-def test_search_refreshes_its_index(folder, tmp_path, capsys, monkeypatch):
-    """New, changed and gone files; a second query encodes nothing; other weights start anew; scores are the exact ones."""
+def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
+    """New, changed and gone files; a second query encodes nothing; other weights and windows live side by side."""
     for v in range(3):
         noise_video(tmp_path / f"v{v}.mp4", v)
     (tmp_path / "below").mkdir()
     noise_video(tmp_path / "below" / "v3.MP4", 3)
     (tmp_path / "notes.txt").write_text("not a video")
-
-    def query(*more, ckpt=folder / "model.pt"):
-        arguments = ["--ckpt", ckpt, "a red dog", "--videos", tmp_path, "--workers", 0, "--device", "cpu", *more]
-        status, out, err = called(capsys, monkeypatch, *arguments, room=se)
-        assert status == 0, err
-        return out
-    out = query("a cat", "--top", 3, "--json", tmp_path / "hits.json")
-    assert "encoded 4 videos, 4 in the index" in out and "a cat" in out
+    query = lambda *more, **options: ask("a red dog", *more, "--videos", tmp_path, **options)
+    out, err = query("--top", 3, "a cat", "--json", tmp_path / "hits.json")
+    assert "encoded 4 videos, 4 in the index, 4 pieces" in err and "\na cat\n rank   score  at       file\n    1 " in out
     hits = json.loads((tmp_path / "hits.json").read_text())
-    assert [h["rank"] for h in hits["a red dog"]] == [1, 2, 3] and list(hits) == ["a red dog", "a cat"]
+    assert list(hits) == ["a red dog", "a cat"] and [h["rank"] for h in hits["a red dog"]] == [1, 2, 3]
+    assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
     f = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
-    scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f)[0]
+    scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in scores.argsort(descending=True)[:3]]
     for h, (score, file) in zip(hits["a red dog"], expected):
-        assert abs(h["score"] - score) < 1e-3 and h["file"] == file  # float16 in the index
-    index = torch.load(tmp_path / se.INDEX, weights_only=True)
-    assert index["frames"].dtype == index["mean"].dtype == torch.float16
-    assert index["frames"].shape == (4, T, D) and list(index["files"]) == files
+        assert abs(h["score"] - score) < 1e-3 and h["file"] == file and (h["start"], h["end"]) == (0, 0.75)  # float16 in the index
+        assert f"{h['score']:.4f}  0:00:00  {os.path.relpath(file, tmp_path)}\n" in out  # one piece: no span
 
-    assert "encoded 0 videos, 4 in the index" in query()
+    first = shards(tmp_path)
+    body = (tmp_path / se.INDEX / first[0]).read_bytes()
+    assert len(first) == 1 and "encoded 0 videos, 4 in the index" in query()[1] and shards(tmp_path) == first
     noise_video(tmp_path / "v4.mp4", 4)        # new
     noise_video(tmp_path / "v1.mp4", 11)       # changed
     os.utime(tmp_path / "v1.mp4", ns=(1, 1))
-    (tmp_path / "v0.mp4").unlink()             # gone
-    assert "encoded 2 videos, 4 in the index" in query()
-    kept, again = se.build_index(model, str(tmp_path)), torch.load(tmp_path / se.INDEX, weights_only=True)
-    files = ["below/v3.MP4", "v1.mp4", "v2.mp4", "v4.mp4"]
+    (tmp_path / "v2.mp4").rename(tmp_path / "v2.txt")  # gone
+    assert "encoded 0 videos, 4 in the index" in query("-n")[1]  # no look at what is there
+    assert "encoded 2 videos, 4 in the index" in query()[1]
+    assert shards(tmp_path)[0] == first[0] and (tmp_path / se.INDEX / first[0]).read_bytes() == body  # never rewritten
+    files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v4.mp4"]
+    index = se.build_index(model, [str(tmp_path)])
     fresh = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
-    assert kept.names == list(again["files"]) == files and (kept.frames.float() - fresh).abs().max() < 1e-2 * fresh.abs().max()
-    assert (kept.mean.float() - se.pooled(fresh)).abs().max() < 1e-3
+    assert sorted(index.shown) == files and index.shards[0].frames.dtype == index.shards[0].mean.dtype == torch.float16
+    for row, number in enumerate(index.file.tolist()):
+        if number >= 0:
+            s = 0 if row < 4 else 1
+            f = fresh[files.index(index.shown[number])]
+            assert (index.shards[s].frames[row - 4 * s].float() - f).abs().max() < 1e-2 * f.abs().max()
+            assert (index.shards[s].mean[row - 4 * s].float() - se.pooled(f[None])[0]).abs().max() < 1e-3
+    (tmp_path / "v2.txt").rename(tmp_path / "v2.mp4")
+    assert "encoded 0 videos, 5 in the index" in query()[1]  # its rows were still there
 
-    (tmp_path / se.INDEX).write_bytes((tmp_path / se.INDEX).read_bytes()[:3000])  # damaged
-    out = query()
-    assert "not a readable index" in out and "encoded 4 videos, 4 in the index" in out
     with torch.no_grad():
-        model.clip.visual.proj += 0.1
+        model.clip.visual.proj[3, 5] += 0.1
     save_checkpoint(tmp_path / "other.pt", model, tokenizer, {})
-    out = query(ckpt=tmp_path / "other.pt")
-    assert "other weights" in out and "encoded 4 videos, 4 in the index" in out and "encoded 0 videos" in query(ckpt=tmp_path / "other.pt")
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+    assert "encoded 5 videos, 5 in the index" in query(ckpt=tmp_path / "other.pt")[1]
+    assert "encoded 5 videos, 5 in the index, 15 pieces" in query("--window", .25)[1]
+    for more, ckpt in (([], folder / "model.pt"), ([], tmp_path / "other.pt"), (["--window", .25], folder / "model.pt")):
+        assert "encoded 0 videos, 5 in the index" in query(*more, ckpt=ckpt)[1]
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".part")]
 
 
-def test_an_index_survives_a_kill(folder, tmp_path):
-    """A folder of many videos takes hours: what was encoded before a kill -9 is not encoded again, and the result is the same."""
-    for k in range(40):
-        noise_video(tmp_path / f"{k:02d}.mp4", k)
-    script = "import sys, search; search.CHUNK, search.SAVE_SECONDS = 3, 0; sys.exit(search.run(search.main))"
-    arguments = ["--ckpt", folder / "model.pt", "noise", "--videos", tmp_path, "--workers", "0", "--device", "cpu", "--top", "40"]
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    env = {**os.environ, **ENV, "PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not (tmp_path / se.INDEX).exists() and time.time() < deadline:
-        time.sleep(0.002)
-    job.kill()
-    job.wait()
-    had = len(torch.load(tmp_path / se.INDEX, weights_only=True)["files"])
-    assert 3 <= had < 40 and had % 3 == 0
-    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100).stdout
-    assert f"encoded {40 - had} videos, 40 in the index" in again
-    (tmp_path / se.INDEX).unlink()
-    anew = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100).stdout
-    assert "encoded 40 videos" in anew and again.splitlines()[-40:] == anew.splitlines()[-40:]
+def test_damaged_shards_are_left_out(ask, tmp_path):
+    for v in range(2):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    before = ask("noise", "--videos", tmp_path)[0]
+    for damage in (lambda body: body[:3000], lambda body: b"", lambda body: b"\0" * len(body), lambda body: body[:-700] + bytes(700)):
+        path = tmp_path / se.INDEX / shards(tmp_path)[0]
+        path.write_bytes(damage(path.read_bytes()))
+        out, err = ask("noise", "--videos", tmp_path)
+        assert out == before and err.count("is damaged and left out") == 1 and "encoded 2 videos, 2 in the index" in err
+        path.unlink()
+    (path,) = [tmp_path / se.INDEX / name for name in shards(tmp_path)]
+    content = torch.load(path, weights_only=True)
+    torch.save(dict(content, frames=content["frames"][:1]), path)  # parts that don't fit together
+    assert "is damaged and left out" in ask("noise", "--videos", tmp_path)[1]
 
 
-def test_search_with_bad_videos_and_folders(folder, run, tmp_path, capsys, monkeypatch):
+def test_mostly_empty_shards_are_repacked(ask, tmp_path, monkeypatch):
+    for v in range(5):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    ask("noise", "--videos", tmp_path)
+    (tmp_path / "0.mp4").unlink()
+    first = shards(tmp_path)
+    ask("noise", "--videos", tmp_path)
+    ask("noise", "--videos", tmp_path / "1.mp4")  # the others were not asked for: they are not gone
+    assert shards(tmp_path) == first
+    for v in (1, 2):
+        (tmp_path / f"{v}.mp4").unlink()
+    before = ask("noise", "--videos", tmp_path)[0]
+    assert shards(tmp_path) != first and sorted(held(tmp_path)) == ["3.mp4", "4.mp4"]
+    monkeypatch.setattr(se, "SMALL", 3)
+    for v in range(5, 8):
+        noise_video(tmp_path / f"{v}.mp4", v)
+        out = ask("noise", "--videos", tmp_path)[0]
+    assert len(shards(tmp_path)) == 2 and sorted(held(tmp_path)) == [f"{v}.mp4" for v in range(3, 8)]
+    assert ask("noise", "--videos", tmp_path)[0] == out and set(before.split()) - {str(r) for r in range(9)} <= set(out.split())
+
+
+def test_pieces_and_the_moment(folder, ask, tmp_path):  # noqa: F811
+    """A long video by its best piece, or all pieces; the time is that of the frame nearest to the text."""
+    g = torch.Generator().manual_seed(5)
+    scenes = F.interpolate(torch.rand(12, 3, 4, 4, generator=g), size=(32, 48)) * 255
+    write_video(tmp_path / "long.mp4", scenes.permute(0, 2, 3, 1).byte().repeat_interleave(300, 0), fps=1)  # an hour
+    noise_video(tmp_path / "short.mp4", 1)
+    out, _ = ask("a red dog", "--videos", tmp_path, "--window", 600, "--top", 9, "--json", tmp_path / "best.json")
+    assert re.search(r"\n +\d  0\.\d{4}  (0:[0-5]\d:[0-5]\d)  long.mp4   \(0:\d0:00 to [01]:\d0:00\)\n", out), out
+    ask("a red dog", "--videos", tmp_path, "--window", 600, "--pieces", "--top", 9, "--json", tmp_path / "all.json")
+    best, every = (answers(tmp_path / name, "a red dog") for name in ("best.json", "all.json"))
+    assert len(best) == 2 and len(every) == 7
+    model, tokenizer, _ = load_checkpoint(folder / "model.pt")
+    t = model.encode_text(tokenizer(["a red dog"])).detach()
+    transform, expected = data.test_transform(16), []
+    for name in ("long.mp4", "short.mp4"):
+        for piece in read_pieces(tmp_path / name, T, 600):
+            f = model.encode_video(transform(piece.frames)[None]).detach()
+            at = piece.times[F.cosine_similarity(t[:, None], f, dim=-1)[0].argmax()]
+            expected.append((model.score(t, f, expected=True).item(), name, at, piece.start, piece.end))
+    expected.sort(key=lambda x: -x[0])
+    assert [(os.path.basename(x["file"]), x["at"], x["start"], x["end"]) for x in every] == [
+        (name, round(at, 3), round(start, 3), round(end, 3)) for _, name, at, start, end in expected]
+    assert [x["score"] for x in every] == pytest.approx([x[0] for x in expected], abs=1e-3)
+    assert [x["start"] for x in best] == [next(x for x in every if x["file"] == file["file"])["start"] for file in best]
+    whole = ask("a red dog", "--videos", tmp_path, "--window", 0, "--pieces", "--top", 9)[0]
+    assert len(whole.strip().splitlines()) == 4 and "(" not in whole
+
+
+def test_bad_videos_and_odd_names(ask, run, folder, tmp_path):  # noqa: F811
+    """What can't be read is named and left out; hostile names and lists do no harm."""
     noise_video(tmp_path / "good.mp4", 0)
     (tmp_path / "bad.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:200])
-    arguments = ["--ckpt", folder / "model.pt", "x", "--videos", tmp_path, "--workers", 0, "--device", "cpu"]
-    status, _, err = called(capsys, monkeypatch, *arguments, room=se)
-    assert status == 2 and "bad.mp4" in err and "--skip-bad" in err and len(err.strip().splitlines()) == 1
-    status, out, _ = called(capsys, monkeypatch, *arguments, "--skip-bad", room=se)  # what was encoded before the error is not lost
-    assert status == 0 and "encoded 0 videos, 1 in the index; 1 unreadable ones left out: bad.mp4" in out
-    odd = os.fsencode(tmp_path) + b"/caf\xe9.mp4"  # not Unicode: found and shown, whatever the terminal's encoding
-    os.link(tmp_path / "good.mp4", odd)
-    done = run("search.py", *arguments, "--skip-bad", env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
-    assert done.returncode == 0 and "caf\\udce9.mp4" in done.stdout, done.stderr
-    os.unlink(odd)
-    status, _, err = called(capsys, monkeypatch, *arguments, room=se)  # known from the index, and still an error
-    assert status == 2 and "bad.mp4" in err
+    for name, text in PLAYLISTS.items():
+        (tmp_path / name).write_text(text.format(other="good.mp4"))
+    out, err = ask("x", "--videos", tmp_path)
+    assert "encoded 1 videos, 1 in the index, 1 pieces; 7 unreadable left out: " in err and "bad.mp4" in err
+    assert [line.split()[-1] for line in out.strip().splitlines()[2:]] == ["good.mp4"]
+    out, err = ask("x", "--videos", tmp_path)  # not tried again until it changes, and still named
+    assert "encoded 0 videos, 1 in the index" in err and "bad.mp4" in err and len(err.splitlines()) == 2
+    for k in range(8):
+        (tmp_path / f"b{k}.mp4").touch()
+    err = ask("x", "--videos", tmp_path)[1]
+    assert "15 unreadable" in err and err.count(".mp4") + err.count(".ts") == 10 and err.endswith(", ...\n")
     noise_video(tmp_path / "bad.mp4", 1)  # repaired
-    status, out, _ = called(capsys, monkeypatch, *arguments, room=se)
-    assert status == 0 and "encoded 1 videos, 2 in the index" in out
-    (tmp_path / se.INDEX).unlink()
-    (tmp_path / se.INDEX).mkdir()  # nothing can be written there
-    status, out, _ = called(capsys, monkeypatch, *arguments, room=se)
-    assert status == 0 and "searching without saving" in out and "good.mp4" in out
-    assert sorted(os.listdir(tmp_path)) == [se.INDEX, "bad.mp4", "good.mp4"]
+    assert "encoded 1 videos, 2 in the index" in ask("x", "--videos", tmp_path)[1]
+
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for name in (b"caf\xe9.mp4", b"\x1b]0;owned\x07\x1b[31m.mp4", b"new\nline.mp4", b"\x7f\xc2\x9b.mp4", "\u202egpj.mp4".encode(), b"<b>.mp4"):
+        os.link(tmp_path / "good.mp4", os.fsencode(odd) + b"/" + name)
+    (odd / "\x1b[2Jbad.mp4").write_text("")
+    done = run("search.py", "x", "--ckpt", folder / "model.pt", "--videos", odd, "--workers", 1, "--top", 9, "--report", tmp_path / "r.html",
+               env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0, done.stderr
+    for text in (r"caf\udce9.mp4", r"\x1b]0;owned\x07\x1b[31m.mp4", r"new\nline.mp4", r"\x7f\x9b.mp4", r"\u202egpj.mp4", "<b>.mp4"):
+        assert text in done.stdout
+    assert r"\x1b[2Jbad.mp4" in done.stderr
+    page = (tmp_path / "r.html").read_text()
+    assert "&lt;b&gt;.mp4" in page and "<b>.mp4" not in page
+    for text in (done.stdout, done.stderr, ask("-f", "x", "--videos", odd)[0], page):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+def test_where_the_index_goes(ask, tmp_path):
+    (tmp_path / "v").mkdir()
+    noise_video(tmp_path / "v" / "a.mp4", 0)
+    (tmp_path / "v" / se.INDEX).write_text("nothing can be written here")
+    out, err = ask("x", "--videos", tmp_path / "v")
+    assert "cannot write" in err and "searching without saving" in err and "--index" in err and "a.mp4" in out
+    for _ in range(2):
+        out, err = ask("x", "--videos", tmp_path / "v", "--index", tmp_path / "index")
+    assert "encoded 0 videos, 1 in the index" in err and "cannot" not in err
+    (tmp_path / "w").mkdir()
+    noise_video(tmp_path / "w" / "a.mp4", 1)
+    noise_video(tmp_path / "w" / "b.mp4", 2)
+    ask("x", "--videos", tmp_path / "w", "--index", tmp_path / "index")  # another folder's videos in the same place
+    assert "encoded 0 videos, 1 in the index" in ask("x", "--videos", tmp_path / "v", "--index", tmp_path / "index")[1]
+    assert sorted(os.listdir(tmp_path / "v")) == [se.INDEX, "a.mp4"]
+
+
+def test_several_folders_and_files(ask, tmp_path):
+    for name in ("v", "w"):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            noise_video(tmp_path / name / f"{k}.mp4", k + 7 * (name == "w"))
+    files = lambda *paths: sorted(ask("-f", "x", "--top", 9, "--videos", *paths)[0].splitlines())
+    all_ = [str(tmp_path / name / f"{k}.mp4") for name in "vw" for k in range(2)]
+    assert files(tmp_path / "v", tmp_path / "w") == files(tmp_path) == all_
+    assert files(tmp_path / "v", all_[3]) == all_[:2] + all_[3:]
+    assert files(all_[1]) == all_[1:2] and files(tmp_path, tmp_path / "v", all_[0]) == all_  # each once
+
+
+def test_queries_from_a_pipe_and_output_for_programs(ask, run, folder, monkeypatch, tmp_path):  # noqa: F811
+    videos = folder / "videos"
+    lines = lambda text: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    lines(b"a dog\n\n  \na c\xe9t")
+    out, _ = ask("--videos", videos, "--json", tmp_path / "x.json")
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert list(found) == ["a dog", "a c\ufffdt"] and re.findall(r"\n(a .*)\n rank", out) == list(found)
+    lines(b"a dog\n")
+    out, err = ask("--videos", videos, "--json", "-")
+    assert same(json.loads(out)["a dog"], found["a dog"])  # nothing else on standard output
+    lines(b"a dog\nmore\n")
+    out, _ = ask("-f", "--top", 2, "--videos", videos)
+    assert out.splitlines()[:2] == [x["file"] for x in found["a dog"][:2]] and len(out.splitlines()) == 4
+    lines(b"\n")
+    out, err = ask("--videos", videos, expect=2)
+    assert "error: no query" in err and out == ""
+    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(videos), "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
+    job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **ENV})
+    job.stdin.write(b"a dog\n" * 5000)
+    job.stdin.flush()
+    job.stdout.readline()
+    job.stdout.close()  # as head does
+    with contextlib.suppress(BrokenPipeError):
+        job.stdin.close()
+    err = job.stderr.read().decode()
+    assert job.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+def test_a_terminal_is_asked(folder):  # noqa: F811
+    pid, terminal = pty.fork()
+    if pid == 0:
+        status = 99
+        try:
+            torch.set_num_threads(1)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            sys.argv = ["search.py", "--videos", str(folder / "videos"), "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
+            status = ev.run(se.main)
+        finally:
+            os._exit(status)
+    seen = b""
+
+    def read_until(mark, times):
+        nonlocal seen
+        while seen.count(mark) < times:
+            seen += os.read(terminal, 4096)
+    read_until(b"query> ", 1)
+    os.write(terminal, b"a dog\n")
+    read_until(b"query> ", 2)
+    os.write(terminal, b"\n")
+    read_until(b"query> ", 3)
+    os.write(terminal, b"\x04")  # Ctrl-D
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(terminal, 4096):
+            seen += part
+    assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
+
+
+# ---- kills, and many at once ----
+
+def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F811
+    """kill -9 at five random moments: at most what is younger than the last shard is lost, and the results are the same."""
+    monkeypatch.setattr(se, "FULL", 3)
+    ckpt, peace = folder / "model.pt", tmp_path / "peace"
+    peace.mkdir()
+    for k in range(40):
+        noise_video(peace / f"{k:02d}.mp4", k)
+    shutil.copytree(peace, tmp_path / "war")
+    arguments = ["noise", "--window", .25, "--top", 40, "--batch", 4]
+    began = time.time()
+    assert ended(forked(*arguments, "--videos", peace, "--json", tmp_path / "peace.json", ckpt=ckpt)) == 0
+    took, moments, had = time.time() - began, random.Random(0), 0
+    for k in range(5):
+        pid = forked(*arguments, "--videos", tmp_path / "war", ckpt=ckpt)
+        time.sleep(took / 4 * moments.random() + took / 20)
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) in (-signal.SIGKILL, 0)
+        now = held(tmp_path / "war") if (tmp_path / "war" / se.INDEX).exists() else []
+        assert len(now) == len(set(now)) >= had  # nothing twice, nothing lost
+        had = len(now)
+    assert 0 < had < 40
+    _, err = ask(*arguments, "--videos", tmp_path / "war", "--json", tmp_path / "war.json")
+    assert f"encoded {40 - had} videos, 40 in the index, 120 pieces" in err
+    assert same([dict(x, file=x["file"].replace("/war/", "/peace/")) for x in answers(tmp_path / "war.json")], answers(tmp_path / "peace.json"))
+
+
+def test_two_searches_at_once(folder, tmp_path, ask, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(se, "FULL", 3)
+    (tmp_path / "v").mkdir()
+    for k in range(20):
+        noise_video(tmp_path / "v" / f"{k:02d}.mp4", k)
+    arguments = ["noise", "--videos", tmp_path / "v", "--top", 20]
+    pids = [forked(*arguments, "--json", tmp_path / f"{k}.json", ckpt=folder / "model.pt") for k in range(2)]
+    assert [ended(pid) for pid in pids] == [0, 0]
+    _, err = ask(*arguments, "--json", tmp_path / "after.json")
+    assert "encoded 0 videos, 20 in the index, 20 pieces" in err
+    for k in range(2):
+        assert same(answers(tmp_path / f"{k}.json"), answers(tmp_path / "after.json")) and len(answers(tmp_path / f"{k}.json")) == 20
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_two_processes_are_one(folder, tmp_path, ask, monkeypatch, saved):  # noqa: F811
+    """Each encodes its share into its own shards and searches its share of the shards; also where nothing can be saved."""
+    monkeypatch.setattr(se, "FULL", 3)
+    (tmp_path / "v").mkdir()
+    for k in range(11):
+        noise_video(tmp_path / "v" / f"{k:02d}.mp4", k)
+    (tmp_path / "v" / "bad.mp4").write_text("")
+    arguments = ["noise", "more", "--videos", tmp_path / "v", "--window", .25, "--top", 4, "--shortlist", 9]
+    if not saved:
+        (tmp_path / "v" / se.INDEX).write_text("")
+    job = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    pids = [forked(*arguments, "--json", tmp_path / "two.json", ckpt=folder / "model.pt", RANK=str(k), LOCAL_RANK=str(k), **job) for k in range(2)]
+    assert [ended(pid) for pid in pids] == [0, 0]
+    if saved:
+        assert len(held(tmp_path / "v")) == 12 and len(shards(tmp_path / "v")) > 2
+        assert "encoded 0 videos, 11 in the index" in ask(*arguments)[1]
+        shutil.rmtree(tmp_path / "v" / se.INDEX)
+    ask(*arguments, "--json", tmp_path / "one.json")
+    for query in ("noise", "more"):
+        assert same(answers(tmp_path / "one.json", query), answers(tmp_path / "two.json", query))
+
+
+# ---- the two stages ----
+
+def gallery(f, sizes, pieces_of=1):
+    """An Index of features (V,T,D) in shards of these sizes, so many pieces to a file."""
+    parts, names = f.half().split(sizes), []
+    shards_ = []
+    for part in parts:
+        P = len(part)
+        times = torch.arange(T).float().expand(P, T)
+        spans = torch.arange(P).float()[:, None] + torch.tensor([0., 1.])
+        shards_.append(se.Shard(part, se.pooled(part).half(), times, spans, torch.arange(P).int() // pieces_of, []))
+    file = torch.arange(len(f)) // pieces_of
+    names = [f"{v:04d}" for v in range(int(file.max()) + 1)]
+    return se.Index(shards_, torch.tensor([0, *sizes]).cumsum(0), file, names, names)
 
 
 @pytest.mark.parametrize("trials, method", [
-    (0, {}), (5, {}), (5, dict(heads=4, radius="scaled")), (5, dict(pooling="mean")), (5, dict(radius="none"))])
-def test_search_is_exact(trials, method):
-    """Over everything: the order of `score`. A shortlist as long as the gallery: the same. Shards: merged as the whole."""
+    (0, {}), (5, {}), (5, dict(heads=4, radius="scaled")), (5, dict(pooling="mean")), (5, dict(pooling="query")), (5, dict(radius="none"))])
+@pytest.mark.parametrize("expected", [False, True])
+def test_search_is_exact(trials, method, expected):
+    """Over everything: the order of `score`. A shortlist as long as the gallery: the same. However it is cut into shards."""
     model, g = make(**method), torch.Generator().manual_seed(1)
     t, f = torch.randn(3, D, generator=g), torch.randn(50, 1, D, generator=g) + 0.7 * torch.randn(50, T, D, generator=g)
-    half = f.half()
-    index = se.Index(half, se.pooled(half).half(), [str(v) for v in range(50)])
-    scores, ids = model.score(t, half.float(), trials).sort(dim=1, descending=True)
-    for shortlist in (0, 50):
-        found, where = se.search(model, t, index, shortlist, top=7, trials=trials)
-        assert torch.equal(where, ids[:, :7]) and (found - scores[:, :7]).abs().max() < 1e-6
-    parts = []
-    for first, last in ((0, 20), (20, 50)):
-        found, where = se.search(model, t, se.Index(half[first:last], index.mean[first:last], index.names[first:last]), 0, 7, trials)
-        parts.append((found, where + first))
-    assert torch.equal(se.merge(parts, 7)[1], ids[:, :7])
-    points = (F.normalize(t, dim=-1) @ index.mean.float().T).sort(dim=1, descending=True).indices
-    found, where = se.search(model, t, index, 4, 4, trials)
-    assert all(set(a.tolist()) == set(b.tolist()) for a, b in zip(where, points[:, :4]))
-    assert (found - model.score(t, half.float(), trials).gather(1, where)).abs().max() < 1e-6 and (found.diff(dim=1) <= 0).all()
-    assert se.search(model, t, index, 1000, top=99, trials=trials)[1].shape == (3, 50)
+    scoring = dict(trials=trials, expected=expected)
+    scores, ids = model.score(t, f.half().float(), **scoring).sort(dim=1, descending=True)
+    for sizes in ([50], [20, 0, 30], [1] * 50):
+        index = gallery(f, sizes)
+        for shortlist in (0, 50):
+            for i, hits in enumerate(se.search(model, t, index, shortlist, top=7, **scoring)):
+                assert [x.file for x in hits] == ids[i, :7].tolist()
+                assert [x.score for x in hits] == pytest.approx(scores[i, :7].tolist(), abs=1e-6)
+    mean = torch.cat([shard.mean for shard in index.shards]).float()
+    points = (F.normalize(t, dim=-1) @ mean.T).sort(dim=1, descending=True).indices
+    for i, hits in enumerate(se.search(model, t, index, 4, 4, **scoring)):
+        assert {x.file for x in hits} == set(points[i, :4].tolist())
+        exact = model.score(t[i:i + 1], f.half().float()[[x.file for x in hits]], **scoring)[0]
+        assert [x.score for x in hits] == pytest.approx(exact.tolist(), abs=1e-6) and (exact.diff() <= 0).all()
+    assert [len(hits) for hits in se.search(model, t, index, 1000, top=99, **scoring)] == [50] * 3
+
+
+def test_one_row_per_file_however_many_pieces_it_has():
+    """The shortlist grows until it holds enough files; rows that don't count never show; scores that aren't numbers neither."""
+    model, g = make(), torch.Generator().manual_seed(1)
+    t, f = torch.randn(1, D, generator=g), torch.randn(60, T, D, generator=g)
+    f[:20] = t + 0.1 * f[:20]  # all pieces of two files are nearer to the text than those of the others
+    index = gallery(f, [20, 40], pieces_of=10)
+    (hits,) = se.search(model, t, index, shortlist=3, top=5)
+    assert len(hits) == 5 and sorted(x.file for x in hits[:2]) == [0, 1] and len({x.file for x in hits}) == 5
+    scores = model.score(t, f.half().float())[0]
+    assert [x.score for x in hits] == pytest.approx([scores[10 * x.file:10 * x.file + 10].max().item() for x in hits], abs=1e-6)
+    (hits,) = se.search(model, t, index, shortlist=3, top=3, pieces=True)
+    assert len(hits) == 3 and all(x.file < 2 for x in hits)
+    index.file[:10] = -1  # a file that is gone
+    for shortlist in (0, 3):
+        assert se.search(model, t, index, shortlist, top=6)[0][0].file == 1 and len(se.search(model, t, index, shortlist, top=6)[0]) == 5
+    index.shards[0].frames[15] = torch.nan
+    assert len(se.search(model, t, index, 0, top=60, pieces=True)[0]) == 49
+
+
+def test_equal_scores_stand_in_the_order_of_names():
+    model = make()
+    f = torch.randn(1, T, D, generator=torch.Generator().manual_seed(1)).expand(12, T, D)
+    (hits,) = se.search(model, torch.randn(1, D), gallery(f, [5, 7], pieces_of=2)._replace(paths=list("fedcba")), 0, top=3)
+    assert [x.file for x in hits] == [5, 4, 3] and [x.start for x in hits] == [5, 3, 1]
