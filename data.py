@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
-from shapes import DataError, Parser, numeric, program, render_shapes, written_whole
+from shapes import DataError, Parser, numeric, program, shapes_table, written_whole
 
 
 class Clip(NamedTuple):
@@ -540,8 +540,7 @@ def load_annotations(name_or_csv, root=None, split="train"):
         return _collect(read_csv(name, root or Path(name).parent, split))
     root = Path(root or Path("data") / name.split("-")[0])
     if name == "shapes":
-        render_shapes(root)
-        return _collect(read_csv(root / "captions.csv", root, split))
+        return _collect(read_csv(shapes_table(root), root, split))
     if name not in READERS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(['shapes', *READERS])}, or give the path of a .csv file")
     if not root.is_dir():

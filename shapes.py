@@ -96,8 +96,9 @@ COLOURS = [["red", "crimson"], ["orange", "tangerine"], ["yellow", "golden"], ["
 WORDS = [SKIES, GROUNDS, THINGS, COLOURS, THINGS, COLOURS]  # the six facts, in order
 FORMS = ["{a} and {b} {ground} {sky}", "{a} next to {b} {ground} {sky}", "{sky}, {a} beside {b} {ground}",
          "there is {a} with {b} {ground} {sky}", "{sky} we see {a} and {b} {ground}", "a video that shows {a} near {b} {ground}, {sky}"]
-CAPTIONS, FRAMES, RATE, SIDE = 4, 24, 8, 96  # captions per training video; frames per video, and per second; pixels
-SHAPES_VERSION = 1                           # of what is drawn and told
+CAPTIONS = dict(train=4, val=1, test=8)  # per video; a test of 4,000 queries has a quarter of the sampling noise of one of 500
+FRAMES, RATE, SIDE = 24, 8, 96           # frames per video, and per second; pixels
+SHAPES_VERSION = 2                       # of what is drawn and told
 
 
 def rgb(*codes):
@@ -229,7 +230,8 @@ def tell(facts, generator, forms, other):
         sky, ground, *things = [words[fact][k] if fact >= 0 else "" for fact, k, words in zip(row, second, WORDS)]
         a, b = (f"{colour} {thing}".strip() for thing, colour in (things[:2], things[2:]))
         a, b = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (a, b))
-        texts.append(" ".join(forms[form].format(a=a, b=b, sky=sky, ground=ground).split()).strip(" ,"))
+        text = " ".join(forms[form].format(a=a, b=b, sky=sky, ground=ground).split())
+        texts.append(text.replace(" ,", ",").strip(" ,"))
     return texts, says
 
 
@@ -258,7 +260,7 @@ class ShapesVideos(Dataset):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 63)
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
-        told = torch.randint(shots, (CAPTIONS if self.splits[i] == "train" else 1,), generator=generator)
+        told = torch.randint(shots, (CAPTIONS[self.splits[i]],), generator=generator)
         captions, says = tell(facts[told], generator, FORMS, .2)
         if not self.path(i).exists():
             extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
@@ -301,24 +303,56 @@ def oracle_ceiling(facts, owner, says, target):
     return 100 * sum((video in found) / len(found) for video, found in zip(target.tolist(), fits)) / len(fits)
 
 
+def shapes_of(root):
+    """What of this data set a folder holds, as its shapes.json says. -> (settings, whole?); ({}, False) where it may be made.
+
+    Nobody's files are replaced: a folder with anything else in it is a DataError, and so is an older version of ours.
+    """
+    root, settings = Path(root), {}
+    try:
+        if root.exists() and not any(root.iterdir()):
+            return {}, False
+        settings = json.loads((root / "shapes.json").read_text(encoding="utf-8"))["settings"]
+        numbers, version = [settings[split] for split in CAPTIONS], settings["version"]
+    except FileNotFoundError:
+        if not root.exists():
+            return {}, False
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if not settings:
+        raise DataError(f"{root} is no empty folder, and nothing that shapes.py made: choose another --root")
+    if version != SHAPES_VERSION:
+        raise DataError(f"{root} holds version {version} of shapes, and this is version {SHAPES_VERSION}: delete that folder (or choose "
+                        f"another --root) and make it anew: python shapes.py --root {root} --videos {' '.join(map(str, numbers))}")
+    return settings, (root / "captions.csv").exists()
+
+
+def shapes_table(root):
+    """The captions.csv of a data set that is there; reading makes nothing."""
+    settings, whole = shapes_of(root)
+    if not whole:
+        raise DataError(f"{root} {'is not whole: rendering was stopped' if settings else 'holds no videos of shapes yet'}: `python train.py "
+                        f"--root {root}` renders them first, or type: python shapes.py --root {root} --videos 1500 100 500")
+    return Path(root) / "captions.csv"
+
+
 def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
-    """Make the data set unless it is there: videos/*.mp4, shapes.json (settings, oracle ceiling), captions.csv (video, caption, split).
+    """Make the data set unless one is there: shapes.json (settings, oracle ceiling), videos/*.mp4, captions.csv (video, caption, split).
 
     captions.csv comes last: until then the next call goes on where this one was stopped. The files don't depend on the number of workers.
     """
-    root = Path(root)
-    table, about = root / "captions.csv", root / "shapes.json"
-    if table.exists():
+    root, wanted = Path(root), dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    begun, whole = shapes_of(root)
+    if whole:
         return
-    settings = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    if begun and begun != wanted:
+        raise DataError(f"{root} holds an unfinished data set of other settings ({begun}): delete it, or choose another --root")
     videos = ShapesVideos(root / "videos", train, val, test, seed)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     try:
-        videos.folder.mkdir(parents=True, exist_ok=True)
-        if not about.exists() or json.loads(about.read_text())["settings"] != settings:
-            for i in range(len(videos)):
-                videos.path(i).unlink(missing_ok=True)  # of another rendering that was stopped
-            write_text(about, json.dumps(dict(settings=settings)))
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
+        videos.folder.mkdir(exist_ok=True)
         rows, facts, owner, says, target = [("video", "caption", "split")], [], [], [], []
         for i, item in enumerate(DataLoader(videos, batch_size=None, num_workers=workers)):
             if isinstance(item, DataError):
@@ -326,14 +360,15 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
             captions, shots, said = item
             rows += [(f"videos/{videos.path(i).name}", caption, videos.splits[i]) for caption in captions]
             if videos.splits[i] == "test":
-                facts, owner, says, target = facts + shots, owner + [i] * len(shots), says + said, target + [i]
+                facts, owner = facts + shots, owner + [i] * len(shots)
+                says, target = says + said, target + [i] * len(said)
             if (i + 1) % 300 == 0 or i + 1 == len(videos):
                 print(f"rendering {root}: {i + 1}/{len(videos)} videos", file=sys.stderr, flush=True)
         ceiling = oracle_ceiling(*map(torch.tensor, (facts, owner, says, target))) if target else None
-        write_text(about, json.dumps(dict(settings=settings, ceiling=ceiling)))
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
         text = io.StringIO(newline="")
         csv.writer(text).writerows(rows)
-        write_text(table, text.getvalue())
+        write_text(root / "captions.csv", text.getvalue())
     except OSError as e:
         raise DataError(f"{root}: the data set shapes can't be written there: {e.strerror or e}; choose another --root") from None
     print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}"
@@ -346,11 +381,7 @@ def render(args):
     """Make a shapes data set. What the folder holds already is never replaced: if it is anything else, that is a mistake. -> 0."""
     wanted = dict(zip(("train", "val", "test"), args.videos), seed=args.seed)
     render_shapes(args.root, **wanted)
-    try:
-        made = json.loads((Path(args.root) / "shapes.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        made = {}
-    if not wanted.items() <= made.items():
+    if not wanted.items() <= shapes_of(args.root)[0].items():
         raise DataError(f"{args.root} holds another data set already: delete it, or choose another --root")
     return 0
 

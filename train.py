@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
 from eval import evaluate, format_metrics, run, start_processes
-from shapes import shapes_pictures
+from shapes import render_shapes, shapes_pictures
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
 # Defaults per data set (as released); every value can be overridden on the command line.
@@ -60,7 +60,8 @@ def parse_args(argv=None):
     g.add_argument("--skip-bad", action="store_true",
                    help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
     g.add_argument("--cache", metavar="DIR",
-                   help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
+                   help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data "
+                        "(default: none; shapes: frames/ beside its videos)")
     g.add_argument("--augment", choices=("crop-flip", "none"), help="of training videos: one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
     g = p.add_argument_group("model (recipe)")
@@ -144,6 +145,8 @@ def _fill_in(args, given):
         args.data = os.path.abspath(args.data)
     if args.root:
         args.root = os.path.abspath(args.root)
+    if name == "shapes" and args.cache is None:
+        args.cache = os.path.abspath(os.path.join(args.root or os.path.join("data", "shapes"), "frames"))
     return name
 
 
@@ -518,7 +521,7 @@ def load_splits(args, job):
     """-> ({train, val, test: Annotations}, the messages of missing videos that --skip-bad left out)."""
     if args.data == "shapes":
         with job.first_alone():
-            data.load_split(args.data, args.root, "train")  # renders on first use
+            render_shapes(args.root or os.path.join("data", "shapes"))  # on first use
     splits, missing = {}, []
     for split in ("train", "val", "test"):
         splits[split], gone = data.present(data.load_split(args.data, args.root, split, args.val_videos, args.seed), args.skip_bad)

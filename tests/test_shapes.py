@@ -100,7 +100,7 @@ def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
     videos, unsaid, second = ShapesVideos(tmp_path, 60, 0, 200, 3), torch.zeros(6), 0
     for i in range(len(videos)):
         captions, shots, says = videos[i]
-        assert len(captions) == (4 if i < 60 else 1) and 2 <= len(shots) <= 4
+        assert len(captions) == (4 if i < 60 else 8) and 2 <= len(shots) <= 4
         for caption, said in zip(captions, says):
             assert understand(caption) == said
             assert any(all(s in (-1, f) for s, f in zip(said, shot)) for shot in shots)
