@@ -2,8 +2,8 @@
 
 Trains what is not trained yet, evaluates what is not evaluated yet, prints the tables of STUDY.md. Stopped at any time,
 the same command goes on. Within a seed all variants start from the same warmed-up CLIP and see the same batches, so
-differences are paired. All is done in one process on one thread, seed by seed. Checkpoints stay in runs/study/; one that
-was evaluated is a line of tests/study.jsonl, and is not evaluated again.
+differences are paired. All is done in one process on one thread, seed by seed. Checkpoints stay in runs/study/; one
+that was evaluated is a line of tests/study.jsonl, and is not evaluated again.
 """
 import argparse
 import json
@@ -122,8 +122,9 @@ def closed_form(model, t, f):
         c = t_i + mean * R
         tau = (c.square().sum(-1) + std ** 2 * R.square().sum(-1)).sqrt()
         g = R * (v - ((c * v).sum(-1) / tau.square())[..., None] * c)
-        parts = dict(cos=cosine(t_i, v), h=t_i.norm(dim=-1) / tau, shift=mean * (R * v).sum(-1) / (v.norm(dim=-1) * tau),
-                     bonus=largest * std * g.norm(dim=-1) / (v.norm(dim=-1) * tau), radius=R.mean(-1),
+        length = v.norm(dim=-1) * tau
+        parts = dict(cos=cosine(t_i, v), h=t_i.norm(dim=-1) / tau, shift=mean * (R * v).sum(-1) / length,
+                     bonus=largest * std * g.norm(dim=-1) / length, radius=R.mean(-1),
                      noise=std * R.norm(dim=-1) / t_i.norm(dim=-1))
         for k, x in parts.items():
             out[k][rows] = x

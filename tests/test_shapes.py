@@ -280,6 +280,7 @@ def test_training_keeps_the_frames_beside_the_videos(tmp_path, run):
 def test_recipes_say_whose_they_are(run):
     shown = " ".join(run("train.py", "--help").stdout.split())
     assert "msrvtt, lsmdc, didemo: as in the released commands. The others are ours" in shown
-    for name, dropout, rate in (("msrvtt", .3, 3e-5), ("msrvtt-7k", .4, 1e-5), ("msvd", .4, 1e-5), ("didemo", .4, 1e-5)):
+    rates = (("msrvtt", .3, 3e-5), ("msrvtt-7k", .4, 1e-5), ("msvd", .4, 1e-5), ("didemo", .4, 1e-5))
+    for name, dropout, rate in rates:
         args = train.parse_args(["--data", name])[0]
         assert (args.dropout, args.head_lr, args.clip_lr) == (dropout, rate, 1e-6)
