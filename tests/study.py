@@ -43,23 +43,20 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 
 # ---- training ----
 
-def keep_frames():
-    """Decode and resize each video once in this process: shapes has no augmentation, so its pixels stay the same."""
-    kept, video = {}, data.VideoDataset.video
+def prepare():
+    """In this process each video is decoded and resized once (shapes has no augmentation: its pixels stay the same), and
+    train.py leaves the test split to `evaluated`."""
+    kept, video, load = {}, data.VideoDataset.video, train.load_splits
 
     def once(self, v):
         if self.clips[v] not in kept:
             kept[self.clips[v]] = video(self, v)
         return kept[self.clips[v]]
-    data.VideoDataset.video = once
 
-
-def without_test(load):
-    """train.load_splits without the test split, which is scored here, with every number of samples."""
-    def splits(args, job):
-        found, missing = load(args, job)
-        return {**found, "test": found["test"].take([])}, missing
-    return splits
+    def without_test(args, job):
+        splits, missing = load(args, job)
+        return {**splits, "test": splits["test"].take([])}, missing
+    data.VideoDataset.video, train.load_splits = once, without_test
 
 
 def trained(runs, name, seed):
@@ -263,7 +260,7 @@ def tables(by):
     for what, head in (("shots", ["2 shots", "3 shots", "4 shots"]), ("colours", thirds)):
         at = [lambda row, k=k: row["groups"][what][k] for k in sorted(next(iter(base.values()))["groups"][what])]
         table(f"t2v R@1 by complexity, {what} (difference to X-Pool, 95 %)", head, by,
-              lambda rows: [f"{cell(rows, value)} ({gap(rows, base, value)})" for value in at])
+              lambda rows: [cell(rows, x) + f" ({gap(rows, base, x)})" * (rows is not base) for x in at])
 
 
 def main():
@@ -276,8 +273,7 @@ def main():
     runs, test = args.runs.resolve(), None
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    keep_frames()
-    train.load_splits = without_test(train.load_splits)
+    prepare()
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     known = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
     for name, seed in [(name, seed) for seed in args.seeds for name in args.only]:
