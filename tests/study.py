@@ -44,7 +44,7 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 # ---- training ----
 
 def prepare():
-    """In this process each video is decoded and resized once (shapes has no augmentation: its pixels stay the same), and
+    """In this process each video is decoded and resized once (shapes has no augmentation: its pixels stay the same) and
     train.py leaves the test split to `evaluated`."""
     kept, video, load = {}, data.VideoDataset.video, train.load_splits
 
