@@ -305,13 +305,18 @@ class CLIP(nn.Module):
                   for n, p in ((3, "visual.transformer.resblocks."), (2, "transformer.resblocks."))]
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
             clip = cls(embed_dim, grid * P, P, W, layers[0], L, vocab_size, text_width, layers[1], quick_gelu)
-        ours = clip.state_dict()
-        for what, keys in (("missing", ours.keys() - sd.keys()), ("unknown", sd.keys() - ours.keys()),
-                           ("of another size", [k for k in ours if k in sd and ours[k].shape != sd[k].shape])):
-            if keys:
-                raise WeightsError(f"weights that don't fit a CLIP with a vision transformer, {what}: {listed(keys)}")
-        clip.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in sd.items()}, assign=True)
+        load_strictly(clip, {k: v.to(torch.float32, copy=True) for k, v in sd.items()}, "a CLIP with a vision transformer")
         return clip
+
+
+def load_strictly(module, sd, what):
+    """The tensors become the module's own, whatever it held; all that doesn't fit is one WeightsError."""
+    ours = module.state_dict()
+    for fault, keys in (("missing", ours.keys() - sd.keys()), ("unknown", sd.keys() - ours.keys()),
+                        ("of another size", [k for k in ours if k in sd and ours[k].shape != sd[k].shape])):
+        if keys:
+            raise WeightsError(f"weights that don't fit {what}, {fault}: {listed(keys)}")
+    module.load_state_dict(sd, assign=True)
 
 
 def listed(keys, most=8):
@@ -395,7 +400,7 @@ def to_openai_names(sd):
     """State dict of an HF CLIPModel, of either open_clip class or of OpenAI's CLIP -> the same tensors under OpenAI's names."""
     if not_tensors := [k for k, v in sd.items() if not torch.is_tensor(v)]:
         raise WeightsError(f"expected a state dict, a dict of tensors; these are none: {listed(not_tensors)}")
-    sd = {k.removeprefix("module.").removeprefix("text."): v for k, v in sd.items()}  # DistributedDataParallel's; CustomTextCLIP's
+    sd = {k.removeprefix("text."): v for k, v in sd.items()}  # CustomTextCLIP's
     if not any(k.startswith("text_model.") for k in sd):
         return sd
     named = {}
@@ -436,33 +441,48 @@ def activation(weights, sd, path):
         return True, "HF's default; a config.json beside the file would tell"
     if "input_resolution" in sd:
         return True, "OpenAI's"
-    named = any(word in path.name.lower().replace("_", "") for word in ("quickgelu", "openai"))
-    return named, f"an open_clip file with{'' if named else 'out'} quickgelu or openai in its name; to change: quick_gelu={not named}"
+    if any(word in path.name.lower().replace("_", "") for word in ("quickgelu", "openai")):
+        return True, "an open_clip file with quickgelu or openai in its name; to change: --activation gelu"
+    return False, "an open_clip file without quickgelu or openai in its name; to change: --activation quickgelu"
+
+
+def find_weights(name_or_path):
+    """"ViT-B/32", "ViT-B/16", "ViT-L/14" (downloaded on first use), or a file -> its path."""
+    if name_or_path in MODELS:
+        file, sha256 = MODELS[name_or_path]
+        return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
+    path = Path(name_or_path)
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
+    return path
 
 
 def load_clip(name_or_path, quick_gelu=None):
-    """"ViT-B/32", "ViT-B/16", "ViT-L/14", or a file -> CLIP in float32; says what it loaded and with which activation.
+    """A name or a file (`find_weights`) -> CLIP in float32; says what it loaded and with which activation.
 
-    Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, checkpoints of this project and of T-MASS and X-Pool
-    as released, of which it takes the CLIP part. quick_gelu=None: by the rule of `activation`.
+    Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, checkpoints of this project and of T-MASS and
+    X-Pool as released, of which it takes the CLIP part. quick_gelu=None: by the rule of `activation`.
     """
-    if name_or_path in MODELS:
-        file, sha256 = MODELS[name_or_path]
-        path = fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
-    else:
-        path = Path(name_or_path)
-        if not path.exists():
-            raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
-    weights = read_weights(path)
-    sd = next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), weights)
-    sd = {str(k).removeprefix("module."): v for k, v in sd.items()}
+    path = find_weights(name_or_path)
+    return clip_from(read_weights(path), path, quick_gelu)
+
+
+def clip_from(weights, path, quick_gelu=None):
+    """The CLIP in what `read_weights` found in a file."""
+    sd = state_dict_in(weights)
     sd = {k.removeprefix("clip."): v for k, v in sd.items() if k.startswith("clip.")} or sd
     try:
         quick, why = activation(weights, sd, path) if quick_gelu is None else (quick_gelu, "as told")
         clip = CLIP.from_state_dict(to_openai_names(sd), quick)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    size, patch = clip.config["image_size"], clip.config["patch_size"]
-    print(f"CLIP from {path}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, {size} px images in patches of {patch}, "
+    size, patch, millions = clip.config["image_size"], clip.config["patch_size"], sum(p.numel() for p in clip.parameters()) / 1e6
+    print(f"CLIP from {path}: {millions:.1f} M parameters, {size} px images in patches of {patch}, "
           f"{'QuickGELU' if quick else 'GELU'} ({why})")
     return clip
+
+
+def state_dict_in(weights):
+    """The state dict that a checkpoint holds, or is, without DistributedDataParallel's prefix."""
+    sd = next((weights[k] for k in ("model", "state_dict") if isinstance(weights.get(k), dict)), weights)
+    return {str(k).removeprefix("module."): v for k, v in sd.items()}

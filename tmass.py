@@ -12,15 +12,18 @@ Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support
 objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video a text belongs to, except that `forward` takes
 matched pairs: the scorer cannot see the ground truth.
 """
+import errno
 import math
 import os
+import secrets
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import CLIP, Tokenizer, WeightsError, load_vocabulary, read_weights, to_openai_names
+from clip_model import (CLIP, Tokenizer, WeightsError, clip_from, find_weights, listed, load_strictly, load_vocabulary,
+                        read_weights, state_dict_in)
 
 RADII = ("none", "mean", "scaled", "linear")
 POOLINGS = ("xpool", "mean", "query")
@@ -291,7 +294,7 @@ class TMASS(nn.Module):
                                    ("support_video", support_video, SUPPORTS)):
             if value not in known:
                 raise WeightsError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-        if D % heads:
+        if heads < 1 or D % heads:
             raise WeightsError(f"heads={heads} does not divide the joint width {D}")
         self.config = dict(frames=frames, pooling=pooling, heads=heads, dropout=dropout, radius=radius, prior=prior, prior_std=prior_std,
                            support_weight=support_weight, ce_weight=ce_weight, support_video=support_video)
@@ -367,7 +370,7 @@ class TMASS(nn.Module):
             tile = int(floats / 4 / ((H + 5) * D))      # pairs at once, of which vectors of width D are held
             pairs = int(floats / 2 / (10 * K + 4 * M))  # pairs at once, of which all else is held
             if t.device.type == "cpu":
-                pairs, tile = min(pairs, 65536), min(tile, 512)  # what stays in the cache is several times faster
+                pairs, tile = min(pairs, 65536), min(tile, 1024)  # what stays in the cache is several times faster
             n = max(1, min(N, tile))
             v = max(1, min(V, (tile if few else pairs) // n, int(floats / 4 / (7 * K * D))))
             texts = Texts(t, F.normalize(t, dim=-1), self.pool.query(t))
@@ -423,41 +426,80 @@ class TMASS(nn.Module):
 
 # ---- checkpoints ----
 
-def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
-    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, and whatever training state is
-    given (tensors and plain values only).
+FORMAT, VERSION = "tmass", 1
 
-    Written beside the target, flushed to disk, renamed: a kill at any moment leaves the old file or the new one. Raises WeightsError.
+
+def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
+    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, and whatever training
+    state is given (tensors and plain values only).
+
+    Written beside the target under a name of its own, flushed to disk, renamed: a kill at any moment leaves the old file or the new
+    one. Weights that are not finite are not written. Raises WeightsError.
     """
     path = os.fspath(path)
-    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
+    kept = f"an earlier {path}, if any, is intact"
+    content = dict(format=FORMAT, version=VERSION, config=config, clip=model.clip.config, tmass=model.config,
                    model=model.state_dict() if weights is None else weights,
                    merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
-    part = path + ".part"
+    if broken := not_finite(model.state_dict()) or not_finite(content["model"]):
+        raise WeightsError(f"checkpoint {path} is not written, because weights are not finite ({listed(broken)}): {kept}")
+    part = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        if os.path.isfile(part):
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"cannot write checkpoint {path}: {cause(error)}; {kept}") from error
+    finally:
+        if os.path.exists(part):
             os.unlink(part)
-        raise WeightsError(f"cannot write checkpoint {path}: {str(e).splitlines()[0]}; an earlier {path}, if any, is intact") from e
 
 
-def load_checkpoint(path):
-    """Read a checkpoint of ours, or a released T-MASS or X-Pool one. -> (model in eval mode on the CPU, tokenizer, config dict)."""
+def cause(error):
+    """Why a file could not be written; torch raises a RuntimeError of its own, with the system's error behind it."""
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "no space left on the disk" if full else str(error).splitlines()[0]
+
+
+def not_finite(state):
+    """The names of tensors with a value that is no number or infinite."""
+    return [name for name, x in state.items() if not x.sum().isfinite() and not x.isfinite().all()]  # a sum is 10 times faster
+
+
+def load_checkpoint(name_or_path, activation=None):
+    """A name or file of weights -> (model in eval mode on the CPU, tokenizer, config dict).
+
+    A checkpoint of ours, or a released T-MASS or X-Pool one; or any CLIP that `load_clip` takes, by name ("ViT-B/32") or file:
+    then nothing was trained further, frames are pooled by `query`, and the mass has no radius (config: zero_shot=True).
+    activation: quickgelu or gelu, where the file's is not known rightly.
+    """
+    path, quick_gelu = find_weights(name_or_path), None if activation is None else activation == "quickgelu"
     content = read_weights(path)
-    if content.get("format") == "tmass":
-        model = TMASS(CLIP(**content["clip"]), **content["tmass"])
-        _load_strictly(model, content["model"], path)
-        return model.eval(), Tokenizer(content["merges"], content["context_length"]), content["config"]
-    state = content.get("state_dict", content)
-    if not any(key.startswith("pool_frames.") for key in state):
-        raise WeightsError(f"{path} is not a T-MASS checkpoint: not written by train.py, and without the released code's "
-                           "pool_frames.* keys")
-    return _from_released(state, path)
+    load = _load_ours if content.get("format") == FORMAT else _load_foreign
+    model, tokenizer, config = load(content, path, quick_gelu)
+    if broken := not_finite(model.state_dict()):
+        print(f"warning: {path}: weights that are not finite ({listed(broken)}): its scores mean nothing")
+    return model.eval(), tokenizer, config
+
+
+def _load_ours(content, path, quick_gelu):
+    """What save_checkpoint wrote -> (model, tokenizer, config)."""
+    try:
+        if content["version"] != VERSION:
+            raise WeightsError(f"it is of version {content['version']}, and this program reads version {VERSION}")
+        sizes = content["clip"] if quick_gelu is None else dict(content["clip"], quick_gelu=quick_gelu)
+        with torch.device("meta"):  # no memory, no random numbers: the weights are given
+            model = TMASS(CLIP(**sizes), **content["tmass"])
+        load_strictly(model, {k: x.float() for k, x in content["model"].items()}, "its own settings")
+        return model, Tokenizer(content["merges"], content["context_length"]), dict(content["config"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {why}; use the program that wrote it, "
+                           "or train again") from None
 
 
 RENAMED = {**{f"pool_frames.cross_attn.{name}_proj.": f"pool.{name}." for name in ("q", "k", "v", "out")},
@@ -465,29 +507,28 @@ RENAMED = {**{f"pool_frames.cross_attn.{name}_proj.": f"pool.{name}." for name i
            "pool_frames.linear_proj.": "pool.linear.", "stochastic.std_branch.linear_proj.": "radius.linear."}
 
 
-def _from_released(state, path):
-    """The released key layout (HF CLIP under clip., pool_frames, stochastic) -> (model, tokenizer, config). Everything must fit."""
-    clip = CLIP.from_state_dict(to_openai_names({k[5:]: x for k, x in state.items() if k.startswith("clip.")}))
-    head = {}
-    for key, x in state.items():
-        if key.startswith("clip.") or key == "stochastic.std_branch.learnable_scalar":  # the scalar is unused there, and uninitialised
-            continue
-        old = next((old for old in RENAMED if key.startswith(old)), "")
-        head[RENAMED.get(old, "") + key[len(old):]] = x.float()
-    radius = "linear" if "radius.linear.weight" in head else "none"
-    frames = head["radius.linear.weight"].shape[1] if radius == "linear" else 12
-    method = dict(frames=frames, radius=radius, prior="uniform", support_video="batch", support_weight=0.8 if radius == "linear" else 0.0)
-    model = TMASS(clip, **method)
-    _load_strictly(model, {**{"clip." + k: x for k, x in clip.state_dict().items()}, **head}, path)
-    return model.eval(), load_vocabulary(), dict(released=True, frames=frames)
-
-
-def _load_strictly(model, state, path):
-    """load_state_dict, with every key that does not fit named in one error."""
-    own = model.state_dict()
-    odd = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    odd += [f"{k} has shape {tuple(state[k].shape)} instead of {tuple(x.shape)}" for k, x in own.items()
-            if k in state and state[k].shape != x.shape]
-    if odd:
-        raise WeightsError(f"{path} does not fit the model: {'; '.join(odd[:10])}{f'; and {len(odd) - 10} more' if len(odd) > 10 else ''}")
-    model.load_state_dict(state)
+def _load_foreign(content, path, quick_gelu):
+    """A released checkpoint (HF's CLIP under clip., pool_frames, stochastic), or a CLIP alone -> (model, tokenizer, config)."""
+    state, head = state_dict_in(content), {}
+    released = any(key.startswith("pool_frames.") for key in state)
+    try:
+        clip = clip_from(content, path, quick_gelu)
+    except WeightsError as error:
+        raise WeightsError(str(error) + ("" if released else "; nor is it a checkpoint of train.py or of the released code")) from None
+    if released:
+        for key, x in state.items():
+            if key.startswith("clip.") or key == "stochastic.std_branch.learnable_scalar":  # unused there, and uninitialised
+                continue
+            old = next((old for old in RENAMED if key.startswith(old)), "")
+            head[RENAMED.get(old, "") + key[len(old):]] = x.float()
+    if "radius.linear.weight" in head:
+        method = dict(frames=head["radius.linear.weight"].shape[1], prior="uniform", support_video="batch")
+    else:  # X-Pool, or nothing trained at all
+        method = dict(radius="none", support_weight=0.0, pooling="xpool" if released else "query")
+    model, tokenizer = TMASS(clip, **method), load_vocabulary()
+    load_strictly(model, {**{"clip." + k: x for k, x in clip.state_dict().items()}, **head}, f"the model of {path}")
+    if tokenizer.vocab_size != clip.config["vocab_size"]:
+        raise WeightsError(f"{path}: a CLIP of {clip.config['vocab_size']} tokens, and CLIP's vocabulary has {tokenizer.vocab_size}: "
+                           "without training, only CLIPs with that vocabulary can be used")
+    tokenizer.context_length = clip.config["context_length"]
+    return model, tokenizer, dict({"released" if released else "zero_shot": True}, frames=model.frames)
