@@ -1,7 +1,8 @@
 """What lies behind the metrics: relevant against irrelevant pairs, recall with intervals, and a page to look at.
 
-`analyze` computes, `analysis_text` prints; `write_report` and `write_search_report` write one self-contained HTML file each: no script, no
-network, charts as inline SVG, frames as inline JPEG. Whatever comes from users (captions, file names) is escaped by `esc`.
+`analyze` computes, `analysis_text` prints; `write_report` and `write_search_report` write one self-contained HTML file
+each: no script, no network, charts as inline SVG, frames as inline JPEG. Whatever comes from users (captions, file
+names) is escaped by `esc`.
 """
 import base64
 import csv
@@ -10,16 +11,17 @@ import math
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import quote
 
+import av
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 import data
-from shapes import escaped
+from shapes import escaped, output
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs looked at; more are sampled
@@ -36,9 +38,9 @@ def frame_diversity(f):
 
 
 def bootstrap(hits, video, generator, resamples=2000):
-    """95 % intervals of recall: videos are drawn again, each with all its texts. hits (n,K), video (n,) -> list of K (percent, low, high).
+    """95 % intervals of recall. hits (n,K), the texts' video (n,) -> list of K (percent, low, high).
 
-    Texts of one video stand or fall together, so they are drawn together; with one text per video this is the bootstrap over texts.
+    Texts of one video stand or fall together: videos are drawn again, each with all its texts.
     """
     group = video.unique(return_inverse=True)[1]
     n = int(group.max()) + 1
@@ -46,21 +48,25 @@ def bootstrap(hits, video, generator, resamples=2000):
     texts, rates, block = group.bincount(minlength=n).double(), [], max(1, 2_000_000 // n)
     for start in range(0, resamples, block):
         drawn = torch.randint(n, (min(block, resamples - start), n), generator=generator)
-        times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+        times = torch.zeros(drawn.shape, dtype=torch.float64)  # how often each video was drawn
+        times.scatter_add_(1, drawn, torch.ones_like(times))
         rates.append(times @ sums / (times @ texts)[:, None])
     low, high = torch.cat(rates).quantile(torch.tensor([.025, .975], dtype=torch.float64), dim=0)
-    return list(zip(*((100 * x).tolist() for x in (hits.double().mean(0), low, high))))
+    found = 100 * torch.stack([hits.double().mean(0), low, high], 1)  # (K,3)
+    return [tuple(row) for row in found.tolist()]
 
 
 def thirds(values, hits, point_hits, video, generator):
-    """R@1 by tercile of a number per text; equal values stay together. values, hits, point_hits, video (N,) -> list of dicts."""
-    part, out = torch.bucketize(values, values.quantile(torch.tensor([1 / 3, 2 / 3], dtype=values.dtype))), []
+    """R@1 by third of a number per text; equal values stay together. values, hits, point_hits, video (N,) -> dicts."""
+    bounds, out = values.quantile(torch.tensor([1 / 3, 2 / 3], dtype=values.dtype)), []
+    part = torch.bucketize(values, bounds)
     for k, name in enumerate(("low", "middle", "high")):
         rows = part == k
         if rows.any():
-            (r1, low, high), (point, *_) = bootstrap(torch.stack([hits[rows], point_hits[rows]], 1), video[rows], generator)
-            out.append(dict(third=name, least=values[rows].min().item(), most=values[rows].max().item(), texts=int(rows.sum()),
-                            R1=r1, low=low, high=high, R1_point=point))
+            both = torch.stack([hits[rows], point_hits[rows]], 1)
+            (r1, low, high), (point, *_) = bootstrap(both, video[rows], generator)
+            out.append(dict(third=name, least=values[rows].min().item(), most=values[rows].max().item(),
+                            texts=int(rows.sum()), R1=r1, low=low, high=high, R1_point=point))
     return out
 
 
@@ -84,16 +90,18 @@ def histogram(relevant, irrelevant):
     low, high = (both.min().item(), both.max().item()) if len(both) else (0., 1.)
     if high - low < 1e-6 * max(1, abs(low)):  # all equal, as |R|_1 = 0 of radius none
         low, high = low - .5, high + .5
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist()
     counts = [torch.histc(x, BINS, low, high).long().tolist() for x in parts]
-    return dict(edges=torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist(), relevant=counts[0], irrelevant=counts[1])
+    return dict(edges=edges, relevant=counts[0], irrelevant=counts[1])
 
 
 @torch.no_grad()
 def analyze(model, t, f, captions, owner, sims, ranks, trials=20, seed=24):
-    """What the scores are made of. t (N,D), f (V,T,D), owner (N,), sims (N,V) of `trials` samples, ranks of eval.ranks -> plain dict.
+    """What the scores are made of. t (N,D), f (V,T,D), owner (N,), sims (N,V), ranks of eval.ranks -> plain dict.
 
-    intervals: recall with 95 % intervals (`bootstrap`). pairs: relevant (text and its own video) and irrelevant ones, at most MOST_PAIRS
-    of these, a seeded sample; cos(t, v), the best sample's cos(t_s, v), |R|_1. complexity, length: R@1 by third, with and without samples.
+    intervals: recall with 95 % intervals (`bootstrap`). relevant: pairs of a text and its own video; irrelevant: others
+    (at most MOST_PAIRS, a seeded sample); of each cos(t, v), the best sample's cos(t_s, v) as in sims, |R|_1.
+    complexity, length: R@1 by third, with samples and without.
     """
     generator = torch.Generator().manual_seed(seed)
     owner, (N, V) = torch.as_tensor(owner).cpu(), sims.shape
@@ -104,7 +112,7 @@ def analyze(model, t, f, captions, owner, sims, ranks, trials=20, seed=24):
     captioned = ~v2t.isnan()
     for way, r, video in (("t2v", t2v, owner), ("v2t", v2t[captioned], torch.arange(V)[captioned])):
         found = bootstrap(torch.stack([r <= k for k in RECALLS], 1), video, generator)
-        out["intervals"][way] = {f"R{k}": dict(value=x, low=low, high=high) for k, (x, low, high) in zip(RECALLS, found)}
+        out["intervals"][way] = {f"R{k}": dict(zip(("value", "low", "high"), x)) for k, x in zip(RECALLS, found)}
 
     others = N * (V - 1)  # irrelevant pairs, numbered text by text
     k = torch.arange(others) if others <= MOST_PAIRS else torch.randint(others, (MOST_PAIRS,), generator=generator)
@@ -116,9 +124,10 @@ def analyze(model, t, f, captions, owner, sims, ranks, trials=20, seed=24):
         size = radius_l1(model, t, f, i, j) if len(i) else best
         seen[name] = best, size
         beats = 100 * (best > plain).double().mean().item() if len(i) else None
-        out[name] = dict(pairs=len(i), sampled=name == "irrelevant" and others > MOST_PAIRS, point=spread(plain), best=spread(best),
-                         radius=spread(size), best_beats_point=beats)
-    out["histograms"] = {what: histogram(seen["relevant"][n], seen["irrelevant"][n]) for n, what in enumerate(("similarity", "radius"))}
+        out[name] = dict(pairs=len(i), sampled=name == "irrelevant" and others > MOST_PAIRS, point=spread(plain),
+                         best=spread(best), radius=spread(size), best_beats_point=beats)
+    both = zip(("similarity", "radius"), seen["relevant"], seen["irrelevant"])
+    out["histograms"] = {what: histogram(ours, theirs) for what, ours, theirs in both}
 
     own = point.gather(1, owner[:, None])
     point_hits = (point.scatter(1, owner[:, None], -torch.inf).amax(1) < own[:, 0])
@@ -133,6 +142,10 @@ def number(x, digits=1):
     return "–" if x is None or math.isnan(x) else f"{x:.{digits}f}"
 
 
+def mean_std(x, digits):
+    return f"{number(x['mean'], digits)} ± {number(x['std'], digits)}"
+
+
 PAIR_ROWS = (("cos(t, v), point text", "point", 3), ("cos(t_s, v), best sample", "best", 3),
              ("|R|₁, radius of the text mass", "radius", 1))
 THIRDS = (("complexity", "video complexity (frame diversity)", 3), ("length", "caption length (words)", 0))
@@ -141,24 +154,28 @@ THIRDS = (("complexity", "video complexity (frame diversity)", 3), ("length", "c
 def about_pairs(a):
     """How many pairs, and which, in words."""
     kind = "a seeded sample of the irrelevant" if a["irrelevant"]["sampled"] else "all irrelevant"
-    return f"{a['relevant']['pairs']} relevant pairs (a caption and its own video), {a['irrelevant']['pairs']} others ({kind} ones)"
+    relevant, others = a["relevant"]["pairs"], a["irrelevant"]["pairs"]
+    return f"{relevant} relevant pairs (a caption and its own video), {others} others ({kind} ones)"
 
 
 def analysis_text(a):
     """The result of `analyze` as a table for the terminal."""
     lines = ["recall in percent, with 95 % intervals (bootstrap over videos with all their texts)"]
     for way, found in a["intervals"].items():
-        lines.append(f"  {way}  " + "   ".join(f"R@{k[1:]} {x['value']:.1f} [{x['low']:.1f}, {x['high']:.1f}]" for k, x in found.items()))
+        cells = [f"R@{k[1:]} {x['value']:.1f} [{x['low']:.1f}, {x['high']:.1f}]" for k, x in found.items()]
+        lines.append(f"  {way}  {'   '.join(cells)}")
     lines += ["", about_pairs(a), f"  {'mean ± std':34s}{'relevant':>20s}{'irrelevant':>20s}"]
     for label, key, digits in PAIR_ROWS:
-        cells = (f"{number(x['mean'], digits)} ± {number(x['std'], digits)}" for x in (a["relevant"][key], a["irrelevant"][key]))
-        lines.append(f"  {label:34s}" + "".join(f"{c:>20s}" for c in cells))
-    cells = (number(a[x]["best_beats_point"]) for x in ("relevant", "irrelevant"))
-    lines.append(f"  {'best sample beats point text, %':34s}" + "".join(f"{c:>20s}" for c in cells))
+        ours, theirs = (mean_std(a[kind][key], digits) for kind in ("relevant", "irrelevant"))
+        lines.append(f"  {label:34s}{ours:>20s}{theirs:>20s}")
+    ours, theirs = (number(a[kind]["best_beats_point"]) for kind in ("relevant", "irrelevant"))
+    lines.append(f"  {'best sample beats point text, %':34s}{ours:>20s}{theirs:>20s}")
     for key, label, digits in THIRDS:
         lines += ["", f"t2v R@1 by {label:40s}{'texts':>7s}{'R@1':>7s}{'95 %':>16s}{'point text':>12s}"]
-        lines += [f"  {x['third']:8s}{x['least']:10.{digits}f} to {x['most']:<28.{digits}f}{x['texts']:8d}{x['R1']:7.1f}"
-                  f"{'[%.1f, %.1f]' % (x['low'], x['high']):>16s}{x['R1_point']:12.1f}" for x in a[key]]
+        for x in a[key]:
+            values = f"{x['least']:10.{digits}f} to {x['most']:<28.{digits}f}"
+            interval = f"[{x['low']:.1f}, {x['high']:.1f}]"
+            lines.append(f"  {x['third']:8s}{values}{x['texts']:8d}{x['R1']:7.1f}{interval:>16s}{x['R1_point']:12.1f}")
     return "\n".join(lines)
 
 
@@ -186,49 +203,57 @@ def ticks(low, high, about=5):
 
 
 def chart(about, x, y, label, draw, x_ticks=None, unit=""):
-    """An SVG with axes. x, y: (low, high); draw(X, Y): the marks, given the maps from values to pixels; x_ticks: [(value, text)]."""
+    """An SVG with axes. x, y: (low, high); draw(X, Y): the marks, given the maps to pixels; x_ticks: (value, text)s."""
     def X(v):
         return LEFT + (v - x[0]) / (x[1] - x[0]) * (W - LEFT - RIGHT)
 
     def Y(v):
         return H - BOTTOM - (v - y[0]) / (y[1] - y[0]) * (H - TOP - BOTTOM)
-    grid = "".join(f'<path class="grid" d="M{LEFT} {Y(v):.1f}H{W - RIGHT}"/><text x="{LEFT - 6}" y="{Y(v) + 4:.1f}" text-anchor="end">'
-                   f"{v:g}{unit}</text>" for v in ticks(*y))
-    below = "".join(f'<text x="{X(v):.1f}" y="{H - BOTTOM + 17}" text-anchor="middle">{esc(text)}</text>'
-                    for v, text in x_ticks or [(v, f"{v:g}") for v in ticks(*x)])
+    grid = below = ""
+    for v in ticks(*y):
+        grid += (f'<path class="grid" d="M{LEFT} {Y(v):.1f}H{W - RIGHT}"/>'
+                 f'<text x="{LEFT - 6}" y="{Y(v) + 4:.1f}" text-anchor="end">{v:g}{unit}</text>')
+    for v, text in x_ticks or [(v, f"{v:g}") for v in ticks(*x)]:
+        below += f'<text x="{X(v):.1f}" y="{H - BOTTOM + 17}" text-anchor="middle">{esc(text)}</text>'
     axis = f'<path class="axis" d="M{LEFT} {H - BOTTOM}H{W - RIGHT}"/>'
     name = f'<text x="{(LEFT + W - RIGHT) / 2}" y="{H - 8}" text-anchor="middle">{esc(label)}</text>'
-    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(about)}">{grid}{below}{draw(X, Y)}{axis}{name}</svg>'
+    inside = grid + below + draw(X, Y) + axis + name
+    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(about)}">{inside}</svg>'
 
 
 def key(*entries):
     """A legend. entries: (CSS class of the mark, text)."""
-    shapes = dict(on="M1 13V3H25V13Z", off="M1 13V3H25V13Z", diamond="M13 1L19 7L13 13L7 7Z")
-    return '<p class="key">' + "".join(f'<span><svg viewBox="0 0 26 14" aria-hidden="true"><path class="{c}" '
-                                       f'd="{shapes.get(c, "M1 7H25")}"/></svg>{esc(text)}</span>' for c, text in entries) + "</p>"
+    shapes, out = dict(on="M1 13V3H25V13Z", off="M1 13V3H25V13Z", diamond="M13 1L19 7L13 13L7 7Z"), ""
+    for css, text in entries:
+        mark = f'<path class="{css}" d="{shapes.get(css, "M1 7H25")}"/>'
+        out += f'<span><svg viewBox="0 0 26 14" aria-hidden="true">{mark}</svg>{esc(text)}</span>'
+    return f'<p class="key">{out}</p>'
 
 
 def histogram_chart(h, about, label):
     """Relevant filled, irrelevant hatched with a dashed outline, each as shares of its own kind."""
-    edges, shares = h["edges"], {k: [100 * n / max(1, sum(h[k])) for n in h[k]] for k in ("relevant", "irrelevant")}
+    def percent(counts):
+        return [100 * n / max(1, sum(counts)) for n in counts]
+    edges, relevant, irrelevant = h["edges"], percent(h["relevant"]), percent(h["irrelevant"])
 
     def draw(X, Y):
         out = ""
-        for css, share in (("off", shares["irrelevant"]), ("on", shares["relevant"])):
+        for css, share in (("off", irrelevant), ("on", relevant)):
             path = f"M{X(edges[0]):.1f} {Y(0):.1f}"
             path += "".join(f"V{Y(s):.1f}H{X(e):.1f}" for s, e in zip(share, edges[1:]))
             out += f'<path class="{css}" d="{path}V{Y(0):.1f}Z"/>'
         return out
-    top = max(1., *shares["relevant"], *shares["irrelevant"])
-    return chart(about, (edges[0], edges[-1]), (0, top * 1.05), label, draw, unit="%") + key(("on", "relevant"), ("off", "irrelevant"))
+    svg = chart(about, (edges[0], edges[-1]), (0, 1.05 * max(1., *relevant, *irrelevant)), label, draw, unit="%")
+    return svg + key(("on", "relevant"), ("off", "irrelevant"))
 
 
-def thirds_chart(rows, label, trials):
+def thirds_chart(rows, label, samples):
     """R@1 by third: a bar with its interval for the samples, an open diamond for the point text."""
     def draw(X, Y):
         out = ""
         for n, r in enumerate(rows):
-            x, zero, bar, low, high, point = f"{X(n):.1f}", *(f"{Y(v):.1f}" for v in (0, r["R1"], r["low"], r["high"], r["R1_point"]))
+            x, zero = f"{X(n):.1f}", f"{Y(0):.1f}"
+            bar, low, high, point = (f"{Y(r[k]):.1f}" for k in ("R1", "low", "high", "R1_point"))
             out += (f'<path class="on" d="M{x} {zero}m-34 0V{bar}h68V{zero}Z"/>'
                     f'<path class="whisker" d="M{x} {low}V{high}M{x} {low}m-7 0h14M{x} {high}m-7 0h14"/>'
                     f'<path class="diamond" d="M{x} {point}m20-7l7 7l-7 7l-7-7Z"/>')
@@ -237,119 +262,122 @@ def thirds_chart(rows, label, trials):
     names = [(n, f"{r['third']} ({r['texts']} texts)") for n, r in enumerate(rows)]
     about = f"R@1, {label}: " + ", ".join(f"{r['third']} {r['R1']:.1f}" for r in rows)
     return (chart(about, (-.5, len(rows) - .5), (0, min(104, top * 1.08)), label, draw, names, "%")
-            + key(("on", f"{trials} samples, 95 % interval"), ("diamond", "point text")))
+            + key(("on", f"{samples}, 95 % interval"), ("diamond", "point text")))
 
 
 def line_chart(lines, about, label, unit=""):
     """lines: [(name, [(x, y)])], told apart by their dashes."""
     points = [p for _, line in lines for p in line]
-    (x0, *_, x1), (y0, *_, y1) = (sorted(p[n] for p in points * 2) for n in (0, 1))
-    pad = (y1 - y0) * .06 or 1
-    x1, y0, y1 = x1 + (x1 == x0), max(0, y0 - pad), y1 + pad
+    xs, ys = zip(*points)
+    pad = (max(ys) - min(ys)) * .06 or 1
+    x = min(xs), max(xs) + (min(xs) == max(xs))
+    y = max(0, min(ys) - pad), max(ys) + pad
 
     def draw(X, Y):
         dots = points if len(lines) == 1 and len(points) < 20 else []
         out = "".join(f'<circle class="dot" cx="{X(a):.1f}" cy="{Y(b):.1f}" r="3.5"/>' for a, b in dots)
         for n, (_, line) in enumerate(lines):
-            out += f'<polyline class="line{n}" points="{" ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in line)}"/>'
+            path = " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in line)
+            out += f'<polyline class="line{n}" points="{path}"/>'
         return out
-    return chart(about, (x0, x1), (y0, y1), label, draw, unit=unit) + key(*((f"line{n}", name) for n, (name, _) in enumerate(lines)))
+    names = [(f"line{n}", name) for n, (name, _) in enumerate(lines)]
+    return chart(about, x, y, label, draw, unit=unit) + key(*names)
 
 
 def training_charts(path):
-    """The curves of a log.csv of train.py: [(title, svg)], nothing where there is none or it can't be read."""
+    """The curves of a log of train.py: [(title, svg)], nothing where there is none or it can't be read."""
+    series = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        series = {name: [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
-                  for name in ("loss", "stochastic", "support", "ce", "val_R1")}
+        for name in ("loss", "stochastic", "support", "ce", "val_R1"):
+            line = [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
+            line = [p for p in line if math.isfinite(p[1])]
+            if line:
+                series[name] = line[::max(1, len(line) // 400)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    series = {name: [p for p in line if math.isfinite(p[1])] for name, line in series.items()}
-    series = {name: line[::max(1, len(line) // 400)] for name, line in series.items() if line}
     val, out = series.pop("val_R1", None), []
     if series:
         out.append(("Training losses", line_chart(list(series.items()), "losses by training step", "step")))
     if val:
-        out.append(("Validation t2v R@1", line_chart([("validation R@1", val)], "validation R@1 by training step", "step", "%")))
+        svg = line_chart([("validation R@1", val)], "validation R@1 by training step", "step", "%")
+        out.append(("Validation t2v R@1", svg))
     return out
 
 
 # ---- the page ----
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;--rule:#dcdcd8;
---on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
+:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;--rule:#dcdcd8;--on:#1f5fbf;
+--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
 @media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;--rule:#353a42;
---on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main,header,footer{max-width:1180px;margin:0 auto;padding:0 clamp(14px,3vw,32px)}
 header{padding-top:clamp(20px,4vw,44px)}
 h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
-h2{font-size:1.25rem;margin:2.6rem 0 .3rem}h3{font-size:1.02rem;margin:1.4rem 0 .6rem}h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
-h1,h4,p,dd,.file,li{overflow-wrap:anywhere}p{margin:.2rem 0 .8rem}.soft,figcaption,footer{color:var(--soft)}.soft{font-size:.92rem}
+h2{font-size:1.25rem;margin:2.6rem 0 .3rem}h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
+h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}h1,h4,p,dd,.file,li{overflow-wrap:anywhere}p{margin:.2rem 0 .8rem}
+.soft,figcaption,footer{color:var(--soft)}.soft{font-size:.92rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;min-width:0;margin:0}
-.scroll{overflow-x:auto}
-table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}tr:last-child>*{border-bottom:0}
-th:first-child{text-align:left;font-weight:500}thead th{color:var(--soft);font-weight:500;font-size:.88rem}
+.scroll{overflow-x:auto}table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
+tr:last-child>*{border-bottom:0}th:first-child{text-align:left;font-weight:500}
+thead th{color:var(--soft);font-weight:500;font-size:.88rem}
 td small,th small{display:block;font-weight:400;color:var(--soft);font-size:.78rem;white-space:nowrap}
 th:first-child{min-width:7.5em}td.main{font-weight:650}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;margin:1.2rem 0}
 .tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:12px 16px}
-.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}.tiles span{color:var(--soft);font-size:.85rem}
-ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
-ol img{display:block;width:100%;height:auto;max-height:120px;object-fit:contain;object-position:left;
-border-radius:5px;background:var(--page)}
-ol figure{margin:0}figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;font-variant-numeric:tabular-nums}
-figcaption b{color:var(--ink)}.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
+.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
+.tiles span{color:var(--soft);font-size:.85rem}ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
+ol img{display:block;width:100%;height:auto;max-height:120px;object-fit:contain;object-position:left;border-radius:5px;
+background:var(--page)}ol figure{margin:0}
+figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;font-variant-numeric:tabular-nums}
+figcaption b{color:var(--ink)}
+.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
 .right .mark{color:var(--good);font-weight:650}.gap{border-top:2px dotted var(--rule);padding-top:10px}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}
-.on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
-.off{fill:url(#hatch);stroke:var(--off);stroke-width:1.6;stroke-dasharray:4 2}.hatch{stroke:var(--off);stroke-width:1.4;stroke-opacity:.75}
-.whisker{stroke:var(--ink);stroke-width:1.8;fill:none}.diamond{fill:var(--card);stroke:var(--ink);stroke-width:1.8}
-[class^=line]{fill:none;stroke:var(--on);stroke-width:2}.line1{stroke-dasharray:7 4;stroke:var(--off)}
-.line2{stroke-dasharray:2 3;stroke:var(--ink)}.line3{stroke-dasharray:9 3 2 3;stroke:var(--soft)}.dot{fill:var(--on)}
+svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}.grid{stroke:var(--rule)}
+.axis{stroke:var(--soft)}.on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
+.off{fill:url(#hatch);stroke:var(--off);stroke-width:1.6;stroke-dasharray:4 2}
+.hatch{stroke:var(--off);stroke-width:1.4;stroke-opacity:.75}.whisker{stroke:var(--ink);stroke-width:1.8;fill:none}
+.diamond{fill:var(--card);stroke:var(--ink);stroke-width:1.8}[class^=line]{fill:none;stroke:var(--on);stroke-width:2}
+.line1{stroke-dasharray:7 4;stroke:var(--off)}.line2{stroke-dasharray:2 3;stroke:var(--ink)}
+.line3{stroke-dasharray:9 3 2 3;stroke:var(--soft)}.dot{fill:var(--on)}
 .key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
-.key span{display:flex;align-items:center;gap:6px}
-.key svg{width:26px}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}
-dl div{min-width:0}dt{color:var(--soft);font-size:.82rem}dd{margin:0}
-.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
+.key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}dl div{min-width:0}
+dt{color:var(--soft);font-size:.82rem}dd{margin:0}
+.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
+footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
 """
 
 
 def page(title, lead, body, settings):
     """A whole document. title and lead are text; body is HTML."""
-    shown = {**settings, "Python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "av"):
-        try:
-            shown[package] = version(package)
-        except PackageNotFoundError:
-            pass
+    shown = {**settings, "Python": platform.python_version(), "torch": torch.__version__,
+             "torchvision": torchvision.__version__, "av": av.__version__}
     items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in shown.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{esc(title)}</title><style>{STYLE}</style></head><body>
-<svg width="0" height="0" style="position:absolute;width:0;height:0" aria-hidden="true"><defs><pattern id="hatch" width="6" height="6"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><path class="hatch" d="M0 0V6"/></pattern></defs></svg>
+<svg width="0" height="0" style="position:absolute;width:0;height:0" aria-hidden="true"><defs>
+<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
+<path class="hatch" d="M0 0V6"/></pattern></defs></svg>
 <header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
 <main>{body}
 <section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
-<footer>Written by T-MASS eval.py on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
+<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
 """
 
 
 def write(path, text):
-    """A page, whole or not at all. Raises DataError. What isn't Unicode in file names becomes a character reference."""
-    try:
-        with data.written_whole(path) as part, open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-            file.write(text)
-    except OSError as e:
-        raise data.DataError(f"--report {path} cannot be written: {e.strerror}; give the name of a file in a folder that exists") from e
+    """A page, whole or not at all. What isn't Unicode in file names becomes a character reference."""
+    with output("--report", path) as part, open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+        file.write(text)
 
 
 def strip(clip, frames=6, height=96):
@@ -394,13 +422,14 @@ def hit(picture, rank, score, name, right=None, gap=False, link=None):
 
 def clip_name(clip):
     """File name, and the seconds where it is a part of a file."""
-    if clip.start is None and clip.end is None:
-        return os.path.basename(clip.path)
-    return f"{os.path.basename(clip.path)} ({clip.start or 0:g} s to {'the end' if clip.end is None else f'{clip.end:g} s'})"
+    name, start, end = os.path.basename(clip.path), clip.start or 0, clip.end
+    if clip.start is None and end is None:
+        return name
+    return f"{name} ({start:g} s to {'the end' if end is None else f'{end:g} s'})"
 
 
 def choose_queries(sims, owner, t2v, each, seed):
-    """Best, worst and random texts, one per video, best and worst by rank and then margin. -> [(title, list of text numbers)]."""
+    """Best, worst and random texts, one per video; best and worst by rank, then margin. -> [(title, text numbers)]."""
     own = sims.gather(1, owner[:, None])[:, 0]
     margin = (own - sims.scatter(1, owner[:, None], -torch.inf).amax(1)).tolist()
     order = sorted(range(len(t2v)), key=lambda i: (t2v[i].item(), -margin[i]))
@@ -419,7 +448,7 @@ def choose_queries(sims, owner, t2v, each, seed):
 
 def query_cards(sims, ann, t2v, each, top, seed):
     """Top videos of chosen queries, the right one marked, and shown below where it isn't among them."""
-    sims, owner, strips = sims.cpu().float().nan_to_num(nan=-torch.inf), torch.as_tensor(ann.owner), {}
+    sims, owner, strips = sims.cpu(), torch.as_tensor(ann.owner), {}
 
     def row(i, v, rank, gap=False):
         strips[v] = strips.get(v) or strip(ann.clips[v])
@@ -429,9 +458,12 @@ def query_cards(sims, ann, t2v, each, top, seed):
         cards = ""
         for i in chosen:
             videos, right, rank = sims[i].topk(min(top, sims.shape[1])).indices.tolist(), ann.owner[i], t2v[i].item()
-            rows = "".join(row(i, v, n) for n, v in enumerate(videos, 1)) + ("" if right in videos else row(i, right, rank, True))
-            cards += (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4><p class="soft">right video: rank {rank:g} '
-                      f"of {sims.shape[1]}{' (ties averaged)' if rank % 1 else ''}</p><ol>{rows}</ol></article>")
+            rows = "".join(row(i, v, n) for n, v in enumerate(videos, 1))
+            if right not in videos:
+                rows += row(i, right, rank, True)
+            place = f"rank {rank:g} of {sims.shape[1]}{' (ties averaged)' if rank % 1 else ''}"
+            cards += (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4>'
+                      f'<p class="soft">right video: {place}</p><ol>{rows}</ol></article>')
         out += f'<h3>{title}</h3><div class="cards">{cards}</div>' if chosen else ""
     return out
 
@@ -450,25 +482,31 @@ def metrics_table(result, a):
     body, notes = "".join(rows(result, "", a["intervals"])), ""
     if "dsl" in result:
         body += "".join(rows(result["dsl"], "DSL "))
-        notes += '<p class="soft">DSL is transductive: it uses all queries at once, and is not comparable with the other rows.</p>'
+        notes += '<p class="soft">DSL is transductive, it uses all queries at once: not comparable with the others.</p>'
+    if "first_captions" in result:
+        body += "".join(rows(result["first_captions"], "First captions, honest: "))
     if "released_protocol" in result:
         body += "".join(rows(result["released_protocol"], "⚠ LEAKING "))
-        notes += ('<p class="warn"><b>LEAKING</b>: the released protocol pools every video by its own ground-truth caption, whatever '
-                  "the query. To compare with published numbers only.</p>")
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("", *(f"R@{k}" for k in RECALLS), "MdR", "MnR"))
-    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+        first = " It ranks each video's first caption only." if "first_captions" in result else ""
+        notes += ('<p class="warn"><b>LEAKING</b>: the released protocol scores a video as pooled by its own caption, '
+                  f"whatever the query. To compare with published numbers only.{first}</p>")
+    return table(["", *(f"R@{k}" for k in RECALLS), "MdR", "MnR"], body) + notes
+
+
+def table(heads, body):
+    heads = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def pairs_table(a):
     """Means and spreads of `analyze`, relevant beside irrelevant."""
     body, kinds = "", (a["relevant"], a["irrelevant"])
     for label, what, d in PAIR_ROWS:
-        cells = "".join(f"<td>{number(k[what]['mean'], d)}<small>± {number(k[what]['std'], d)}</small></td>" for k in kinds)
+        cells = "".join(f"<td>{mean_std(k[what], d).replace('±', '<small>±')}</small></td>" for k in kinds)
         body += f'<tr><th scope="row">{label}</th>{cells}</tr>'
     cells = "".join(f"<td>{number(k['best_beats_point'])} %</td>" for k in kinds)
     body += f'<tr><th scope="row">best sample beats point text</th>{cells}</tr>'
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("mean ± std", "relevant", "irrelevant"))
-    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(("mean ± std", "relevant", "irrelevant"), body)
 
 
 def figure(title, chart):
@@ -477,35 +515,41 @@ def figure(title, chart):
 
 def plain(result):
     """The settings among a result: what is a text or a number."""
-    return {k: "yes" if v is True else "no" if v is False else f"{v:g}" if isinstance(v, float) else v for k, v in result.items()
-            if isinstance(v, (str, int, float))}
+    words = {bool: lambda v: "yes" if v else "no", float: "{:g}".format, int: str, str: str}
+    return {k: words[type(v)](v) for k, v in result.items() if type(v) in words}
 
 
 def write_report(path, result, a, ann, sims, ranks, log=None, each=2, top=5, seed=24):
-    """The report of an evaluation. result of eval.evaluate, a of `analyze`, sims (N,V), ranks of eval.ranks, log: train.py's log.csv."""
+    """The report of an evaluation. result: of eval.main, a: of `analyze`, ranks: of eval.ranks, log: of train.py."""
     t2v, h = a["intervals"]["t2v"], a["histograms"]
-    tiles = "".join(f"<div><b>{x}</b><span>{esc(label)}</span></div>" for x, label in (
-        *((f"{t2v[k]['value']:.1f}", f"t2v R@{k[1:]}") for k in t2v), (f"{result['t2v']['MdR']:g}", "median rank"),
-        (len(ann.captions), "captions"), (len(ann.clips), "videos")))
-    charts = "".join(figure(title, histogram_chart(h[what], f"{title}: histogram, relevant and irrelevant pairs", label))
-                     for title, what, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
-                                                ("Radius of the text mass", "radius", "|R|₁")))
-    by = "".join(figure(f"t2v R@1 by {label}", thirds_chart(a[k], f"thirds of the texts by {label}", a["trials"]))
-                 for k, label, _ in THIRDS)
+    numbers = [(f"{x['value']:.1f}", f"t2v R@{k[1:]}") for k, x in t2v.items()]
+    median = f"{result['t2v']['MdR']:g}"
+    numbers += [(median, "median rank"), (len(ann.captions), "captions"), (len(ann.clips), "videos")]
+    tiles = "".join(f"<div><b>{x}</b><span>{esc(label)}</span></div>" for x, label in numbers)
+    charts = by = ""
+    for title, what, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
+                               ("Radius of the text mass", "radius", "|R|₁")):
+        charts += figure(title, histogram_chart(h[what], f"{title}: histogram, relevant and irrelevant pairs", label))
+    samples = f"best of {a['trials']} on average" if result["expected"] else f"{a['trials']} samples"
+    for k, label, _ in THIRDS:
+        by += figure(f"t2v R@1 by {label}", thirds_chart(a[k], f"thirds of the texts by {label}", samples))
     curves = "".join(figure(*x) for x in (training_charts(log) if log else []))
     body = f"""<div class="tiles">{tiles}</div>
-<section><h2>Metrics</h2><p class="soft">Recall in percent; below it the 95 % interval of a bootstrap over videos, each with all its texts
-(seed {a['seed']}). An interval says nothing about other training seeds.</p>{metrics_table(result, a)}</section>
+<section><h2>Metrics</h2><p class="soft">Recall in percent; below it the 95 % interval of a bootstrap over videos, each
+with all its texts (seed {a['seed']}). An interval says nothing about other training seeds.</p>
+{metrics_table(result, a)}</section>
 <section><h2>Queries</h2><p class="soft">The best {top} videos for chosen captions. A green bar and ✓ mark the right
-one; where it is further down, it comes last with its rank.</p>{query_cards(sims, ann, ranks[0], each, top, seed)}</section>
-<section><h2>Relevant and irrelevant pairs</h2><p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
+one; where it is further down, it comes last with its rank.</p>
+{query_cards(sims, ann, ranks[0], each, top, seed)}</section>
+<section><h2>Relevant and irrelevant pairs</h2>
+<p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
 {pairs_table(a)}<div class="cards" style="margin-top:16px">{charts}</div></section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine distance of a video's frame
 embeddings. Diamonds: the point text alone, without samples
 (over all texts: R@1 {a['point_R1']:.1f}).</p><div class="cards">{by}</div></section>"""
     if curves:
         body += f'<section><h2>Training</h2><div class="cards">{curves}</div></section>'
-    lead = f"{result.get('data', 'data')}, split {result.get('split', '?')}: {len(ann.captions)} captions, {len(ann.clips)} videos"
+    lead = f"{result['data']}, split {result['split']}: {len(ann.captions)} captions, {len(ann.clips)} videos"
     write(path, page("T-MASS: text-video retrieval", lead, body, plain(result)))
 
 

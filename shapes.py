@@ -7,10 +7,13 @@ The lowest room of the data side: it imports none of ours, and begins with what 
 import argparse
 import contextlib
 import csv
+import errno
+import io
 import json
 import math
 import os
 import secrets
+import stat
 import sys
 import unicodedata
 from pathlib import Path
@@ -75,6 +78,35 @@ def written_whole(path):
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def check_output(option, path, begins=b"", holds=b""):
+    """What the user has is never replaced, but by the next result of the same kind (as `begins` and `holds` tell).
+
+    Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout).
+    """
+    folder, exists, head = os.path.dirname(os.path.abspath(path)), os.path.lexists(path), b""
+    usable = os.path.basename(path) and os.access(folder, os.W_OK)
+    if exists:
+        usable = usable and stat.S_ISREG(os.lstat(path).st_mode) and os.access(path, os.R_OK | os.W_OK)
+    if not usable:
+        raise DataError(f"{option} {path} cannot be written: give a plain file's name in a folder that exists")
+    if exists:
+        with open(path, "rb") as file:
+            head = file.read(1000)
+    if head and not (head.startswith(begins) and holds in head):
+        raise DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
+
+
+@contextlib.contextmanager
+def output(option, path):
+    """`written_whole` for a file that an option names: where it can't be written, a DataError says so."""
+    try:
+        with written_whole(path) as part:
+            yield part
+    except OSError as e:
+        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
+        raise DataError(f"{option} {path} cannot be written: {why}") from e
 
 
 def write_text(path, text):
@@ -374,6 +406,14 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
         raise DataError(f"{root}: shapes can't be written there: {e.strerror or e}; choose another --root") from None
     print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}"
           + (f"; R@1 of one who sees everything: {ceiling:.1f} %" if target else ""))
+
+
+def shapes_ceiling(root=None):
+    """The best R@1 that the captions allow, which rendering wrote down. -> percent, or None where there is none."""
+    try:
+        return json.loads((Path(root or "data/shapes") / "shapes.json").read_text(encoding="utf-8"))["ceiling"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 # ---- command line ----

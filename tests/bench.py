@@ -77,6 +77,17 @@ def encode(images=16, texts=32):
         print(f"text tower: {len(cut) * texts / t['cut']:.0f} texts/s, cut to {[i.shape[1] for i in cut]} tokens; "
               f"speed against padding to 77 {t['padded'] / t['cut']:.2f}x; features differ by {gap:.1e}")
 
+        def half(tower, x):
+            with torch.autocast(device, torch.bfloat16):
+                return tower(x).float()
+        t = seconds({"f": lambda: ours.encode_image(x), "f16": lambda: half(ours.encode_image, x),
+                     "t": lambda: ours.encode_text(cut[0]), "t16": lambda: half(ours.encode_text, cut[0])})
+        cosines = [torch.nn.functional.normalize(t, dim=-1) @ torch.nn.functional.normalize(f, dim=-1).T for t, f in (
+            (ours.encode_text(cut[0]), ours.encode_image(x)), (half(ours.encode_text, cut[0]), half(ours.encode_image, x)))]
+        moved = (cosines[0] - cosines[1]).abs()
+        print(f"--amp bf16: images {t['f'] / t['f16']:.1f}x, texts {t['t'] / t['t16']:.1f}x as fast; cos(t, f) moves by "
+              f"{moved.mean():.1e} on average, at most {moved.max():.1e} (it spreads by {cosines[0].std():.1e})")
+
 
 def literal_score(model, t, f, trials):
     """The inference of the paper as a careful person would write it: a loop over videos and trials, all texts at once."""

@@ -1,4 +1,4 @@
-"""The analysis against literal loops; the report parsed, its pictures decoded, and looked at by a real browser where one is installed."""
+"""The analysis against literal loops; the report parsed, its pictures decoded, seen by a browser if there is one."""
 import base64
 import json
 import re
@@ -22,6 +22,7 @@ from tmass import TMASS, save_checkpoint
 
 D, T, M = 32, 3, 4
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+ENV = {"OMP_NUM_THREADS": "1"}
 EVIL = '<script>alert("1")</script> & \'two\''
 
 
@@ -77,7 +78,10 @@ def test_analysis_against_literal_loops():
 def test_complexity_and_length_against_literal_loops():
     model, (t, f, owner, captions) = make_model(), features()
     a, sims = analyze(model, t, f, owner, captions)
-    diversity = [sum(1 - F.cosine_similarity(x, y, dim=0).item() for x, y in combinations(frames, 2)) / 3 for frames in f]
+    diversity = []
+    for frames in f:
+        apart = [1 - F.cosine_similarity(x, y, dim=0).item() for x, y in combinations(frames, 2)]
+        diversity.append(sum(apart) / 3)
     torch.testing.assert_close(report.frame_diversity(f), torch.tensor(diversity))
     assert report.frame_diversity(f[:, :1]).tolist() == [0] * len(f)
     rank = ev.ranks(sims, owner)[0]
@@ -105,7 +109,7 @@ def test_intervals_of_the_analysis():
 
 
 def test_bootstrap_width():
-    """As wide as the binomial says, with one text per video; four texts of a video that stand or fall together are worth one."""
+    """As wide as the binomial says, with one text per video; four texts that stand or fall together are worth one."""
     def width(hits, video):
         (x, low, high), = report.bootstrap(hits[:, None], video, torch.Generator().manual_seed(0))
         assert low < x < high and x == pytest.approx(50)
@@ -116,7 +120,8 @@ def test_bootstrap_width():
     once, four = (torch.arange(100) % 2 == 0), torch.arange(100).repeat_interleave(4)
     assert width(once[four], four) == pytest.approx(width(once, torch.arange(100)), rel=.1)
     uneven = (torch.arange(300) ** 2 % 41, torch.arange(300) ** 3 % 7 < 4)
-    same, again, other = (report.bootstrap(uneven[1][:, None], uneven[0], torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    same, again, other = (report.bootstrap(uneven[1][:, None], uneven[0], torch.Generator().manual_seed(seed))
+                          for seed in (0, 0, 1))
     assert same == again and same[0][0] == other[0][0] and same[0][1:] != other[0][1:]
     assert report.bootstrap(torch.ones(5, 1), torch.arange(5), torch.Generator().manual_seed(0)) == [(100, 100, 100)]
 
@@ -127,9 +132,11 @@ def test_sample_of_irrelevant_pairs(monkeypatch):
     whole, _ = analyze(model, t, f, owner, captions)
     monkeypatch.setattr(report, "MOST_PAIRS", 500)
     some, sims = analyze(model, t, f, owner, captions)
-    assert some["irrelevant"]["sampled"] and some["irrelevant"]["pairs"] == 500 and some["relevant"] == whole["relevant"]
+    assert some["irrelevant"]["sampled"] and some["irrelevant"]["pairs"] == 500
+    assert some["relevant"] == whole["relevant"]
     assert some["irrelevant"]["best"]["mean"] == pytest.approx(whole["irrelevant"]["best"]["mean"], abs=.05)
-    marked = torch.zeros_like(sims).scatter(1, torch.tensor(owner)[:, None], 1.)  # a score that tells the two kinds apart
+    # a score that tells the two kinds apart
+    marked = torch.zeros_like(sims).scatter(1, torch.tensor(owner)[:, None], 1.)
     a = report.analyze(model, t, f, captions, owner, marked, ev.ranks(marked, owner), M, 3)
     assert a["relevant"]["best"]["mean"] == 1 and a["irrelevant"]["best"]["mean"] == 0
 
@@ -150,7 +157,8 @@ def test_other_radii_and_no_samples(radius, trials):
 def test_one_video_and_scores_that_are_no_numbers():
     model, (t, f, *_) = make_model(), features()
     a, _ = analyze(model, t[:1], f[:1], [0], ["a"])
-    assert a["irrelevant"]["pairs"] == 0 and a["irrelevant"]["best"] == dict(mean=None, std=None) and "–" in report.analysis_text(a)
+    assert a["irrelevant"]["pairs"] == 0 and a["irrelevant"]["best"] == dict(mean=None, std=None)
+    assert "–" in report.analysis_text(a)
     a, sims = analyze(model, torch.full_like(t, torch.nan), f, [0] * len(t), ["a"] * len(t))
     assert sims.isnan().all() and sum(a["histograms"]["similarity"]["relevant"]) == 0 and "–" in report.analysis_text(a)
 
@@ -192,11 +200,13 @@ class Page(HTMLParser):
 def sound(text):
     """What every report must be. -> Page"""
     low = text.lower()
-    assert "http://" not in low and "https://" not in low and "<script" not in low and "url(" not in low.replace("url(#hatch)", "")
+    assert not any(x in low for x in ("http://", "https://", "<script"))
+    assert "url(" not in low.replace("url(#hatch)", "")
     page = Page(text)
     for image in page.images:
         assert image["alt"] and image["src"].startswith("data:image/jpeg;base64,")
-        x = decode_image(torch.frombuffer(bytearray(base64.b64decode(image["src"].split(",", 1)[1])), dtype=torch.uint8), ImageReadMode.RGB)
+        jpeg = bytearray(base64.b64decode(image["src"].split(",", 1)[1]))
+        x = decode_image(torch.frombuffer(jpeg, dtype=torch.uint8), ImageReadMode.RGB)
         assert x.shape == (3, int(image["height"]), int(image["width"]))
     assert page.tags.count("h1") == 1 and "Settings and versions" in page.text and torch.__version__ in page.text
     return page
@@ -213,16 +223,19 @@ def written(tmp_path_factory):
         write_video(folder / name, x)
     captions = [EVIL, *(f"caption {i} {'W' * 150}" for i in range(1, 16))]
     owner = [i % 8 for i in range(16)]
-    ann = data.Annotations([data.Clip(str(folder / n), *((0, .5) if n.startswith("a_") else ())) for n in names], captions, owner)
+    clips = [data.Clip(str(folder / n), *((0, .5) if n.startswith("a_") else ())) for n in names]
+    ann = data.Annotations(clips, captions, owner)
     model, (t, f, *_) = make_model(), features(16, 9)
     f = f[:8]
     sims = model.score(t, f, M, 3)
     ranks = ev.ranks(sims, owner)
     a = report.analyze(model, t, f, captions, owner, sims, ranks, M, 3)
-    log = ["step,epoch,loss,stochastic,support,ce,val_R1", "20,1,3.5,2,1.5,2.1,", "20,1,,,,,40", "40,2,2.5,1.5,1,nan,", "40,2,,,,,55"]
+    log = ["step,epoch,loss,stochastic,support,ce,val_R1", "20,1,3.5,2,1.5,2.1,", "20,1,,,,,40",
+           "40,2,2.5,1.5,1,nan,", "40,2,,,,,55"]
     (folder / "log.csv").write_text("\n".join(log))
     m = ev.measure(sims, owner)
-    result = dict(m, dsl=m, released_protocol=m, data=f"{EVIL}.csv", split="test", trials=M, seed=3, **model.config)
+    result = dict(m, dsl=m, released_protocol=m, first_captions=m, data=f"{EVIL}.csv", split="test", trials=M, seed=3,
+                  expected=True, **model.config)
     path = folder / "report.html"
     report.write_report(str(path), result, a, ann, sims, ranks, str(folder / "log.csv"), each=2, top=3)
     return path, ann, sims
@@ -233,16 +246,18 @@ def test_report(written):
     text = path.read_text(encoding="utf-8")
     page = sound(text)
     assert [p.name for p in path.parent.iterdir() if "part" in p.name] == []
-    assert EVIL in page.text and "LEAKING" in page.text and "transductive" in page.text and "Validation t2v R@1" in page.text
+    assert all(x in page.text for x in (EVIL, "LEAKING", "transductive", "Validation t2v R@1"))
+    assert "best of 4 on average" in page.text and "each video's first caption" in page.text and "honest" in page.text
     assert "<script>0&.mp4" in page.text and "(0 s to 0.5 s)" in page.text
     marked = [text for css, text in page.hits if "right" in css]
     assert len(marked) == text.count("<article") == 8  # 2 best, 2 worst, 4 random: each shows its right video once
-    assert all("✓ the right video" in x for x in marked) and not any("✓" in x for css, x in page.hits if "right" not in css)
+    assert all("✓ the right video" in x for x in marked)
+    assert not any("✓" in x for css, x in page.hits if "right" not in css)
     assert len(page.images) == len(page.hits) and 8 * 3 <= len(page.hits) <= 8 * 4
 
 
 def test_the_right_video_and_its_rank(written):
-    """Every card, read back: its scores are those of its caption in order, and the mark is on the video the caption describes."""
+    """Every card, read back: its scores are those of its caption, in order, and the mark is on the right video."""
     path, ann, sims = written
     ranks = ev.ranks(sims, ann.owner)[0]
     for card in path.read_text(encoding="utf-8").split("<article")[1:]:
@@ -259,7 +274,7 @@ def test_the_right_video_and_its_rank(written):
 
 
 def test_queries_chosen():
-    """The best has the widest margin, the worst the last rank, none is shown twice, and a seed chooses the random ones again."""
+    """The best has the widest margin, the worst the last rank, none comes twice, a seed chooses the random ones."""
     sims, owner = torch.eye(9) + torch.rand(9, 9, generator=torch.Generator().manual_seed(0)) * .1, torch.arange(9)
     sims[4, 4], sims[7, 7] = 3, -1
     t2v = ev.ranks(sims, owner)[0]
@@ -309,8 +324,8 @@ def test_odd_logs(tmp_path):
     """No log, an empty one, one of something else, one row: curves where there are some, never an error."""
     path = tmp_path / "log.csv"
     assert report.training_charts(path) == []
-    for text, n in (("", 0), ("a,b\n1,2\n", 0), ("step,loss\nx,y\n", 0), ("step,loss\n5,1.5\n", 1), ("step,loss\n5,nan\n", 0),
-                    ("step,val_R1\n5,0\n", 1)):
+    for text, n in (("", 0), ("a,b\n1,2\n", 0), ("step,loss\nx,y\n", 0), ("step,loss\n5,1.5\n", 1),
+                    ("step,loss\n5,nan\n", 0), ("step,val_R1\n5,0\n", 1)):
         path.write_text(text)
         assert len(report.training_charts(path)) == n, text
 
@@ -318,10 +333,10 @@ def test_odd_logs(tmp_path):
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")
 @pytest.mark.parametrize("width", [1200, 390])
 def test_in_a_browser(written, tmp_path, width):
-    """No wider than the window, though captions and names have no place to break. A frame of that width tells; the report has no script."""
+    """No wider than the window, though captions and names have no place to break; a frame of that width tells."""
     path, *_ = written
-    # chromium has no windows below 500 pixels: an iframe of the wanted width takes the window's place, and says what it sees
-    probe = tmp_path / "probe.html"
+    # chromium has no windows below 500 pixels: an iframe of the wanted width takes the window's place, and says what is
+    probe, page = tmp_path / "probe.html", json.dumps(path.read_text(encoding="utf-8")).replace("</", "<\\/")
     probe.write_text(f"""<!DOCTYPE html><body style="margin:0">
         <iframe id="f" style="width:{width}px;height:6000px;border:0"></iframe><script>
         f.onload = () => {{ const d = f.contentDocument, e = d.documentElement;
@@ -329,13 +344,13 @@ def test_in_a_browser(written, tmp_path, width):
                                                                         && !x.closest('.scroll'));
             const broken = [...d.images].filter(x => !x.naturalWidth).length;
             document.title = ['probe', e.clientWidth, e.scrollWidth, wide.length, broken, d.images.length].join(' ') }};
-        f.srcdoc = {json.dumps(path.read_text(encoding='utf-8')).replace('</', '<' + chr(92) + '/')};</script>""", encoding="utf-8")
+        f.srcdoc = {page};</script>""", encoding="utf-8")
 
     def browse(*args):
-        return subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                               "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-                               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(500, width)},1600", *args, probe.as_uri()],
-                              capture_output=True, text=True, timeout=60)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                   "--hide-scrollbars", "--disable-background-networking", "--disable-component-update"]
+        options += ["--disable-sync", f"--user-data-dir={tmp_path / 'p'}", f"--window-size={max(500, width)},1600"]
+        return subprocess.run([BROWSER, *options, *args, probe.as_uri()], capture_output=True, text=True, timeout=60)
     dom = browse("--virtual-time-budget=5000", "--dump-dom").stdout
     seen, page_wide, outside, broken, images = map(int, dom.split("<title>probe ")[1].split("</title>")[0].split())
     assert seen == width and page_wide <= width and outside == 0 and broken == 0 and images >= 24
@@ -349,27 +364,36 @@ def test_in_a_browser(written, tmp_path, width):
 # ---- through eval.py ----
 
 def test_command_line(run, tmp_path):
-    """--analyze and --report on real files and a checkpoint: the page shows what --json says; search makes a page of its results."""
+    """--analyze and --report on real files: the page shows what --json says; search makes a page of its results."""
     lines = ["video,caption"]
     for v in range(4):
         write_video(tmp_path / f"{v}.mp4", torch.full((6, 32, 32, 3), 60 * v, dtype=torch.uint8))
         lines += [f"{v}.mp4,{EVIL.replace(',', '')} {v}".replace('"', ''), f"{v}.mp4,another caption of {v}"]
     (tmp_path / "my.csv").write_text("\n".join(lines))
-    model = make_model()
-    save_checkpoint(tmp_path / "m.pt", model, Tokenizer(context_length=16), dict(data="shapes"))
-    common, env = ["--ckpt", "m.pt", "--device", "cpu", "--workers", 0, "--trials", M], {"OMP_NUM_THREADS": "1"}
-    out = run("eval.py", *common, "--data", "my.csv", "--analyze", "--report", "r.html", "--json", "r.json", cwd=tmp_path, env=env)
+    save_checkpoint(tmp_path / "m.pt", make_model(), Tokenizer(context_length=16), dict(data="shapes"))
+    (tmp_path / "m.log.csv").write_text("step,loss\n20,3.5\n40,2.5\n")
+    (tmp_path / "log.csv").write_text("step,val_R1\n20,40\n")  # another run's
+    common, how = ["--ckpt", "m.pt", "--device", "cpu", "--workers", 0, "--trials", M], dict(cwd=tmp_path, env=ENV)
+    args = ["--data", "my.csv", "--analyze", "--report", "r.html", "--json", "r.json"]
+    out = run("eval.py", *common, *args, **how)
     assert out.returncode == 0, out.stderr
-    result, page = json.loads((tmp_path / "r.json").read_text()), sound((tmp_path / "r.html").read_text(encoding="utf-8"))
-    a = result["analysis"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    page, a = sound((tmp_path / "r.html").read_text(encoding="utf-8")), result["analysis"]
     assert a["relevant"]["pairs"] == 8 and a["irrelevant"]["pairs"] == 24 and report.analysis_text(a) in out.stdout
     for way in ("t2v", "v2t"):
-        assert {k: x["value"] for k, x in a["intervals"][way].items()} == pytest.approx({k: result[way][k] for k in ("R1", "R5", "R10")})
+        values = {k: x["value"] for k, x in a["intervals"][way].items()}
+        assert values == pytest.approx({k: result[way][k] for k in ("R1", "R5", "R10")})
     assert "<script>alert(1)</script> & 'two' " in page.text and "8 captions, 4 videos" in page.text
-    out = run("search.py", "dark", *common, "--videos", ".", "--report", "s.html", "--json", "s.json", cwd=tmp_path, env=env)
+    assert "Training losses" in page.text and "Validation" not in page.text
+    (tmp_path / "m.log.csv").unlink()
+    assert run("eval.py", *common, *args, **how).returncode == 0
+    assert "Training" not in (tmp_path / "r.html").read_text(encoding="utf-8")  # no other run's curves in their place
+    out = run("search.py", "dark", *common, "--videos", ".", "--report", "s.html", "--json", "s.json", **how)
     assert out.returncode == 0, out.stderr
-    hits, found = sound((tmp_path / "s.html").read_text(encoding="utf-8")).hits, json.loads((tmp_path / "s.json").read_text())["dark"]
-    assert len(hits) == len(found) == 4 and all(x["file"] in text and f"{x['score']:.4f}" in text for x, (_, text) in zip(found, hits))
+    hits = sound((tmp_path / "s.html").read_text(encoding="utf-8")).hits
+    found = json.loads((tmp_path / "s.json").read_text())["dark"]
+    assert len(hits) == len(found) == 4
+    assert all(x["file"] in text and f"{x['score']:.4f}" in text for x, (_, text) in zip(found, hits))
     for args in (["--report", "missing/r.html"], ["--data", "my.csv", "--json", "missing/x.json"]):
-        out = run("eval.py", *common, *args, cwd=tmp_path, env=env)
+        out = run("eval.py", *common, *args, **how)
         assert out.returncode == 2 and "error: " in out.stderr and "Traceback" not in out.stderr
