@@ -464,15 +464,22 @@ def noting_signals():
 def main(argv=None):
     args = parser().parse_args(argv)
     job = start_processes(args.device)
-    with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
-        saved = settle(args)
-        if saved and saved.get("finished", True):
-            job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test: {evaluation(args)}")
-            return 0
-        return train(args, saved, job)
+    try:
+        with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
+            return train(args, job)
+    except (OSError, RuntimeError, WeightsError) as e:  # what ends a run from outside: a full disk, a process that died
+        lost = job.world > 1 and (isinstance(e, dist.DistError) or "peer" in str(e))
+        if not (lost or isinstance(e, OSError) or isinstance(e, WeightsError) and e.__cause__):
+            raise
+        why = "another process of this job died" if lost else str(e).split("; ")[0]
+        raise data.DataError(f"{why}; the last checkpoint, if any, is intact: go on with {go_on()}") from e
 
 
-def train(args, saved, job):
+def train(args, job):
+    saved = settle(args)
+    if saved and saved.get("finished", True):
+        job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: {evaluation(args)}")
+        return 0
     splits, missing = load_splits(args, job)
     with job.first_alone():
         model, tokenizer = build(args, splits["train"].captions, saved)
@@ -491,7 +498,7 @@ def train(args, saved, job):
 
     test_on = functools.partial(evaluate, model, tokenizer, job=job, workers=args.workers, skip_bad=args.skip_bad,
                                 cache=args.cache)
-    with noting_signals() as noted, telling_how_to_go_on(job):
+    with noting_signals() as noted:
         try:
             stopped = fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job)
         except data.DataError:
@@ -622,20 +629,6 @@ def go_on():
         if os.environ["GROUP_WORLD_SIZE"] != "1":
             start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
     return shlex.join([*start, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
-
-
-@contextlib.contextmanager
-def telling_how_to_go_on(job):
-    """What ends a run from outside, a full disk or another process that died, leaves the last checkpoint as it is."""
-    try:
-        yield
-    except (OSError, RuntimeError, WeightsError) as e:
-        why = str(e).splitlines()[0].split("; ")[0]
-        if job.world > 1 and (isinstance(e, dist.DistError) or "peer" in why.lower()):
-            why = f"another process of this job died ({why[:200]})"
-        elif not isinstance(e, OSError) and not (isinstance(e, WeightsError) and e.__cause__):
-            raise
-        raise data.DataError(f"{why}; the last checkpoint is intact, go on with: {go_on()}") from e
 
 
 if __name__ == "__main__":

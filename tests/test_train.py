@@ -5,12 +5,16 @@ which saves seconds each; torchrun and the plain command line have tests of thei
 """
 import contextlib
 import csv
+import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -26,6 +30,7 @@ from videos import write_video
 import data
 import train
 from clip_model import read_weights
+from eval import ALONE, format_metrics
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0,
@@ -216,7 +221,7 @@ for objects in ([ids, video],):
     dist.broadcast_object_list(objects)
     ids, video = objects
 for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.5), dict(pooling="mean", radius="mean"),
-               dict(pooling="mean", radius="none", support_weight=0.0)):
+               dict(pooling="query", radius="none", support_weight=0.0)):  # without a parameter of its own
     for cut in (4, 5, 1):
         torch.manual_seed(3)
         model = TMASS(CLIP(vocab_size=512, **train.TINY), frames=3, dropout=0.2, prior_std=0.1, **method).train()
@@ -304,6 +309,8 @@ def test_a_dead_process_ends_the_job(here):
             job.kill()
     assert job.returncode not in (0, None) and time.time() - started < 60
     assert "SIGKILL" in err or "Signal 9" in err, err[-3000:]
+    assert "error: another process of this job died; the last checkpoint" in err  # before torchrun's own words
+    assert f"go on with torchrun --nproc_per_node 2 {ROOT / 'train.py'} --data" in err and "pair.cc" not in err
     assert not any(Path(f"/proc/{p}").exists() for p in workers)
     assert read_weights(here / "model.pt")["finished"] is False
 
@@ -371,6 +378,29 @@ def test_a_signal_to_everybody_while_validating(here, start, uninterrupted):
     check_equal(here, uninterrupted[0])
 
 
+def test_a_signal_to_everybody_while_workers_start(here, start):
+    """A worker that gets it before it could say that it ignores it would take the run with it."""
+    for k in range(5):
+        job = start(here, *SMALL, "--workers", 2, "--epochs", 300, "--out", f"{k}.pt")
+        job.until(lambda job: children(job.process.pid))
+        time.sleep(random.uniform(0, 0.03))
+        for pid in (*children(job.process.pid), job.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert job.wait() == 143 and job.err == "", job.err
+        assert "stopped by SIGTERM after step" in job.out and read_weights(here / f"{k}.pt")["finished"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_that_die_with_the_job_are_no_bad_video(here, start, number):
+    job = start(here, *SMALL, "--workers", 2, "--epochs", 300).until(reaches(2))
+    workers = children(job.process.pid)
+    os.kill(job.process.pid, number)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait() == 128 + number and job.err == "", job.err
+    assert read_weights(here / "model.pt")["finished"] is False and job.out.rstrip().endswith("--resume")
+
+
 def test_sigterm_under_torchrun(here):
     settings = [*SMALL[2:], "--data", here / "set/my.csv", "--epochs", 12, "--skip-bad"]
     for name in ("whole", "cut"):
@@ -383,7 +413,9 @@ def test_sigterm_under_torchrun(here):
     assert job.returncode != 0 and out.count("stopped by SIGTERM after step") == 1, ("".join(lines), out, err[-3000:])
     content = read_weights(here / "cut" / "model.pt")
     assert 3 <= content["step"] < 72 and not content["finished"]
-    again = torchrun(ROOT / "train.py", *settings, "--resume", cwd=here / "cut")
+    command = shlex.split(out.split("continue with: ")[1].splitlines()[0])
+    assert command[:3] == ["torchrun", "--nproc_per_node", "2"] and command[-1] == "--resume"
+    again = torchrun(*command[3:], cwd=here / "cut")
     assert [again.communicate(timeout=150), again.returncode][1] == 0
     assert [whole.communicate(timeout=150), whole.returncode][1] == 0
     check_equal(here / "cut", here / "whole")
@@ -433,10 +465,82 @@ def test_full_disk_while_saving(here, start, uninterrupted):
     job = start(here, "--resume", "--save-every", 4, "--log-every", 1, file_limit=len(before) // 2)
     assert job.wait() == 2
     assert job.err.startswith("error: cannot write checkpoint model.pt: ") and job.err.count("\n") == 1
-    assert "the last checkpoint is intact, go on with: python train.py --resume " in job.err
+    assert "; the last checkpoint, if any, is intact: go on with python train.py --resume " in job.err
     assert (here / "model.pt").read_bytes() == before and not list(here.glob("*.part"))
     start(here, "--resume", "--save-every", 4, "--log-every", 1).finish()
     check_equal(here, uninterrupted[0])
+
+
+def test_full_disk_under_the_log(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    content = read_weights("model.pt")
+    torch.save({**content, "finished": False}, "model.pt")  # as a run that failed at its start leaves it
+    os.remove("model.log.csv")
+    os.symlink("/dev/full", "model.log.csv")
+    status, out, err = call(monkeypatch, capsys, *SMALL)
+    refused(status, out, err, "No space left on device", "intact: go on with python train.py --data", "--resume")
+
+
+# ---- what is there already ----
+
+def test_out_replaces_nothing_but_a_run_that_may_go(here, monkeypatch, capsys):
+    Path("notes.txt").write_text("of mine")
+    Path("empty.pt").touch()
+    torch.save({"some.weight": torch.ones(2)}, "other.pt")
+    shutil.copy("set/red-red.mp4", "film.mp4")
+    os.symlink("notes.txt", "link.pt")
+    os.mkfifo("pipe.pt")
+    os.mkdir("folder")
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    kept = {p: p.read_bytes() for p in here.iterdir() if p.is_file()}
+    for flags in ((), ("--overwrite",), ("--resume",), ("--overwrite", "--resume")):
+        for name in ("notes.txt", "empty.pt", "other.pt", "film.mp4", "link.pt", "pipe.pt", "folder", "/dev/null"):
+            refused(*call(monkeypatch, capsys, *SMALL, "--out", name, *flags), name)
+    refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 1), "model.pt holds a finished run", "--overwrite")
+    for option in ("--init", "--clip"):
+        same_file = option, "model.pt", "--out", "folder/../model.pt", "--overwrite"
+        refused(*call(monkeypatch, capsys, *SMALL, *same_file), f"--out and {option} name the same file")
+    Path("new.log.csv").write_text("step\n1\n")
+    refused(*call(monkeypatch, capsys, *SMALL, "--out", "new.pt"), "new.log.csv is of another run, whose new.pt")
+    Path("new.log.csv").unlink()
+    assert kept == {p: p.read_bytes() for p in here.iterdir() if p.is_file()} and os.path.islink("link.pt")
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--overwrite")
+    assert status == 0 and read_weights("model.pt")["step"] == 6
+
+
+def test_a_run_with_steps_is_not_overwritten_and_one_without_is(here, start, monkeypatch, capsys):
+    status, _, err = call(monkeypatch, capsys, *SMALL, "--heads", 3)  # fails when the model is built: nothing is left
+    assert status == 2 and not os.path.exists("model.pt")
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    torch.save({**read_weights("model.pt"), "finished": False}, "model.pt")
+    job = start(here, *SMALL, "--epochs", 300).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    before = Path("model.pt").read_bytes()
+    for flags in ((), ("--overwrite",)):
+        refused(*call(monkeypatch, capsys, *SMALL, *flags), "model.pt holds an unfinished run at step", "--resume")
+    assert before == Path("model.pt").read_bytes()
+
+
+def test_each_run_has_its_own_log(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--out", "a.pt")[0] == 0
+    first = Path("a.log.csv").read_text()
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--out", "b.pt", "--seed", 5)[0] == 0
+    assert first == Path("a.log.csv").read_text() != Path("b.log.csv").read_text()
+    assert len(first.splitlines()) == 1 + 6 + 1  # a head, six steps, one validation
+
+
+def test_one_run_per_out_at_a_time(here, start, monkeypatch, capsys):
+    job = start(here, *SMALL, "--workers", 1, "--epochs", 300, "--save-every", 1).until(reaches(3))
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        told = f"model.pt is being written by another run, process {job.process.pid}:"
+        refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 300, *flags), told)
+    assert job.process.is_alive() and (here / "model.pt.lock").exists()
+    job.process.kill()  # its worker lives on for some seconds, and the lock does not
+    job.process.join()
+    job = start(here, *SMALL, "--epochs", 300, "--resume").until(lambda job: "300  loss" in job.out)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143 and not (here / "model.pt.lock").exists()
 
 
 # ---- guards ----
@@ -464,6 +568,28 @@ def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
     assert status == 0 and out.count("skipped") == 1
     assert "step 3: loss or gradient is not finite; step skipped (1 so far)" in out
     assert all(torch.isfinite(x).all() for x in weights(here / "model.pt").values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0, "--out", "good.pt")[0] == 0
+    content = read_weights("good.pt")
+    content["model"]["clip.visual.conv1.weight"][0, 0] = math.inf
+    torch.save(content, "bad.pt")
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--clip", "bad.pt")
+    refused(status, out, err, "weights that are not finite after step 0: check --clip or --init")
+    assert not os.path.exists("model.pt")
+    true, calls = train.TMASS.losses, []
+
+    def losses(self, t, f, generator=None):  # the real losses; in step 5 a weight overflows that they do not show
+        calls.append(0)
+        if len(calls) == 5:
+            self.clip.token_embedding.weight.data[0] = math.inf
+        return true(self, t, f, generator)
+    monkeypatch.setattr(train.TMASS, "losses", losses)
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--save-every", 2)
+    refused(status, out, err, "weights that are not finite after step 6: model.pt keeps step 4; lower the rates")
+    content = read_weights("model.pt")
+    assert content["step"] == 4 and all(torch.isfinite(x).all() for x in content["model"].values())
 
 
 @pytest.fixture
@@ -524,6 +650,93 @@ def test_precision_and_checkpointing(here, monkeypatch, capsys):
     assert {x.dtype for x in weights(here / "bf16/model.pt").values()} == {torch.float32}
 
 
+def test_float16_scales_its_loss_and_resumes_exactly(here, start, monkeypatch, capsys):
+    fp16 = [*SMALL, "--amp", "fp16", "--epochs", 1, "--clip-lr", 1e-4, "--head-lr", 1e-3]
+    status, out, _ = call(monkeypatch, capsys, *fp16, "--out", "whole/model.pt")
+    assert status == 0 and "fp16 towers" in out and "skipped" not in out
+    assert call(monkeypatch, capsys, *fp16, "--amp", "off", "--out", "plain/model.pt")[0] == 0
+    a, b = (torch.tensor([float(r["loss"]) for r in steps(here / name)]) for name in ("whole", "plain"))
+    assert not torch.equal(a, b) and torch.allclose(a, b, rtol=0.05)
+    assert {x.dtype for x in weights("whole/model.pt").values()} == {torch.float32}
+    job = start(here, *fp16, "--save-every", 1).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143, job.err
+    scaler = read_weights("model.pt")["scaler"]
+    assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == read_weights("model.pt")["step"]
+    start(here, "--resume", "--log-every", 1).finish()
+    check_equal(here, here / "whole")
+
+
+def test_float16_may_seek_its_scale_for_long_but_not_for_ever(here, monkeypatch, capsys):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=2. ** 32))
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 3)
+    assert status == 0 and 10 < out.count("step skipped") < 18, (out.count("skipped"), err)
+    assert "step 1: loss or gradient is not finite; step skipped (1 so far)" in out
+    assert all(torch.isfinite(x).all() for x in weights("model.pt").values())
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=4.))
+    true = train.TMASS.losses
+    monkeypatch.setattr(train.TMASS, "losses", lambda *args: {k: x * math.nan for k, x in true(*args).items()})
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 4, "--out", "nan.pt")
+    refused(status, out, err, "10 steps in a row, to 11, were not finite", "keeps the last good state, step 0")
+
+
+def test_warm_up_in_float16_learns_and_takes_no_step_that_is_not_finite(capsys):
+    phrases = train.shapes_pictures(128, train.generator("cpu", 0), 32)[1]
+    tokenizer = train.Tokenizer.learn(phrases, 300, context_length=48)
+    torch.manual_seed(0)
+    small = dict(train.TINY, image_size=16, vision_width=64, vision_layers=1, text_width=64, text_layers=1)
+    clip = train.CLIP(vocab_size=tokenizer.vocab_size, **small)
+    args = train.parser().parse_args(["--amp", "fp16", "--seed", "1", "--warmup", "0.1", "--log-every", "1"])
+    before = {k: x.clone() for k, x in clip.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 120)
+    args.pretrain = 2
+    train.pretrain(clip, tokenizer, args, scaler, ALONE)
+    assert same(before, clip.state_dict()) and scaler.get_scale() == 2. ** 118
+    args.pretrain = 8
+    train.pretrain(clip, tokenizer, args, torch.amp.GradScaler("cpu"), ALONE)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
+
+
+def test_activation_of_a_clip_file(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    for told, quick in (("gelu", False), ("quickgelu", True)):
+        flags = "--clip", "model.pt", "--activation", told, "--epochs", 0, "--out", f"{told}.pt"
+        assert call(monkeypatch, capsys, *SMALL, *flags)[0] == 0
+        assert read_weights(f"{told}.pt")["clip"]["quick_gelu"] is quick
+
+
+def test_the_command_printed_gives_the_line_printed(own_copy, run, monkeypatch, capsys):
+    """Root, missing and broken videos, frames from a cache: all that the numbers depend on."""
+    (own_copy / "my.csv").write_text((own_copy / "set/my.csv").read_text())
+    os.remove("set/red-white.mp4")  # of the test split
+    Path("set/white-red.mp4").write_bytes(b"broken")
+    flags = "--data", "my.csv", "--root", "set", "--skip-bad", "--cache", "my frames", "--out", "a model.pt"
+    status, out, err = call(monkeypatch, capsys, *SMALL, *flags)
+    assert status == 0, err
+    line = next(x for x in out.splitlines() if x.startswith("test: "))
+    command = shlex.split(out.split("evaluate it again: ")[1])
+    assert command[:2] == ["python", "eval.py"]
+    done = run(*command[1:], "--json", "again.json", cwd=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert f"test: {format_metrics(json.loads(Path('again.json').read_text()))}" == line
+
+
+def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, capsys):
+    told = "my.csv has 26 training pairs, fewer than one batch of 27: give a smaller --batch"
+    refused(*call(monkeypatch, capsys, *SMALL, "--batch", 27), told)
+    status, out, _ = call(monkeypatch, capsys, *SMALL, "--epochs", 0)
+    assert status == 0 and "0 steps of 4 pairs" in out and "no step: the starting point is the result" in out
+    terms = {k: torch.tensor(1.5) for k in train.Log.TERMS}
+    args = train.parser().parse_args(["--epochs", "1", "--head-lr", "1e-3", "--clip-lr", "1e-5"])
+    log = train.Log("slow.pt", 0)
+    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 0.031, scale=1.0, grad_norm=1.0)
+    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 1234.5, scale=1.0, grad_norm=1.0)
+    slow, fast = capsys.readouterr().out.splitlines()
+    assert "0.03 pairs/s  2:09 left" in slow and "1234 pairs/s  0:00 left" in fast
+
+
 def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
     assert call(monkeypatch, capsys, *SMALL, "--cache", "frames")[0] == 0
     assert len(list((own_copy / "frames").glob("*.jpegs"))) >= 34  # each epoch leaves 2 of 26 pairs out
@@ -562,6 +775,24 @@ def test_bad_options_cost_one_line(here, run):
     result = run("train.py", *SMALL, "--radius", "square", cwd=here, timeout=60)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "'square'" in result.stderr
+
+
+NUMBERS = {"--head-lr": ("nan", "-1", "1e9"), "--clip-lr": ("-1", "inf"), "--weight-decay": ("nan", "-0.1"),
+           "--dropout": ("nan", "1"), "--warmup": ("1.5", "nan"), "--support-weight": ("inf", "-1"),
+           "--ce-weight": ("nan",), "--prior-std": ("nan", "-1", "1e30"), "--heads": ("0", "-1", "x"),
+           "--seed": ("-1", str(10 ** 22), "1.5"),
+           "--pretrain": ("-1", "1e3"), "--epochs": ("-1", str(10 ** 12)), "--batch": ("1", "0", str(10 ** 12)),
+           "--frames": ("0", "-3", str(10 ** 9)), "--workers": ("-1", str(10 ** 6)), "--save-every": ("0",),
+           "--log-every": ("0", "-1"), "--val-videos": ("-1",)}
+
+
+def test_numbers_that_make_no_sense_are_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # nothing is here: what is read first would be missed first
+    for option, values in NUMBERS.items():
+        for value in values:
+            told = f"argument {option}: ", f"'{value}'"
+            refused(*call(monkeypatch, capsys, "--data", "absent.csv", f"{option}={value}"), *told)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(own_copy, monkeypatch, capsys):
