@@ -27,21 +27,23 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
 from eval import evaluate, format_metrics, run, start_processes
-from shapes import numeric, shapes_pictures, write_text
+from shapes import numeric, render_shapes, shapes_pictures, write_text
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
-# Defaults per data set (as released); every value can be overridden on the command line.
+RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
+               "(msrvtt-7k and msvd with X-Pool's rates and dropout). Every value can be overridden.")
 BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1,
             pretrain=0, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
             support_weight=0.8, support_video="matched", ce_weight=0.0, augment="crop-flip")
-MSRVTT = dict(head_lr=3e-5, prior="uniform", support_video="batch")
 RECIPES = {
     "shapes": dict(clip="tiny", frames=6, batch=64, epochs=3, head_lr=1e-3, clip_lr=5e-4, pretrain=300, dropout=0.1,
                    prior_std=0.1, augment="none"),  # captions say what is on the left and what on the right
-    "msrvtt": MSRVTT, "msrvtt-7k": MSRVTT,
+    "msrvtt": dict(head_lr=3e-5, prior="uniform", support_video="batch"),
+    "msrvtt-7k": dict(dropout=0.4, prior="uniform", support_video="batch"),
     "lsmdc": dict(prior_std=0.003, support_weight=0.0),
     "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
-    "vatex": {}, "charades": {}, "msvd": {}, "csv": {},
+    "msvd": dict(dropout=0.4),
+    "vatex": {}, "charades": {}, "csv": {},
 }
 NAMES = [name for name in RECIPES if name != "csv"]
 TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48,
@@ -57,21 +59,20 @@ METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std
 
 
 def parser():
-    recipes = {"all": BASE, **RECIPES}
-    lines = [f"  {name}: {', '.join(f'{k}={v}' for k, v in recipe.items()) or '-'}" for name, recipe in recipes.items()]
+    recipes = [f"  {name}: {', '.join(f'{k}={v}' for k, v in recipe.items()) or '-'}"
+               for name, recipe in {"all": BASE, **RECIPES}.items()]
     p = data.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="\n".join(["Defaults marked (recipe) depend on --data:", *lines]))
-    whole, size, positive = numeric(int, 0, 10 ** 6), numeric(int, 1, 10_000), numeric(int, 1)
+                    epilog="\n".join(["Defaults marked (recipe) depend on --data:", *recipes, RECIPES_ARE]))
+    whole, count, size = numeric(int, 0, 10 ** 6), numeric(int, 1), numeric(int, 1, 1000)
     share, rate, weight = numeric(float, 0, 1), numeric(float, 0, 10), numeric(float, 0, 1e6)
     g = p.add_argument_group("data")
     g.add_argument("--data", help=f"{', '.join(NAMES)}, or the path of a .csv (default: shapes)")
     g.add_argument("--root", help="folder of the data set (default: data/NAME; for a .csv, the folder it lies in)")
-    g.add_argument("--val-videos", type=whole, help="msrvtt, charades: hold this many training videos out to choose "
-                                                    "the checkpoint (default: 0, the last epoch is the result)")
-    g.add_argument("--skip-bad", action="store_true", help="leave out videos that are missing or can't be decoded, and "
-                                                           "count them (default: stop and name them)")
-    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG, so that it is "
-                                                  "decoded once; advised for real data")
+    g.add_argument("--videos", metavar="DIR", help="folder of the videos, where they lie apart from the annotations")
+    g.add_argument("--val-videos", type=whole, help="msrvtt, charades: held out of train to choose the checkpoint (0)")
+    g.add_argument("--skip-bad", action="store_true", help="leave out and list videos that are missing or broken")
+    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG: each is decoded "
+                                                  "once (default: none; shapes: frames/ beside its videos)")
     g.add_argument("--augment", choices=("crop-flip", "none"), help="one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
                    help="processes that decode videos (default: %(default)s)")
@@ -87,40 +88,31 @@ def parser():
     g.add_argument("--prior", choices=PRIORS, help="distribution of the noise")
     g.add_argument("--prior-std", type=weight, help="of the normal prior; N(0,1) is larger than |t| itself for CLIP")
     g.add_argument("--support-weight", type=weight, help="weight of the support text's loss")
-    g.add_argument("--support-video", choices=SUPPORTS, help="where the support text looks: at its own pooled video, "
-                                                             "or at the batch's mean as released")
+    g.add_argument("--support-video", choices=SUPPORTS, help="what it looks at: its own, or the batch's mean")
     g.add_argument("--ce-weight", type=weight, help="weight of the point text's loss")
     g = p.add_argument_group("optimisation (recipe)")
     g.add_argument("--epochs", type=whole, help="passes over all (caption, video) pairs; 0 writes the starting point")
-    g.add_argument("--batch", type=numeric(int, 2, 10 ** 6), help="pairs per step over all processes; each pair is "
-                                                                  "contrasted with all of them")
+    g.add_argument("--batch", type=numeric(int, 2, 10 ** 6), help="pairs per step, over all processes")
     g.add_argument("--head-lr", type=rate, help="peak learning rate of pooling and radius")
     g.add_argument("--clip-lr", type=rate, help="peak learning rate of CLIP")
     g.add_argument("--weight-decay", type=rate, help="of AdamW")
     g.add_argument("--warmup", type=share, help="share of the steps with a rising learning rate; cosine to 0 after")
-    g.add_argument("--pretrain", type=whole, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP first, "
-                                                                   "as a real CLIP has had")
+    g.add_argument("--pretrain", type=whole, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP before")
     g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), help="of everything random (default: 24)")
     g = p.add_argument_group("run")
     g.add_argument("--out", default="model.pt", help="the checkpoint; its log is NAME.log.csv (default: %(default)s)")
     g.add_argument("--overwrite", action="store_true", help="replace a finished run in --out")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly, or start it")
-    g.add_argument("--save-every", type=positive, default=500, metavar="N", help="steps, and each epoch (%(default)s)")
-    g.add_argument("--log-every", type=positive, default=20, metavar="N", help="steps (default: %(default)s)")
+    g.add_argument("--save-every", type=count, default=500, metavar="STEPS", help="and each epoch (%(default)s)")
+    g.add_argument("--log-every", type=count, default=20, metavar="STEPS", help="(default: %(default)s)")
     g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or in float16 with a scaled loss (T4, V100): "
                                               "faster and smaller; losses stay float32 (default: off)")
-    g.add_argument("--grad-checkpoint", action="store_true", help="recompute the towers in the backward pass: much "
-                                                                  "less memory, about a third slower")
+    g.add_argument("--grad-checkpoint", action="store_true", help="towers computed twice: less memory, a third slower")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     return p
 
 
 # ---- settings, and the run that is there already ----
-
-def beside(out, ending):
-    """The names of a run's other files: NAME.log.csv and NAME.bad.txt beside NAME.pt."""
-    return os.path.splitext(out)[0] + ending
-
 
 @contextlib.contextmanager
 def only_run(out):
@@ -130,7 +122,7 @@ def only_run(out):
         lock = open(out + ".lock", "a+")
     except OSError as e:
         raise WeightsError(f"--out {out} cannot be written: {e.strerror}; choose another --out") from None
-    with lock:
+    with lock, contextlib.ExitStack() as end:
         try:
             import fcntl
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,22 +134,18 @@ def only_run(out):
             pass
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)
-        try:
-            yield
-        finally:
-            os.unlink(lock.name)
+        end.callback(os.unlink, lock.name)
+        yield
 
 
 def earlier_run(args):
     """The checkpoint in --out if --resume wants it, else None. Replaced are only a run that has no step yet, and with
     --overwrite a finished one."""
     out, old = args.out, {}
-    for option in ("clip", "init"):
-        path = getattr(args, option)
-        if path and os.path.realpath(path) == os.path.realpath(out):
-            raise WeightsError(f"--out and --{option} name the same file, {out}: choose another --out")
+    if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
+        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
     if not os.path.lexists(out):
-        for path in (beside(out, ".log.csv"), beside(out, ".bad.txt")):
+        for path in (os.path.splitext(out)[0] + ending for ending in (".log.csv", ".bad.txt")):
             if os.path.lexists(path):
                 raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or choose another --out")
         return None
@@ -167,13 +155,14 @@ def earlier_run(args):
         old = read_weights(out)
     if old.get("format") != "tmass":
         raise WeightsError(f"--out {out} is not a checkpoint of ours, and stays as it is: choose another --out")
-    finished = old.get("finished", True)
-    if not args.resume and not finished and old["step"]:
+    if args.resume:
+        return old
+    if not old.get("finished", True) and old["step"]:
         raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: continue it with --resume, or choose "
                            "another --out")
-    if not args.resume and finished and not args.overwrite:
+    if old.get("finished", True) and not args.overwrite:
         raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with --overwrite")
-    return old if args.resume else None
+    return None
 
 
 def settle(args):
@@ -198,7 +187,9 @@ def settle(args):
     args.data = os.path.abspath(args.data) if name == "csv" else name
     folder = os.path.dirname(args.data) if name == "csv" else os.path.join("data", name.split("-")[0])
     args.root = os.path.abspath(args.root or folder)
-    args.cache = args.cache and os.path.abspath(args.cache)
+    if name == "shapes" and args.cache is None:
+        args.cache = os.path.join(args.root, "frames")
+    args.cache, args.videos = (x and os.path.abspath(x) for x in (args.cache, args.videos))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise data.DataError(f"--batch {args.batch} is that of all {world} processes: give a multiple of {world}")
@@ -228,10 +219,7 @@ def generator(device, *numbers):
 
 
 class Batches:
-    """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair).
-
-    An epoch's last, incomplete batch is dropped.
-    """
+    """One process' share of each step's batch, from `start` on: lists of (epoch, pair); incomplete ones are dropped."""
 
     def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
         self.pairs, self.batch, self.seed, self.start, self.rank, self.world = pairs, batch, seed, start, rank, world
@@ -266,7 +254,6 @@ class Gather(torch.autograd.Function):
     Every process computes the same global loss, hence the same gradient of the joined rows: each keeps that of its own,
     times the number of processes because DistributedDataParallel averages. The result is exactly one process' gradient.
     """
-
     @staticmethod
     def forward(ctx, x):
         counts = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
@@ -320,7 +307,6 @@ def make_optimizer(model, args):
     """AdamW with one group for CLIP and one for what T-MASS adds; `peak` is a group's highest learning rate."""
     head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     groups = [dict(params=list(model.clip.parameters()), peak=args.clip_lr), dict(params=head, peak=args.head_lr)]
-    groups = [g for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
 
 
@@ -328,7 +314,7 @@ def descend(loss, model, clip, optimizer, scaler):
     """One step down the gradient, cut to norm 1. -> (that norm, whether it and the loss were finite; else no step).
 
     With --amp fp16 the scaler multiplies the loss, and learns by how much, so that float16 gradients neither vanish nor
-    overflow; else it does nothing. Processes agree, because their gradients are averaged already.
+    overflow. All processes do the same: their gradients are averaged already.
     """
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -375,7 +361,7 @@ class Log:
     FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
 
     def __init__(self, out, start):
-        path, rows = beside(out, ".log.csv"), []
+        path, rows = os.path.splitext(out)[0] + ".log.csv", []
         if start and os.path.isfile(path):
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
@@ -439,7 +425,7 @@ class Checkpoint:
         """What --skip-bad left out, in a file beside the checkpoint."""
         lines = self.job.join(missing + self.bad_videos)
         if lines and self.job.rank == 0:
-            path = beside(self.out, ".bad.txt")
+            path = os.path.splitext(self.out)[0] + ".bad.txt"
             write_text(path, "".join(line + "\n" for line in lines))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
 
@@ -573,16 +559,16 @@ def load_splits(args, job):
     """-> ({train, val, test: Annotations}, the messages of missing videos that --skip-bad left out)."""
     if args.data == "shapes":
         with job.first_alone():
-            data.load_split(args.data, args.root, "train")  # renders on first use
+            render_shapes(args.root)  # on first use
     splits, missing = {}, []
     for split in ("train", "val", "test"):
         ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed)
         splits[split], gone = data.present(ann, args.skip_bad)
         missing += gone
-    pairs, left = len(splits["train"].captions), " left" if missing else ""
+    pairs = len(splits["train"].captions)
     if pairs < args.batch:
-        raise data.DataError(f"{args.data} has {pairs} training pairs{left}, fewer than one batch of {args.batch}: "
-                             "give a smaller --batch")
+        raise data.DataError(f"{args.data} has {pairs} training pairs, fewer than one batch of {args.batch}: give a "
+                             "smaller --batch")
     return splits, missing
 
 
@@ -593,12 +579,10 @@ def announce(args, splits, missing, optimizer, batches, job):
         job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
-    groups = zip(("CLIP", "head"), optimizer.param_groups)
-    counts = [f"{name} {sum(p.numel() for p in g['params']):,} (lr {g['peak']:g})" for name, g in groups]
-    job.say(f"parameters: {', '.join(counts)}")
-    precision, share = "float32" if args.amp == "off" else f"{args.amp} towers", args.batch // job.world
-    job.say(f"{batches.total} steps of {args.batch} pairs ({share} on each of {job.world} processes) on {job.device}, "
-            f"{precision}")
+    for name, group in zip(("CLIP", "head"), optimizer.param_groups):
+        job.say(f"{name} {sum(p.numel() for p in group['params']):,} parameters, learning rate {group['peak']:g}")
+    precision = "float32" if args.amp == "off" else f"{args.amp} towers"
+    job.say(f"{batches.total} steps of {args.batch} pairs, over {job.world} processes on {job.device}, {precision}")
     if not batches.total:
         job.say("no step: the starting point is the result")
     elif not splits["val"].clips:
@@ -617,8 +601,8 @@ def note_bad(bad, ids, skip, noted):
 
 def evaluation(args):
     """The command that gives the test line again: what else it needs is in the checkpoint."""
-    cache = ["--cache", args.cache] if args.cache else []
-    return shlex.join(["python", "eval.py", "--ckpt", args.out, *cache, *["--skip-bad"] * args.skip_bad])
+    words = ["python", "eval.py", "--ckpt", args.out, "--device", args.device] + ["--skip-bad"] * args.skip_bad
+    return shlex.join(words + (["--cache", args.cache] if args.cache else []))
 
 
 def go_on():
@@ -626,8 +610,9 @@ def go_on():
     start = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
         start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        if os.environ["GROUP_WORLD_SIZE"] != "1":
-            start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
+        if os.environ["GROUP_WORLD_SIZE"] != "1":  # on each node
+            start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", os.environ["MASTER_ADDR"] + ":29500"]
     return shlex.join([*start, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
 
 
