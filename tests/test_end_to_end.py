@@ -23,7 +23,7 @@ def test_train_says_what_it_does_and_names_the_checkpoint(trained):
     for line in (r"train +480 texts, 120 videos", r"val +10 texts", r"pretrain +100/100", r"validation after epoch 2",
                  r"test: t2v R@1 [\d.]+", r"checkpoint: model.pt"):
         assert re.search(line, said), (line, said)
-    rows = (folder / "log.csv").read_text().splitlines()
+    rows = (folder / "model.log.csv").read_text().splitlines()
     assert rows[0].startswith("step,epoch,loss") and len(rows) > 3
 
 
