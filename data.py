@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
-from shapes import DataError, Parser, escaped, numeric, program, render_shapes, written_whole
+from shapes import DataError, Parser, escaped, numeric, program, shapes_table, written_whole
 
 
 class Clip(NamedTuple):
@@ -701,8 +701,7 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
         return _collect(read_csv(name, videos or root or Path(name).parent, split))
     root = Path(root or Path("data") / name.split("-")[0])
     if name == "shapes":
-        render_shapes(root)
-        return _collect(read_csv(root / "captions.csv", videos or root, split))
+        return _collect(read_csv(shapes_table(root), videos or root, split))
     if name not in READERS:
         names = ", ".join(["shapes", *READERS])
         raise DataError(f"unknown data set {name!r}: choose {names}, or give the path of a .csv file")

@@ -1,9 +1,8 @@
-"""The data set that makes itself: small real mp4 files of several shots, captions that tell of one shot and leave facts out.
+"""The data set that makes itself: small real mp4 files of several shots; captions tell of one shot and leave facts out.
 
-    python shapes.py --root DIR --videos 1500 100 500     # `python train.py` renders these numbers into data/shapes on first use
+    python shapes.py --root DIR --videos 1500 100 500     # `python train.py` renders so many into data/shapes at first
 
-The lowest room of the data side: it imports none of ours, and begins with what every program here shares (errors, options, files that
-are written whole).
+The lowest room of the data side: it imports none of ours, and begins with what every program here shares.
 """
 import argparse
 import contextlib
@@ -50,14 +49,14 @@ def numeric(kind, least, most=2 ** 31 - 1, above=False):
         except ValueError:
             value = math.nan
         if not (least < value if above else least <= value) or not value <= most:
-            says = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {says} {'above' if above else 'from'} {least:g} to {most:g}")
+            says = f"a {'whole ' if kind is int else ''}number {'above' if above else 'from'}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {says} {least:g} to {most:g}")
         return value
     return parse
 
 
 def program(main, *mistakes):
-    """The one way that a program ends: a user's mistake (DataError, `mistakes`) in one line and status 2; anything else is a bug."""
+    """The one way that a program ends: a mistake of the user (DataError, `mistakes`): one line, status 2."""
     try:
         return main()
     except (DataError, *mistakes) as e:
@@ -70,7 +69,7 @@ def program(main, *mistakes):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A temporary name beside path: what is written there is renamed to path if the block ends well, and removed if it doesn't."""
+    """A temporary name beside path: what is written there is renamed to path if the block ends well, else removed."""
     part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
     try:
         yield part
@@ -117,25 +116,26 @@ def write_text(path, text):
 
 
 # ---- facts and words ----
-# Real mp4 files of 2 to 4 shots, made here. A shot has six facts: a sky and a ground, then shape and colour of the thing on the left and
-# of the one on the right. A caption tells of one shot, left thing first, not always of everything: -1 is a fact left unsaid. Each fact
-# has two wordings, and the warm-up's phrases know the first only. A frame tells nothing of order or direction of motion, so neither do
-# captions.
-
+# A shot has six facts: a sky and a ground, then shape and colour of the left thing and of the right. A caption tells
+# of one shot, left thing first, not always of everything: -1 is a fact left unsaid. Each fact has two wordings, and the
+# warm-up's phrases know the first only. Frames tell nothing of order or motion, so neither do captions.
 SKIES = [["at night", "under the stars"], ["at noon", "under a blue sky"], ["at sunset", "in the evening glow"],
          ["at dawn", "under a pink sky"], ["in the rain", "under grey clouds"], ["in a snowfall", "under falling snow"],
          ["under green lights", "below an aurora"], ["in the fog", "in a white mist"]]
-GROUNDS = [["on the sea", "over waves"], ["on sand", "among dunes"], ["on snow", "on a white field"], ["on a meadow", "among green hills"],
-           ["on bricks", "over a brick wall"], ["on tiles", "over a chessboard"], ["on lava", "over glowing rock"],
-           ["on a dark road", "on asphalt"]]
-THINGS = [["circle", "disc"], ["square", "box"], ["triangle", "wedge"], ["star", "sparkle"], ["ring", "hoop"], ["cross", "plus"]]
-COLOURS = [["red", "crimson"], ["orange", "tangerine"], ["yellow", "golden"], ["green", "emerald"], ["blue", "azure"], ["purple", "violet"],
-           ["black", "inky"], ["white", "ivory"]]
+GROUNDS = [["on the sea", "over waves"], ["on sand", "among dunes"], ["on snow", "on a white field"],
+           ["on a meadow", "among green hills"], ["on bricks", "over a brick wall"], ["on tiles", "over a chessboard"],
+           ["on lava", "over glowing rock"], ["on a dark road", "on asphalt"]]
+THINGS = [["circle", "disc"], ["square", "box"], ["triangle", "wedge"], ["star", "sparkle"], ["ring", "hoop"],
+          ["cross", "plus"]]
+COLOURS = [["red", "crimson"], ["orange", "tangerine"], ["yellow", "golden"], ["green", "emerald"], ["blue", "azure"],
+           ["purple", "violet"], ["black", "inky"], ["white", "ivory"]]
 WORDS = [SKIES, GROUNDS, THINGS, COLOURS, THINGS, COLOURS]  # the six facts, in order
 FORMS = ["{a} and {b} {ground} {sky}", "{a} next to {b} {ground} {sky}", "{sky}, {a} beside {b} {ground}",
-         "there is {a} with {b} {ground} {sky}", "{sky} we see {a} and {b} {ground}", "a video that shows {a} near {b} {ground}, {sky}"]
-CAPTIONS, FRAMES, RATE, SIDE = 4, 24, 8, 96  # captions per training video; frames per video, and per second; pixels
-SHAPES_VERSION = 1                           # of what is drawn and told
+         "there is {a} with {b} {ground} {sky}", "{sky} we see {a} and {b} {ground}",
+         "a video that shows {a} near {b} {ground}, {sky}"]
+CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 test queries have a quarter of the sampling noise of 500
+FRAMES, RATE, SIDE = 24, 8, 96           # frames per video, and per second; pixels
+SHAPES_VERSION = 2                       # of what is drawn and told
 
 
 def rgb(*codes):
@@ -153,7 +153,7 @@ def over(under, paint, w):
 
 
 def specks(x, y, density, radius, px):
-    """Dots strewn over the plane, one at most in each unit cell. x (n,1,S), y (n,S,1) -> how much of a dot, number of the cell (n,S,S)."""
+    """Dots strewn over a plane, one at most in a cell. x (n,1,S), y (n,S,1) -> how much of a dot, its cell (n,S,S)."""
     column, row = x.floor(), y.floor()
     cell = (column.long() * 61 + row.long() * 157) % STREWN.shape[1]
     far = torch.hypot(x - column - .3 - .4 * STREWN[0][cell], y - row - .3 - .4 * STREWN[1][cell])
@@ -169,7 +169,7 @@ GROUND_PAINTS = [rgb(*codes).unsqueeze(1) for codes in (
 
 
 def scenery(sky, ground, x, y, s, px):
-    """One sky over one ground at time s. x (n,1,S), y (n,S,1) in about -1..1, y up, s (n,1,1), px a pixel's size -> (n,3,S,S)."""
+    """One sky over one ground at time s (n,1,1). x (n,1,S), y (n,S,1) in -1..1, y up, px: a pixel -> (n,3,S,S)."""
     top, low = SKY_PAINTS[sky]
     picture = over(top, low, .75 - y * .75 + 0 * x)  # brighter towards the horizon
     if sky == 0:
@@ -211,18 +211,16 @@ def outline(kind, x, y):
     if kind == 5:  # cross
         x, y = x.abs(), y.abs()
         return torch.maximum(torch.minimum(x, y) - .3, torch.maximum(x, y) - .9)
-    tips, inner, grow = (3, .5, .08) if kind == 2 else (5, .45, .04)  # triangle, star: a fan of equal sectors, folded on half of one
+    # triangle, star: a fan of equal sectors, folded; the edge runs from the tip (1, 0) to the corner
+    tips, inner, grow = (3, .5, .08) if kind == 2 else (5, .45, .04)
     half = math.pi / tips
     angle = ((torch.atan2(x, y) / (2 * half) + .5) % 1 - .5).abs() * 2 * half
-    ex, ey = 1 - inner * math.cos(half), inner * math.sin(half)  # the edge from the tip (1, 0) to the corner between two tips
+    ex, ey = 1 - inner * math.cos(half), inner * math.sin(half)
     return (ey * (r * angle.cos() - 1) + ex * r * angle.sin()) / math.hypot(ex, ey) - grow
 
 
 def draw_shots(facts, pose, size):
-    """Pictures of facts (n,6) in a pose (n,14): zoom, camera x, y, time, light, confetti; per thing x, y, angle, radius.
-
-    -> uint8 (n,3,size,size)
-    """
+    """facts (n,6), pose (n,14): zoom, camera x, y, time, light, confetti, twice x, y, angle, radius -> (n,3,S,S)."""
     px = 2 / size
     line = (torch.arange(size) + .5) * px - 1
     zoom, camera_x, camera_y, s, light, confetti, *things = pose.T[..., None, None]  # each (n,1,1)
@@ -234,7 +232,8 @@ def draw_shots(facts, pose, size):
     if confetti.any():
         dot, cell = specks(x * 3 + s / 3, y * 3 - s / 2, .4, .16, px * 3)
         picture = over(picture, STREWN[[3, 0, 1]][:, cell].transpose(0, 1), dot * confetti)
-    for thing, colour, (at_x, at_y, angle, radius) in ((facts[:, 2], facts[:, 3], things[:4]), (facts[:, 4], facts[:, 5], things[4:])):
+    left, right = (facts[:, 2], facts[:, 3], things[:4]), (facts[:, 4], facts[:, 5], things[4:])
+    for thing, colour, (at_x, at_y, angle, radius) in (left, right):
         dx, dy = (x - at_x) / radius, (y - at_y) / radius
         dx, dy = dx * angle.cos() - dy * angle.sin(), dx * angle.sin() + dy * angle.cos()
         d = torch.empty_like(dx)
@@ -242,8 +241,9 @@ def draw_shots(facts, pose, size):
             rows = thing == kind
             d[rows] = outline(kind, dx[rows], dy[rows])
         d *= radius
-        inside, rim, shadow = ((-d / px + .5).clamp(0, 1), ((.055 - d) / px + .5).clamp(0, 1), (.4 - 2.2 * d).clamp(0, 1))
-        picture *= ((1 - shadow) * (1 - rim))[:, None]  # a sticker: its shadow, a white rim, and the thing, lighter at the top
+        inside, rim = (-d / px + .5).clamp(0, 1), ((.055 - d) / px + .5).clamp(0, 1)
+        shadow = (.4 - 2.2 * d).clamp(0, 1)  # a sticker: its shadow, a white rim, and the thing, lighter at the top
+        picture *= ((1 - shadow) * (1 - rim))[:, None]
         picture += (rim - inside)[:, None] + PAINTS[colour] * (inside * (.93 + .07 * dy))[:, None]
     return (picture * light[:, None] * 255).clamp(0, 255).byte()
 
@@ -257,7 +257,7 @@ def random_shots(n, generator):
 
 
 def tell(facts, generator, forms, other):
-    """A caption per shot (n,6), with the second word for a fact as often as `other` -> n texts, what they say (n,6), -1 for unsaid."""
+    """A caption per shot (n,6), second words as often as `other` says -> n texts, what they say (n,6), -1: unsaid."""
     n = len(facts)
     u, v = torch.rand(2, n, 6, generator=generator)
     says = facts.where(u >= torch.tensor([.06, .06, 0, .04, 0, .04]), -1)
@@ -267,12 +267,13 @@ def tell(facts, generator, forms, other):
         sky, ground, *things = [words[fact][k] if fact >= 0 else "" for fact, k, words in zip(row, second, WORDS)]
         a, b = (f"{colour} {thing}".strip() for thing, colour in (things[:2], things[2:]))
         a, b = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (a, b))
-        texts.append(" ".join(forms[form].format(a=a, b=b, sky=sky, ground=ground).split()).strip(" ,"))
+        text = " ".join(forms[form].format(a=a, b=b, sky=sky, ground=ground).split())
+        texts.append(text.replace(" ,", ",").strip(" ,"))
     return texts, says
 
 
 def shapes_pictures(n, generator, size=32):
-    """Fresh picture-text pairs for the warm-up: plain words, no confetti, nothing moves. -> (uint8 (n,3,size,size), list of n phrases)."""
+    """Fresh pairs for the warm-up: plain words, no confetti, nothing moves. -> (uint8 (n,3,size,size), n phrases)."""
     facts, pose = random_shots(n, generator)
     return draw_shots(facts, pose, size), tell(facts, generator, FORMS[:1], 0)[0]
 
@@ -280,7 +281,7 @@ def shapes_pictures(n, generator, size=32):
 class ShapesVideos(Dataset):
     """Item i draws everything about video i from a generator of its own, and writes its file unless that is there.
 
-    -> (captions, facts of its shots (S,6), what the captions say (n,6), as lists), or the DataError of a file that can't be written.
+    -> (captions, facts of its shots (S,6), what the captions say (n,6), as lists), or the DataError of a failed write.
     """
 
     def __init__(self, folder, train, val, test, seed):
@@ -296,11 +297,11 @@ class ShapesVideos(Dataset):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 63)
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
-        told = torch.randint(shots, (CAPTIONS if self.splits[i] == "train" else 1,), generator=generator)
+        told = torch.randint(shots, (CAPTIONS[self.splits[i]],), generator=generator)
         captions, says = tell(facts[told], generator, FORMS, .2)
         if not self.path(i).exists():
             extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
-            lengths = 5 + extra.bincount(minlength=shots)          # in frames; long enough for 6 sampled frames to see every shot
+            lengths = 5 + extra.bincount(minlength=shots)  # in frames; so 6 sampled frames see every shot
             u = torch.rand(3, shots, 14, generator=generator) * 2 - 1  # how things move: drift, sway and its phase
             pose[:, 4] += .15 * u[0, :, 4] - .05  # light
             pose[:, 5] = u[0, :, 5] > 0           # confetti, or none
@@ -312,16 +313,17 @@ class ShapesVideos(Dataset):
             try:
                 write_video(self.path(i), frames, RATE)
             except (OSError, av.FFmpegError) as e:
-                return DataError(f"{self.path(i)} can't be written: {e.strerror or e}: make room, or choose another --root")
+                return DataError(f"{self.path(i)} can't be written: {e.strerror or e}: make room or use another --root")
         return captions, facts.tolist(), says.tolist()
 
 
 def write_video(path, frames, rate):
-    """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file, under another name until it is whole."""
+    """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file, written whole (slower presets aren't deterministic)."""
     T, _, H, W = frames.shape
     with written_whole(path) as part, av.open(part, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=rate, options={"preset": "superfast", "crf": "22"})  # slower ones aren't deterministic
-        stream.width, stream.height, stream.pix_fmt, stream.thread_type, stream.thread_count = W, H, "yuv420p", "FRAME", 1
+        stream = file.add_stream("libx264", rate=rate, options={"preset": "superfast", "crf": "22"})
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        stream.thread_type, stream.thread_count = "FRAME", 1
         for pixels in frames.permute(0, 2, 3, 1):
             frame, buffer = av.VideoFrame(W, H, "rgb24"), bytearray(3 * H * W)
             torch.frombuffer(buffer, dtype=torch.uint8).view(H, W, 3).copy_(pixels)
@@ -333,30 +335,58 @@ def write_video(path, frames, rate):
 def oracle_ceiling(facts, owner, says, target):
     """R@1 in percent of one who sees every fact: a caption fits a video when it fits one of its shots; ties at random.
 
-    facts (S,6) of all shots, owner (S,) their videos; says (N,6) with -1 for unsaid, target (N,) the videos that the captions are of.
+    facts (S,6) of all shots, owner (S,) their videos; says (N,6) with -1 for unsaid, target (N,) the captions' videos.
     """
     fits = [set(owner[((said == -1) | (said == facts)).all(1)].tolist()) for said in says]
     return 100 * sum((video in found) / len(found) for video, found in zip(target.tolist(), fits)) / len(fits)
 
 
-def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
-    """Make the data set unless it is there: videos/*.mp4, shapes.json (settings, oracle ceiling), captions.csv (video, caption, split).
+def shapes_of(root):
+    """What a folder holds of this data set, by shapes.json. -> (settings, whole?); ({}, False) where it may be made.
 
-    captions.csv comes last: until then the next call goes on where this one was stopped. The files don't depend on the number of workers.
+    Nobody's files are replaced: anything else in the folder is a DataError, and so is an older version of ours.
     """
     root = Path(root)
-    table, about = root / "captions.csv", root / "shapes.json"
-    if table.exists():
+    try:
+        if not root.exists() or root.is_dir() and not any(root.iterdir()):
+            return {}, False
+        settings = json.loads((root / "shapes.json").read_text(encoding="utf-8"))["settings"]
+        version, numbers = settings["version"], "{train} {val} {test}".format(**settings)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{root} is neither empty nor made by shapes.py: choose another --root") from None
+    if version != SHAPES_VERSION:
+        raise DataError(f"{root} holds version {version} of shapes, and this is version {SHAPES_VERSION}: delete it, "
+                        f"then make it anew: python shapes.py --root {root} --videos {numbers}")
+    return settings, (root / "captions.csv").exists()
+
+
+def shapes_table(root):
+    """The captions.csv of a data set that is there; reading makes nothing."""
+    settings, whole = shapes_of(root)
+    if not whole:
+        numbers = "{train} {val} {test} --seed {seed}".format(**settings) if settings else "1500 100 500"
+        raise DataError(f"{root} holds no {'whole ' if settings else ''}data set shapes: `python train.py` renders it, "
+                        f"or python shapes.py --root {root} --videos {numbers}")
+    return Path(root) / "captions.csv"
+
+
+def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
+    """Make the data set unless one is there: shapes.json (settings, ceiling), videos/*.mp4, captions.csv.
+
+    captions.csv comes last; a stopped rendering goes on with the next call. The files don't depend on `workers`.
+    """
+    root, wanted = Path(root), dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    begun, whole = shapes_of(root)
+    if whole:
         return
-    settings = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    if begun and begun != wanted:
+        raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose another --root")
     videos = ShapesVideos(root / "videos", train, val, test, seed)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     try:
-        videos.folder.mkdir(parents=True, exist_ok=True)
-        if not about.exists() or json.loads(about.read_text())["settings"] != settings:
-            for i in range(len(videos)):
-                videos.path(i).unlink(missing_ok=True)  # of another rendering that was stopped
-            write_text(about, json.dumps(dict(settings=settings)))
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
+        videos.folder.mkdir(exist_ok=True)
         rows, facts, owner, says, target = [("video", "caption", "split")], [], [], [], []
         for i, item in enumerate(DataLoader(videos, batch_size=None, num_workers=workers)):
             if isinstance(item, DataError):
@@ -364,16 +394,16 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
             captions, shots, said = item
             rows += [(f"videos/{videos.path(i).name}", caption, videos.splits[i]) for caption in captions]
             if videos.splits[i] == "test":
-                facts, owner, says, target = facts + shots, owner + [i] * len(shots), says + said, target + [i]
+                facts, owner = facts + shots, owner + [i] * len(shots)
+                says, target = says + said, target + [i] * len(said)
             if (i + 1) % 300 == 0 or i + 1 == len(videos):
                 print(f"rendering {root}: {i + 1}/{len(videos)} videos", file=sys.stderr, flush=True)
         ceiling = oracle_ceiling(*map(torch.tensor, (facts, owner, says, target))) if target else None
-        write_text(about, json.dumps(dict(settings=settings, ceiling=ceiling)))
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows(rows)
-        write_text(table, text.getvalue())
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
+        with written_whole(root / "captions.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
     except OSError as e:
-        raise DataError(f"{root}: the data set shapes can't be written there: {e.strerror or e}; choose another --root") from None
+        raise DataError(f"{root}: shapes can't be written there: {e.strerror or e}; choose another --root") from None
     print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}"
           + (f"; R@1 of one who sees everything: {ceiling:.1f} %" if target else ""))
 
@@ -388,19 +418,6 @@ def shapes_ceiling(root=None):
 
 # ---- command line ----
 
-def render(args):
-    """Make a shapes data set. What the folder holds already is never replaced: if it is anything else, that is a mistake. -> 0."""
-    wanted = dict(zip(("train", "val", "test"), args.videos), seed=args.seed)
-    render_shapes(args.root, **wanted)
-    try:
-        made = json.loads((Path(args.root) / "shapes.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        made = {}
-    if not wanted.items() <= made.items():
-        raise DataError(f"{args.root} holds another data set already: delete it, or choose another --root")
-    return 0
-
-
 def main(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--root", required=True, help="folder to write into")
@@ -408,7 +425,11 @@ def main(argv=None):
                    help="number of videos per split")
     p.add_argument("--seed", type=numeric(int, 0), default=24, help="of everything random (default: %(default)s)")
     args = p.parse_args(argv)
-    return render(args)
+    wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
+    render_shapes(args.root, **wanted)
+    if not wanted.items() <= shapes_of(args.root)[0].items():  # whole already, and not touched
+        raise DataError(f"{args.root} holds another data set already: delete it, or choose another --root")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Train T-MASS.
 
-    python train.py                                        # the embedded data set, on a laptop CPU, in minutes
-    python train.py --data msrvtt --clip ViT-B/32          # a benchmark, from OpenAI's CLIP
-    python train.py --data my.csv --root videos/           # your own videos: columns video, caption[, split, start, end]
-    torchrun --nproc_per_node 8 train.py --data msrvtt     # several GPUs: the batch is the global one, whatever their number
+    python train.py                                      # the embedded data set, on a laptop CPU, in minutes
+    python train.py --data msrvtt --out msrvtt.pt        # a benchmark, from OpenAI's CLIP
+    python train.py --data my.csv --out my.pt            # your own videos: columns video, caption[, split, start, end]
+    torchrun --nproc_per_node 8 train.py --data msrvtt   # several GPUs: --batch is that of all of them together
 
-Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step number and nothing else.
+Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import math
 import os
+import shlex
 import signal
+import stat
 import sys
 import time
 
@@ -24,149 +27,183 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
 from eval import evaluate, format_metrics, run, start_processes
-from shapes import shapes_pictures
+from shapes import numeric, render_shapes, shapes_pictures, write_text
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
-# Defaults per data set (as released); every value can be overridden on the command line.
-BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1, pretrain=0,
-            pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0, support_weight=0.8,
-            support_video="matched", ce_weight=0.0, augment="crop-flip")
-MSRVTT = dict(head_lr=3e-5, prior="uniform", support_video="batch")
+RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
+               "(msrvtt-7k and msvd with X-Pool's rates and dropout). Every value can be overridden.")
+BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1,
+            pretrain=0, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
+            support_weight=0.8, support_video="matched", ce_weight=0.0, augment="crop-flip")
 RECIPES = {
-    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=3, head_lr=1e-3, clip_lr=5e-4, pretrain=300, dropout=0.1, prior_std=0.1,
-                   augment="none"),  # captions say what is on the left and what on the right
-    "msrvtt": MSRVTT, "msrvtt-7k": MSRVTT,
+    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=3, head_lr=1e-3, clip_lr=5e-4, pretrain=300, dropout=0.1,
+                   prior_std=0.1, augment="none"),  # captions say what is on the left and what on the right
+    "msrvtt": dict(head_lr=3e-5, prior="uniform", support_video="batch"),
+    "msrvtt-7k": dict(dropout=0.4, prior="uniform", support_video="batch"),
     "lsmdc": dict(prior_std=0.003, support_weight=0.0),
     "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
-    "vatex": {}, "charades": {}, "msvd": {}, "csv": {},
+    "msvd": dict(dropout=0.4),
+    "vatex": {}, "charades": {}, "csv": {},
 }
-TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48, text_width=128, text_layers=2)
-# Free to change on --resume, because the result stays the same.
-RUN_ONLY = ("out", "resume", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint", "root")
+NAMES = [name for name in RECIPES if name != "csv"]
+TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48,
+            text_width=128, text_layers=2)
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of this start alone; and free to change on --resume, because the result stays the same.
+START_ONLY = ("resume", "overwrite")
+RUN_ONLY = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint",
+            "root", "videos")
 # What TMASS is made with.
-METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight", "support_video")
+METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight",
+          "support_video")
 
 
-def parse_args(argv=None):
-    """Command line -> settings; what is not given comes from the data set's recipe, or on --resume from the checkpoint."""
+def parser():
+    recipes = [f"  {name}: {', '.join(f'{k}={v}' for k, v in recipe.items()) or '-'}"
+               for name, recipe in {"all": BASE, **RECIPES}.items()]
     p = data.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="Defaults marked (recipe) depend on --data:\n  all: " + ", ".join(f"{k}={v}" for k, v in BASE.items())
-                    + "".join(f"\n  {n}: " + (", ".join(f"{k}={v}" for k, v in r.items()) or "-") for n, r in RECIPES.items()))
+                    epilog="\n".join(["Defaults marked (recipe) depend on --data:", *recipes, RECIPES_ARE]))
+    whole, count, size = numeric(int, 0, 10 ** 6), numeric(int, 1), numeric(int, 1, 1000)
+    share, rate, weight = numeric(float, 0, 1), numeric(float, 0, 10), numeric(float, 0, 1e6)
     g = p.add_argument_group("data")
-    g.add_argument("--data", help=f"{', '.join(n for n in RECIPES if n != 'csv')}, or the path of a .csv (default: shapes)")
+    g.add_argument("--data", help=f"{', '.join(NAMES)}, or the path of a .csv (default: shapes)")
     g.add_argument("--root", help="folder of the data set (default: data/NAME; for a .csv, the folder it lies in)")
-    g.add_argument("--val-videos", type=int, help="msrvtt, charades: hold this many training videos out to choose the checkpoint "
-                                                  "(default: 0, the last epoch is the result)")
-    g.add_argument("--skip-bad", action="store_true",
-                   help="leave out videos that are missing or can't be decoded, and count them (default: stop and name them)")
-    g.add_argument("--cache", metavar="DIR",
-                   help="keep every video's sampled frames there as JPEG, so that each video is decoded once; advised for real data")
-    g.add_argument("--augment", choices=("crop-flip", "none"), help="of training videos: one random crop and flip per video (recipe)")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode videos (default: %(default)s)")
+    g.add_argument("--videos", metavar="DIR", help="folder of the videos, where they lie apart from the annotations")
+    g.add_argument("--val-videos", type=whole, help="msrvtt, charades: held out of train to choose the checkpoint (0)")
+    g.add_argument("--skip-bad", action="store_true", help="leave out and list videos that are missing or broken")
+    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG: each is decoded "
+                                                  "once (default: none; shapes: frames/ beside its videos)")
+    g.add_argument("--augment", choices=("crop-flip", "none"), help="one random crop and flip per video (recipe)")
+    g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
+                   help="processes that decode videos (default: %(default)s)")
     g = p.add_argument_group("model (recipe)")
-    g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny (from scratch)")
+    g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny")
+    g.add_argument("--activation", choices=("quickgelu", "gelu"), help="of a --clip FILE that is taken for the other")
     g.add_argument("--init", metavar="CKPT", help="start from a whole checkpoint: ours, released T-MASS or X-Pool")
-    g.add_argument("--frames", type=int, help="T, frames sampled per video")
-    g.add_argument("--pooling", choices=POOLINGS, help="how frames become a video: for each text (xpool), or their mean")
-    g.add_argument("--heads", type=int, help="attention heads of xpool")
-    g.add_argument("--dropout", type=float, help="in xpool")
+    g.add_argument("--frames", type=size, help="T, frames sampled per video")
+    g.add_argument("--pooling", choices=POOLINGS, help="how frames become a video, for each text or for all")
+    g.add_argument("--heads", type=size, help="attention heads of xpool")
+    g.add_argument("--dropout", type=numeric(float, 0, 0.99), help="in xpool")
     g.add_argument("--radius", choices=RADII, help="of the text mass; none is the X-Pool baseline")
     g.add_argument("--prior", choices=PRIORS, help="distribution of the noise")
-    g.add_argument("--prior-std", type=float, help="standard deviation of the normal prior; N(0,1) is larger than |t| itself for CLIP")
-    g.add_argument("--support-weight", type=float, help="weight of the support text's loss")
-    g.add_argument("--support-video", choices=SUPPORTS,
-                   help="where the support text looks: at its own pooled video, or the batch's mean as released")
-    g.add_argument("--ce-weight", type=float, help="weight of the point text's loss")
+    g.add_argument("--prior-std", type=weight, help="of the normal prior; N(0,1) is larger than |t| itself for CLIP")
+    g.add_argument("--support-weight", type=weight, help="weight of the support text's loss")
+    g.add_argument("--support-video", choices=SUPPORTS, help="what it looks at: its own, or the batch's mean")
+    g.add_argument("--ce-weight", type=weight, help="weight of the point text's loss")
     g = p.add_argument_group("optimisation (recipe)")
-    g.add_argument("--epochs", type=int, help="passes over all (caption, video) pairs; 0 writes the starting point")
-    g.add_argument("--batch", type=int, help="pairs per step over all processes; each pair is contrasted with all of them")
-    g.add_argument("--head-lr", type=float, help="peak learning rate of pooling and radius")
-    g.add_argument("--clip-lr", type=float, help="peak learning rate of CLIP")
-    g.add_argument("--weight-decay", type=float, help="of AdamW")
-    g.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate; cosine to 0 after")
-    g.add_argument("--pretrain", type=int, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP on single pictures first, "
-                                                                 "as real runs start from a pretrained CLIP")
-    g.add_argument("--seed", type=int, help="of everything random (default: 24)")
+    g.add_argument("--epochs", type=whole, help="passes over all (caption, video) pairs; 0 writes the starting point")
+    g.add_argument("--batch", type=numeric(int, 2, 10 ** 6), help="pairs per step, over all processes")
+    g.add_argument("--head-lr", type=rate, help="peak learning rate of pooling and radius")
+    g.add_argument("--clip-lr", type=rate, help="peak learning rate of CLIP")
+    g.add_argument("--weight-decay", type=rate, help="of AdamW")
+    g.add_argument("--warmup", type=share, help="share of the steps with a rising learning rate; cosine to 0 after")
+    g.add_argument("--pretrain", type=whole, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP before")
+    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), help="of everything random (default: 24)")
     g = p.add_argument_group("run")
-    g.add_argument("--out", default="model.pt", help="the checkpoint; log.csv is written beside it (default: %(default)s)")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly (if there is none, start it)")
-    g.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="also save within an epoch (default: %(default)s)")
-    g.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="(default: %(default)s)")
-    g.add_argument("--amp", choices=("off", "bf16"),
-                   help="bf16: towers in bfloat16, losses in float32; faster and smaller on recent GPUs and CPUs (default: off)")
-    g.add_argument("--grad-checkpoint", action="store_true",
-                   help="recompute the towers in the backward pass: much less memory, about a third slower")
+    g.add_argument("--out", default="model.pt", help="the checkpoint; its log is NAME.log.csv (default: %(default)s)")
+    g.add_argument("--overwrite", action="store_true", help="replace a finished run in --out")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly, or start it")
+    g.add_argument("--save-every", type=count, default=500, metavar="STEPS", help="and each epoch (%(default)s)")
+    g.add_argument("--log-every", type=count, default=20, metavar="STEPS", help="(default: %(default)s)")
+    g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or in float16 with a scaled loss (T4, V100): "
+                                              "faster and smaller; losses stay float32 (default: off)")
+    g.add_argument("--grad-checkpoint", action="store_true", help="towers computed twice: less memory, a third slower")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    args = p.parse_args(argv)
-    given = {k for k, v in vars(args).items() if v is not None}
-    saved = _resumed(args, given)
-    name = _fill_in(args, given)
-    for bad, message in _mistakes(args, name):
-        if bad:
-            p.error(message)
-    return args, saved
+    return p
 
 
-def _resumed(args, given):
-    """With --resume and a checkpoint in --out: its content, and its settings into args. An unfinished run there is never overwritten."""
-    saved = read_weights(args.out) if os.path.isfile(args.out) else None
-    if saved is None or not args.resume and saved.get("finished", True):
+# ---- settings, and the run that is there already ----
+
+@contextlib.contextmanager
+def only_run(out):
+    """One run at a time writes --out: a lock beside it, which dies with the process."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        lock = open(out + ".lock", "a+")
+    except OSError as e:
+        raise WeightsError(f"--out {out} cannot be written: {e.strerror}; choose another --out") from None
+    with lock, contextlib.ExitStack() as end:
+        try:
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            raise WeightsError(f"{out} is being written by another run, process {lock.read()}: wait for it, or choose "
+                               "another --out") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
+        end.callback(os.unlink, lock.name)
+        yield
+
+
+def earlier_run(args):
+    """The checkpoint in --out if --resume wants it, else None. Replaced are only a run that has no step yet, and with
+    --overwrite a finished one."""
+    out, old = args.out, {}
+    if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
+        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
+    if not os.path.lexists(out):
+        for path in (os.path.splitext(out)[0] + ending for ending in (".log.csv", ".bad.txt")):
+            if os.path.lexists(path):
+                raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or choose another --out")
         return None
-    if saved.get("format") != "tmass":
-        raise WeightsError(f"{args.out} is not a checkpoint of ours: choose another --out")
-    if not args.resume:
-        raise WeightsError(f"{args.out} holds an unfinished run at step {saved['step']}: continue it with --resume, or delete it, "
-                           "or choose another --out")
-    for k in given - set(RUN_ONLY):
-        then, now = saved["config"].get(k), getattr(args, k)
+    if not stat.S_ISREG(os.lstat(out).st_mode):
+        raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain file, new or old")
+    with contextlib.suppress(WeightsError):
+        old = read_weights(out)
+    if old.get("format") != "tmass":
+        raise WeightsError(f"--out {out} is not a checkpoint of ours, and stays as it is: choose another --out")
+    if args.resume:
+        return old
+    if not old.get("finished", True) and old["step"]:
+        raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: continue it with --resume, or choose "
+                           "another --out")
+    if old.get("finished", True) and not args.overwrite:
+        raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with --overwrite")
+    return None
+
+
+def settle(args):
+    """What is not given, from the run to resume or else from the recipe. -> the checkpoint to resume, or None."""
+    given = {k for k, v in vars(args).items() if v is not None}
+    saved = earlier_run(args)
+    config = saved["config"] if saved else {}
+    for k in given & config.keys() - set(RUN_ONLY):
+        then, now = config[k], getattr(args, k)
         if now != then and not (k == "data" and os.path.abspath(now) == then):
-            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, or start anew "
-                               "with another --out")
-    for k, v in saved["config"].items():
-        if k not in RUN_ONLY or getattr(args, k, None) is None:
-            setattr(args, k, v)
-    return saved
-
-
-def _fill_in(args, given):
-    """What is not given, from the data set's recipe. -> its name in RECIPES."""
-    args.data = args.data or "shapes"
+            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, "
+                               "or start anew with another --out")
+    args.data = config.get("data", args.data or "shapes")
     name = "csv" if args.data.endswith(".csv") else args.data
     if name not in RECIPES:
-        raise data.DataError(f"unknown data set {args.data!r}: choose {', '.join(n for n in RECIPES if n != 'csv')}, "
-                             "or give the path of a .csv file")
-    for k, v in {**BASE, **RECIPES[name], "val_videos": 0, "seed": 24, "amp": "off"}.items():
-        if getattr(args, k) is None:
+        raise data.DataError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, or give the path of a .csv file")
+    for k, v in {**BASE, **RECIPES[name], "val_videos": 0, "seed": 24, "amp": "off", **config}.items():
+        if getattr(args, k, None) is None:
             setattr(args, k, v)
-    if args.radius == "none" and "support_weight" not in given:
+    if args.radius == "none" and not saved and "support_weight" not in given:
         args.support_weight = 0.0  # a mass of no size has no support text: this is X-Pool
-    if name == "csv":
-        args.data = os.path.abspath(args.data)
-    if args.root:
-        args.root = os.path.abspath(args.root)
-    return name
-
-
-def _mistakes(args, name):
+    args.data = os.path.abspath(args.data) if name == "csv" else name
+    folder = os.path.dirname(args.data) if name == "csv" else os.path.join("data", name.split("-")[0])
+    args.root = os.path.abspath(args.root or folder)
+    if name == "shapes" and args.cache is None:
+        args.cache = os.path.join(args.root, "frames")
+    args.cache, args.videos = (x and os.path.abspath(x) for x in (args.cache, args.videos))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    return (
-        (args.batch < 2, f"--batch {args.batch}: a contrast needs at least 2 pairs"),
-        (args.batch % world, f"--batch {args.batch} is the global batch and must be a multiple of the {world} processes"),
-        (args.frames < 1, f"--frames {args.frames}: at least 1"),
-        (args.epochs < 0, f"--epochs {args.epochs}: at least 0"),
-        (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: from 0 to below 1"),
-        (not 0 <= args.warmup <= 1, f"--warmup {args.warmup}: a share from 0 to 1"),
-        (not 0 <= args.prior_std < math.inf, f"--prior-std {args.prior_std}: at least 0"),
-        (args.workers < 0, f"--workers {args.workers}: at least 0"),
-        (args.save_every < 1 or args.log_every < 1, "--save-every and --log-every: at least 1"),
-        (args.val_videos < 0, f"--val-videos {args.val_videos}: at least 0"),
-        (args.pretrain and name != "shapes", "--pretrain makes its pictures with --data shapes only; give --clip weights for other data"))
+    if args.batch % world:
+        raise data.DataError(f"--batch {args.batch} is that of all {world} processes: give a multiple of {world}")
+    if args.pretrain and name != "shapes":
+        raise data.DataError("--pretrain has pictures for --data shapes only: give --clip weights for other data")
+    if args.activation and not saved and (args.init or not os.path.isfile(args.clip)):
+        raise data.DataError(f"--activation {args.activation} is for --clip FILE: all others have their own")
+    return saved
 
 
 # ---- pure functions of the step ----
 
 def learning_rate(step, total, warmup):
-    """Linear warm-up over the first share of steps, then cosine to 0; a factor of each group's peak. step from 0 -> (0, 1]."""
+    """Linear warm-up over a share of the steps, then cosine to 0: a factor of the peak. step from 0 -> (0, 1]."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise
@@ -182,10 +219,7 @@ def generator(device, *numbers):
 
 
 class Batches:
-    """Every step's share of the global batch for one process, from `start` on: lists of (epoch, pair).
-
-    An epoch's last, incomplete batch is dropped.
-    """
+    """One process' share of each step's batch, from `start` on: lists of (epoch, pair); incomplete ones are dropped."""
 
     def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
         self.pairs, self.batch, self.seed, self.start, self.rank, self.world = pairs, batch, seed, start, rank, world
@@ -205,29 +239,21 @@ class Batches:
             yield [(epoch, i) for i in order[first:first + share]]
 
 
-class Collate:
+def collate(tokenizer, items):
     """Pairs -> (ids (B,L), video uint8 (B,T,3,R,R), the DataErrors of pairs that can't be read)."""
+    bad = [x for x in items if isinstance(x, Exception)]
+    good = [x for x in items if not isinstance(x, Exception)]
+    if not good:
+        return None, None, bad
+    return tokenizer([caption for _, caption, _ in good]), torch.stack([frames for frames, _, _ in good]), bad
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, items):
-        bad = [x for x in items if isinstance(x, Exception)]
-        good = [x for x in items if not isinstance(x, Exception)]
-        if not good:
-            return None, None, bad
-        return self.tokenizer([caption for _, caption, _ in good]), torch.stack([frames for frames, _, _ in good]), bad
-
-
-# ---- several processes ----
 
 class Gather(torch.autograd.Function):
     """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, in rank order.
 
-    Every process computes the same global loss, hence the same gradient of the joined rows: each keeps that of its own rows, times the
-    number of processes because DistributedDataParallel averages. The result is exactly one process' gradient.
+    Every process computes the same global loss, hence the same gradient of the joined rows: each keeps that of its own,
+    times the number of processes because DistributedDataParallel averages. The result is exactly one process' gradient.
     """
-
     @staticmethod
     def forward(ctx, x):
         counts = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
@@ -246,8 +272,12 @@ class Gather(torch.autograd.Function):
 
 # ---- what is trained ----
 
-def build(args, captions):
-    """The model to start from and its tokenizer, as --clip and --init say."""
+def build(args, captions, saved):
+    """The model to start from and its tokenizer: of the run to resume, or as --clip and --init say."""
+    if saved:
+        model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
+        model.load_state_dict(saved.get("training", saved)["model"])
+        return model, Tokenizer(saved["merges"], saved["context_length"])
     torch.manual_seed(args.seed)
     method = {k: getattr(args, k) for k in METHOD}
     if args.init:
@@ -267,47 +297,57 @@ def build(args, captions):
         tokenizer = Tokenizer.learn(captions, 600)
         tokenizer.context_length = TINY["context_length"]
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
-    clip = load_clip(args.clip)
+    clip = load_clip(args.clip, args.activation and args.activation == "quickgelu")
     ours = read_weights(args.clip) if os.path.isfile(args.clip) else {}
-    tokenizer = Tokenizer(ours["merges"], ours["context_length"]) if ours.get("format") == "tmass" else load_vocabulary()
-    return TMASS(clip, **method), tokenizer
-
-
-def restore(saved):
-    """The model and tokenizer of an interrupted run."""
-    model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
-    model.load_state_dict(saved.get("training", saved)["model"])
-    return model, Tokenizer(saved["merges"], saved["context_length"])
+    own = ours.get("format") == "tmass"
+    return TMASS(clip, **method), Tokenizer(ours["merges"], ours["context_length"]) if own else load_vocabulary()
 
 
 def make_optimizer(model, args):
     """AdamW with one group for CLIP and one for what T-MASS adds; `peak` is a group's highest learning rate."""
     head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     groups = [dict(params=list(model.clip.parameters()), peak=args.clip_lr), dict(params=head, peak=args.head_lr)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
 
 
-def pretrain(clip, tokenizer, args, job):
-    """Image-text warm-up of the tiny CLIP on single pictures, fresh at every step: what a pretrained CLIP is to a real run."""
+def descend(loss, model, clip, optimizer, scaler):
+    """One step down the gradient, cut to norm 1. -> (that norm, whether it and the loss were finite; else no step).
+
+    With --amp fp16 the scaler multiplies the loss, and learns by how much, so that float16 gradients neither vanish nor
+    overflow. All processes do the same: their gradients are averaged already.
+    """
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finite = bool(torch.isfinite(loss + norm))
+    if finite:
+        scaler.step(optimizer)
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+    scaler.update()
+    return norm.item(), finite
+
+
+def pretrain(clip, tokenizer, args, scaler, job):
+    """Image-text warm-up of the tiny CLIP on single pictures, new at every step: a real run's trained CLIP."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     started = time.time()
     for step in range(args.pretrain):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
         pictures, phrases = shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        with torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off"):
             t, v = clip.encode_text(tokenizer(phrases).to(job.device)), clip.encode_image(pictures.to(job.device))
-        loss = symmetric_cross_entropy(F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T, clip.logit_scale.exp())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
+        sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
+        loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
+        descend(loss, clip, clip, optimizer, scaler)
         if (step + 1) % args.log_every == 0 or step + 1 == args.pretrain:
             left = (time.time() - started) / (step + 1) * (args.pretrain - step - 1)
             job.say(f"pretrain {step + 1:5d}/{args.pretrain}  loss {loss.item():.3f}  {clock(left)} left")
 
+
+# ---- what is kept ----
 
 def clock(seconds):
     """Seconds -> h:mm:ss or m:ss."""
@@ -315,26 +355,13 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
-def check_writable(path):
-    """Fail before training, not after it."""
-    if os.path.isdir(path):
-        raise WeightsError(f"--out {path} is a folder: give the name of a file, such as {os.path.join(path, 'model.pt')}")
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + ".part", "wb"):
-            pass
-        os.unlink(path + ".part")
-    except OSError as e:
-        raise WeightsError(f"--out {path} cannot be written: {e.strerror}; choose another --out") from e
-
-
 class Log:
-    """log.csv beside the checkpoint: one row per logged step. Resuming drops the rows after the step it starts from."""
-    FIELDS = ("step", "epoch", "loss", "stochastic", "support", "ce", "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
+    """NAME.log.csv: one row per logged step. Resuming drops the rows after the step it starts from."""
+    TERMS = ("loss", "stochastic", "support", "ce")
+    FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
 
     def __init__(self, out, start):
-        path = os.path.join(os.path.dirname(os.path.abspath(out)), "log.csv")
-        rows = []
+        path, rows = os.path.splitext(out)[0] + ".log.csv", []
         if start and os.path.isfile(path):
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
@@ -343,14 +370,15 @@ class Log:
         self.writer.writeheader()
         self.writer.writerows(rows)
 
-    def step(self, done, args, batches, out, factor, scale, norm, speed):
+    def step(self, done, args, batches, out, factor, speed, **more):
         """After `done` steps: a line on the screen and a row. speed in pairs/s."""
-        terms, epoch = {k: out[k].item() for k in ("loss", "stochastic", "support", "ce")}, (done - 1) // batches.per_epoch + 1
-        head_lr, clip_lr = args.head_lr * factor, args.clip_lr * factor
-        print(f"step {done:5d}/{batches.total}  epoch {epoch}/{args.epochs}  " + "  ".join(f"{k} {x:.3f}" for k, x in terms.items())
-              + f"  lr {head_lr:.1e}/{clip_lr:.1e}  {speed:.0f} pairs/s  "
-              f"{clock((batches.total - done) * args.batch / speed)} left", flush=True)
-        self.row(step=done, epoch=epoch, head_lr=head_lr, clip_lr=clip_lr, scale=scale, grad_norm=norm, pairs_per_s=speed, **terms)
+        row = dict(step=done, epoch=(done - 1) // batches.per_epoch + 1, **{k: out[k].item() for k in self.TERMS},
+                   head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor, pairs_per_s=speed, **more)
+        terms = "  ".join(f"{k} {row[k]:.3f}" for k in self.TERMS)
+        left = clock((batches.total - done) * batches.batch / speed)
+        print(f"step {done:5d}/{batches.total}  epoch {row['epoch']}/{args.epochs}  {terms}  lr {row['head_lr']:.1e}/"
+              f"{row['clip_lr']:.1e}  {speed:.{0 if speed >= 10 else 2}f} pairs/s  {left} left", flush=True)
+        self.row(**row)
 
     def row(self, **values):
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
@@ -358,14 +386,15 @@ class Log:
 
 
 class Checkpoint:
-    """One file: the result (the best epoch on the validation split, or the latest weights) and, until finished, all that resuming needs."""
+    """One file: the result (the best epoch on the validation split, or the latest weights) and what resuming needs."""
 
-    def __init__(self, args, model, tokenizer, optimizer, saved, job):
+    def __init__(self, args, model, tokenizer, optimizer, scaler, saved, job):
         self.out, self.model, self.tokenizer, self.optimizer, self.job = args.out, model, tokenizer, optimizer, job
-        self.config = {k: v for k, v in vars(args).items() if k != "resume"}
+        self.scaler, self.config = scaler, {k: v for k, v in vars(args).items() if k not in START_ONLY}
         self.step, self.best, self.bad_videos, self.best_weights = 0, None, [], None
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved.get("scaler", {}))
             self.step, self.best, self.bad_videos = saved["step"], saved["best"], saved["bad_videos"]
             if "training" in saved:
                 self.best_weights = saved["model"]
@@ -373,14 +402,18 @@ class Checkpoint:
     def validated(self, step, R1):
         """Keep the weights if they are the best so far. R1 in percent."""
         if self.best is None or R1 > self.best[1]:
-            self.best, self.best_weights = [step, R1], {k: x.detach().to("cpu", copy=True) for k, x in self.model.state_dict().items()}
+            self.best = [step, R1]
+            self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in self.model.state_dict().items()}
 
     def save(self, step, finished=False):
         """For all processes to call; process 0 writes. Once finished, the model holds the result."""
+        if not all(x.isfinite().all() for x in self.model.state_dict().values()):
+            kept = f"{self.out} keeps step {self.step}; lower the rates" if step else "check --clip or --init"
+            raise WeightsError(f"weights that are not finite after step {step}: {kept}")
         self.step, self.bad_videos = step, self.job.join(self.bad_videos)
         state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
         if not finished:
-            state["optimizer"] = self.optimizer.state_dict()
+            state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             if self.best_weights is not None:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:
@@ -393,121 +426,129 @@ class Checkpoint:
         lines = self.job.join(missing + self.bad_videos)
         if lines and self.job.rank == 0:
             path = os.path.splitext(self.out)[0] + ".bad.txt"
-            with open(path, "w") as file:
-                file.writelines(line + "\n" for line in lines)
+            write_text(path, "".join(line + "\n" for line in lines))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
 
 
-class Signals:
-    """SIGINT and SIGTERM are noted while this is open, and looked at after each step; asked twice, it ends at once."""
-
-    def __enter__(self):
-        self.noted = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        if number in self.noted:
+@contextlib.contextmanager
+def noting_signals():
+    """-> the SIGINT and SIGTERM that came while this is open, for the loop to look at; asked twice, it ends at once."""
+    def note(number, frame):
+        if number in noted:
             raise KeyboardInterrupt
-        self.noted.append(number)
-
-    def __exit__(self, *error):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        noted.append(number)
+    noted, before = [], [signal.signal(number, note) for number in data.SIGNALS]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(data.SIGNALS, before):
+            signal.signal(number, handler)
 
 
 # ---- the run ----
 
 def main(argv=None):
-    args, saved = parse_args(argv)
+    args = parser().parse_args(argv)
     job = start_processes(args.device)
-    if job.rank == 0:
-        check_writable(args.out)
-    if saved and saved.get("finished"):
-        job.say(f"{args.out} is finished (step {saved['step']}): nothing to resume. Evaluate it: python eval.py --ckpt {args.out}")
+    try:
+        with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
+            return train(args, job)
+    except (OSError, RuntimeError, WeightsError) as e:  # what ends a run from outside: a full disk, a process that died
+        lost = job.world > 1 and (isinstance(e, dist.DistError) or "peer" in str(e))
+        if not (lost or isinstance(e, OSError) or isinstance(e, WeightsError) and e.__cause__):
+            raise
+        why = "another process of this job died" if lost else str(e).split("; ")[0]
+        raise data.DataError(f"{why}; the last checkpoint, if any, is intact: go on with {go_on()}") from e
+
+
+def train(args, job):
+    saved = settle(args)
+    if saved and saved.get("finished", True):
+        job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: {evaluation(args)}")
         return 0
     splits, missing = load_splits(args, job)
     with job.first_alone():
-        model, tokenizer = restore(saved) if saved else build(args, splits["train"].captions)
+        model, tokenizer = build(args, splits["train"].captions, saved)
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)
-    checkpoint = Checkpoint(args, model, tokenizer, optimizer, saved, job)
-    resumed, saved = saved is not None, None  # all of it has been copied: let the memory go
-    batches = Batches(len(splits["train"].captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank, job.world)
+    scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
+    checkpoint = Checkpoint(args, model, tokenizer, optimizer, scaler, saved, job)
+    fresh, saved = saved is None, None  # all of it has been copied: let the memory go
+    pairs = len(splits["train"].captions)
+    batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank, job.world)
     announce(args, splits, missing, optimizer, batches, job)
-    if args.pretrain and not resumed:
-        pretrain(model.clip, tokenizer, args, job)
-    checkpoint.save(checkpoint.step)
+    if fresh:
+        pretrain(model.clip, tokenizer, args, scaler, job)
+        checkpoint.save(0)
 
     test_on = functools.partial(evaluate, model, tokenizer, job=job, workers=args.workers, skip_bad=args.skip_bad,
                                 cache=args.cache)
-    with Signals() as signals:
-        stopped = fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job)
+    with noting_signals() as noted:
+        try:
+            stopped = fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job)
+        except data.DataError:
+            if not noted:
+                raise
+            stopped = noted[0]  # which a decoding process did not survive
         if not stopped:
             checkpoint.save(batches.total, finished=True)
     checkpoint.list_bad(missing)
     if stopped:
-        job.say(f"stopped by {signal.Signals(stopped).name} after step {checkpoint.step}; continue with: {resume_command()}")
+        job.say(f"stopped by {signal.Signals(stopped).name} after step {checkpoint.step}; continue with: {go_on()}")
         return 128 + stopped
     if checkpoint.best:
         job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation split")
     if splits["test"].clips:
         job.say(f"test: {format_metrics(test_on(splits['test']))}")
-    job.say(f"checkpoint: {args.out}   evaluate it again: python eval.py --ckpt {args.out}")
+    job.say(f"checkpoint: {args.out}   evaluate it again: {evaluation(args)}")
     return 0
 
 
-def fit(args, splits, model, tokenizer, optimizer, batches, checkpoint, test_on, signals, job):
+def fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job):
     """The training loop. -> 0 at its end, or the signal that ended it before, after saving."""
     log = Log(args.out, batches.start) if job.rank == 0 else None
     transform = data.test_transform if args.augment == "none" else data.train_transform
     dataset = data.PairDataset(splits["train"], args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
                                cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
-    ddp = DistributedDataParallel(model, device_ids=[job.device.index] if job.device.type == "cuda" else None) if job.world > 1 else model
+    gpu = job.device.type == "cuda"
+    ddp = DistributedDataParallel(model, device_ids=[job.device.index] if gpu else None) if job.world > 1 else model
     gather = Gather.apply if job.world > 1 else None
-    skipped_in_a_row, skipped, seen, started = 0, 0, 0, time.time()
+    skipped, in_a_row, seen, started = 0, 0, 0, time.time()
     model.train()
-    with data.loading(dataset, batches, Collate(tokenizer), args.workers, pin=job.device.type == "cuda") as loader:
+    with data.loading(dataset, batches, functools.partial(collate, tokenizer), args.workers, pin=gpu) as loader:
         for step, (ids, video, bad) in enumerate(loader, batches.start):
             factor = learning_rate(step, batches.total, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
-            with torch.autocast(job.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                out = ddp(ids.to(job.device, non_blocking=True), video.to(job.device, non_blocking=True),
-                          generator(job.device, args.seed, step), gather)
-            optimizer.zero_grad()
-            out["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if torch.isfinite(out["loss"] + norm):
-                optimizer.step()
-                with torch.no_grad():
-                    model.clip.logit_scale.clamp_(max=math.log(100))
-                skipped_in_a_row = 0
+            ids, video = ids.to(job.device, non_blocking=True), video.to(job.device, non_blocking=True)
+            with torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off"):
+                out = ddp(ids, video, generator(job.device, args.seed, step), gather)
+            norm, finite = descend(out["loss"], model, model.clip, optimizer, scaler)
+            scale = model.clip.logit_scale.exp().item()
+            if finite:
+                in_a_row = 0
             else:
-                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                skipped, in_a_row = skipped + 1, in_a_row + (scaler.get_scale() <= 1)  # above 1, fp16 seeks its scale
                 job.say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
-                if skipped_in_a_row == 10:
-                    raise WeightsError(f"10 steps in a row were not finite, up to step {step + 1} (lr {args.head_lr * factor:.2e} and "
-                                       f"{args.clip_lr * factor:.2e}, logit scale {model.clip.logit_scale.exp().item():.1f}): "
-                                       f"{args.out} keeps the last good state; lower the rates")
+                if in_a_row == 10:
+                    raise WeightsError(f"10 steps in a row, to {step + 1}, were not finite (logit scale {scale:.1f}): "
+                                       f"{args.out} keeps the last good state, step {checkpoint.step}; lower the rates")
 
             done, seen, end_of_epoch = step + 1, seen + args.batch, (step + 1) % batches.per_epoch == 0
             if log and (done % args.log_every == 0 or end_of_epoch):
-                log.step(done, args, batches, out, factor, model.clip.logit_scale.exp().item(), norm.item(), seen / (time.time() - started))
+                log.step(done, args, batches, out, factor, seen / (time.time() - started), scale=scale, grad_norm=norm)
             if end_of_epoch and splits["val"].clips:
-                paused = time.time()
+                paused, epoch = time.time(), done // batches.per_epoch
                 val = test_on(splits["val"])
-                model.train()
-                started += time.time() - paused
-                job.say(f"validation after epoch {done // batches.per_epoch}: {format_metrics(val)}")
+                job.say(f"validation after epoch {epoch}: {format_metrics(val)}")
                 checkpoint.validated(done, val["t2v"]["R1"])
                 if log:
-                    log.row(step=done, epoch=done // batches.per_epoch, val_R1=val["t2v"]["R1"])
-            stopping = job.largest(max(signals.noted, default=0))
-            if (done % args.save_every == 0 or end_of_epoch or stopping) and not skipped_in_a_row:
+                    log.row(step=done, epoch=epoch, val_R1=val["t2v"]["R1"])
+                started += time.time() - paused
+            stopping = job.largest(max(noted, default=0))
+            if (done % args.save_every == 0 or end_of_epoch or stopping) and not in_a_row:
                 checkpoint.save(done)
             if stopping:
                 return stopping
@@ -518,35 +559,39 @@ def load_splits(args, job):
     """-> ({train, val, test: Annotations}, the messages of missing videos that --skip-bad left out)."""
     if args.data == "shapes":
         with job.first_alone():
-            data.load_split(args.data, args.root, "train")  # renders on first use
+            render_shapes(args.root)  # on first use
     splits, missing = {}, []
     for split in ("train", "val", "test"):
-        splits[split], gone = data.present(data.load_split(args.data, args.root, split, args.val_videos, args.seed), args.skip_bad)
+        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed)
+        splits[split], gone = data.present(ann, args.skip_bad)
         missing += gone
-    if len(splits["train"].captions) < args.batch:
-        raise data.DataError(f"{args.data} has {len(splits['train'].captions)} training pairs, fewer than one batch of {args.batch}: "
-                             "give a smaller --batch")
+    pairs = len(splits["train"].captions)
+    if pairs < args.batch:
+        raise data.DataError(f"{args.data} has {pairs} training pairs, fewer than one batch of {args.batch}: give a "
+                             "smaller --batch")
     return splits, missing
 
 
 def announce(args, splits, missing, optimizer, batches, job):
     """The resolved truth, at the start."""
-    job.say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k != "resume"))
+    job.say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k not in START_ONLY))
     for split, ann in splits.items():
         job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
-    job.say("parameters: " + ", ".join(f"{name} {sum(p.numel() for p in group['params']):,} (lr {group['peak']:g})"
-                                       for name, group in zip(("CLIP", "head"), optimizer.param_groups)))
-    job.say(f"{batches.total} steps of {args.batch} pairs ({args.batch // job.world} on each of {job.world} processes) on {job.device}, "
-            + ("bf16 towers" if args.amp == "bf16" else "float32"))
-    if not splits["val"].clips:
-        hint = "; --val-videos 500 would hold some out of train" if args.data in ("msrvtt", "msrvtt-7k", "charades") else ""
+    for name, group in zip(("CLIP", "head"), optimizer.param_groups):
+        job.say(f"{name} {sum(p.numel() for p in group['params']):,} parameters, learning rate {group['peak']:g}")
+    precision = "float32" if args.amp == "off" else f"{args.amp} towers"
+    job.say(f"{batches.total} steps of {args.batch} pairs, over {job.world} processes on {job.device}, {precision}")
+    if not batches.total:
+        job.say("no step: the starting point is the result")
+    elif not splits["val"].clips:
+        hint = "; --val-videos 500 would hold some out of train" if args.data in data.NO_VAL else ""
         job.say("no validation split: the last epoch is the result" + hint)
 
 
 def note_bad(bad, ids, skip, noted):
-    """Of the batch's pairs that can't be read: stop at the first, or with --skip-bad note them, unless nothing is left."""
+    """Pairs of a batch that can't be read: stop at the first, or with --skip-bad note them, unless nothing is left."""
     if bad and not skip:
         raise bad[0]
     noted += [str(e) for e in bad if str(e) not in noted]
@@ -554,24 +599,22 @@ def note_bad(bad, ids, skip, noted):
         raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
 
 
-def resume_command():
+def evaluation(args):
+    """The command that gives the test line again: what else it needs is in the checkpoint."""
+    words = ["python", "eval.py", "--ckpt", args.out, "--device", args.device] + ["--skip-bad"] * args.skip_bad
+    return shlex.join(words + (["--cache", args.cache] if args.cache else []))
+
+
+def go_on():
     """What the user typed, with --resume."""
-    return " ".join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
-
-
-def main_of_a_run():
-    """`main`, whose failures tell how to go on."""
-    try:
-        return main()
-    except OSError as e:  # a full disk under log.csv, for one
-        raise data.DataError(f"{e}; the last checkpoint is intact: {resume_command()}") from e
-    except RuntimeError as e:
-        if not dist.is_initialized() or "peer" not in str(e).lower():
-            raise
-        print(f"error: another process of this job died ({str(e).splitlines()[0][:200]}); the last checkpoint is intact: "
-              f"{resume_command()}", file=sys.stderr)
-        return 1
+    start = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        if os.environ["GROUP_WORLD_SIZE"] != "1":  # on each node
+            start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", os.environ["MASTER_ADDR"] + ":29500"]
+    return shlex.join([*start, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main_of_a_run))
+    sys.exit(run(main))

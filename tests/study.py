@@ -1,263 +1,297 @@
-"""Ablations on `shapes`, in one command: python tests/study.py NAME [--seeds 5] [--jobs 2]
+"""What the text mass is worth, measured on `shapes`: python tests/study.py [--seeds 1 2 3] [--only xpool paper]
 
-Runs train.py and eval.py over a grid and seeds. Within a seed all variants start from the same warmed-up CLIP, see the same batches, and are
-compared in pairs. Every finished run is one JSON line in tests/study.jsonl and is not run again; checkpoints stay in runs/study/.
+Trains what is not trained yet, evaluates what is not evaluated yet, prints the tables of STUDY.md. Stopped at any time,
+the same command goes on. Within a seed all variants start from the same warmed-up CLIP and see the same batches, so
+differences are paired. All is done in one process on one thread, seed by seed. Checkpoints stay in runs/study/; one
+that was evaluated is a line of tests/study.jsonl, and is not evaluated again.
 """
 import argparse
-import concurrent.futures
-import csv
 import json
 import math
 import os
-import random
 import statistics
-import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RUNS = ROOT / "tests" / "study.jsonl", ROOT / "runs" / "study"
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import train  # noqa: E402
+from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
+from shapes import ShapesVideos, shapes_of  # noqa: E402
+from tmass import cosine, load_checkpoint  # noqa: E402
 
-XPOOL = {"X-Pool (radius none)": "--radius none"}
-STUDIES = {  # name: (what is trained, {variant: flags of train.py}, [flags of eval.py for each]); the first variant is the baseline
-    "method": {
-        **XPOOL,
-        "mean pooling, no radius": "--radius none --pooling mean",
-        "linear, std 0.1, support 0.8": "--radius linear --prior normal --prior-std 0.1 --support-weight 0.8",
-        "linear, std 0.1, no support": "--radius linear --prior normal --prior-std 0.1 --support-weight 0",
-        "linear, N(0,1), support 0.8 (paper)": "--radius linear --prior normal --prior-std 1 --support-weight 0.8",
-        "linear, uniform, batch support 0.8 (released)": "--radius linear --prior uniform --support-weight 0.8 --support-video batch",
-        "scaled, std 0.1, support 0.8": "--radius scaled --prior normal --prior-std 0.1 --support-weight 0.8",
-        "mean, std 0.1, support 0.8": "--radius mean --prior normal --prior-std 0.1 --support-weight 0.8",
-        "linear, std 0.003, no support (released, LSMDC)": "--radius linear --prior normal --prior-std 0.003 --support-weight 0",
-        "linear, std 0.1, support 0.8, point text 1": "--radius linear --prior normal --prior-std 0.1 --support-weight 0.8 --ce-weight 1",
-    },
-    "noise": {
-        **XPOOL,
-        **{f"linear, N(0, {std}²), support 0.8": f"--radius linear --prior normal --prior-std {std} --support-weight 0.8"
-           for std in (0.003, 0.03, 0.1, 0.3, 1)},
-    },
-    "trials": {f"M = {m}": m for m in (20, 0, 1, 5, 50)},
-    "leak": {},
-    "settings": {  # where else might the mass help? X-Pool's radius none and T-MASS with each of these flags
-        "as above": "",
-        "mean pooling": "--pooling mean",
-        "a fifth of the training videos": "--data runs/study/fifth.csv --root data/shapes --epochs 15",
-    },
+RESULTS, SHAPES = ROOT / "tests" / "study.jsonl", ROOT / "data" / "shapes"
+NORMAL = "--radius {} --prior normal --prior-std {} --support-weight {}"
+VARIANTS = {  # what it is, and the flags of train.py; the first one is the baseline
+    "xpool": ("X-Pool (radius none)", "--radius none"),
+    "paper": ("linear, N(0,1), support 0.8 (paper)", NORMAL.format("linear", 1, 0.8)),
+    "linear01": ("linear, std 0.1, support 0.8", NORMAL.format("linear", 0.1, 0.8)),
+    "released": ("linear, uniform, batch support 0.8 (released)",
+                 "--radius linear --prior uniform --support-weight 0.8 --support-video batch"),
+    "linear01-nosupport": ("linear, std 0.1, no support", NORMAL.format("linear", 0.1, 0)),
+    "scaled01": ("scaled, std 0.1, support 0.8", NORMAL.format("scaled", 0.1, 0.8)),
+    "mean": ("mean pooling, no radius", "--radius none --pooling mean"),
+    "query": ("query pooling, no radius", "--radius none --pooling query"),
 }
-FIFTH = "--batch 64 --frames 6 --dropout 0.1 --augment none --head-lr 1e-3 --clip-lr 5e-4"  # the recipe of shapes, for a csv
-WIDTH = 128  # D of the tiny CLIP
-TRIALS_OF = ("linear, std 0.1, support 0.8", "linear, N(0,1), support 0.8 (paper)")
+TRIALS = (0, 1, 5, 20, 50)
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of values
 
 
-def command(*args):
-    """Run one of our scripts on one thread; its output is kept for the error message. -> seconds of processor time, data workers included."""
-    with tempfile.TemporaryFile("w+") as output:
-        done = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
-        _, status, used = os.wait4(done.pid, 0)
+# ---- training ----
+
+def prepare():
+    """In this process each video is decoded and resized once (shapes has no augmentation: its pixels stay the same) and
+    train.py leaves the test split to `evaluated`."""
+    kept, video, load = {}, data.VideoDataset.video, train.load_splits
+
+    def once(self, v):
+        if self.clips[v] not in kept:
+            kept[self.clips[v]] = video(self, v)
+        return kept[self.clips[v]]
+
+    def without_test(args, job):
+        splits, missing = load(args, job)
+        return {**splits, "test": splits["test"].take([])}, missing
+    data.VideoDataset.video, train.load_splits = once, without_test
+
+
+def trained(runs, name, seed):
+    """The checkpoint of a variant, trained if it isn't; of "start", the warmed-up CLIP of a seed."""
+    out, done = runs / f"{name}-{seed}" / "model.pt", runs / f"{name}-{seed}.seconds"  # of one core
+    if not done.exists():
+        flags = ["--epochs", "0"]
+        if name != "start":
+            flags = ["--pretrain", "0", "--clip", str(trained(runs, "start", seed)), *VARIANTS[name][1].split()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        started = time.process_time()
+        status = train.main(["--seed", str(seed), "--workers", "0", "--resume", "--out", str(out), *flags])
         if status:
-            output.seek(0)
-            raise RuntimeError(f"{' '.join(map(str, args))} ended with {os.waitstatus_to_exitcode(status)}: {output.read()[-2000:]}")
-    return used.ru_utime + used.ru_stime
+            sys.exit(status)
+        done.write_text(f"{time.process_time() - started:.0f}")
+    return out
 
 
-def finished():
-    """All runs so far: {(variant's flags, evaluation flags, seed): row}."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {(row["train"], row["eval"], row["seed"]): row for row in map(json.loads, lines)}
+# ---- evaluation ----
+
+class Test:
+    """The test split, the first caption of each video, and two measures of complexity that no model decides."""
+
+    def __init__(self):
+        self.ann = data.load_split("shapes", SHAPES, "test")
+        self.owner = torch.tensor(self.ann.owner)
+        V, settings = len(self.ann.clips), dict(shapes_of(SHAPES)[0])
+        self.first = torch.tensor([self.ann.owner.index(v) for v in range(V)])
+        rendered = ShapesVideos(SHAPES / "videos", *(settings[k] for k in ("train", "val", "test", "seed")))
+        shots = [len(rendered[len(rendered) - V + v][1]) for v in range(V)]
+        frames = data.VideoDataset(self.ann.clips, 6, data.test_transform(32), data.FrameCache(SHAPES / "frames", 6))
+        apart = torch.tensor([colour_distance(frames.video(v)) for v in range(V)])
+        third = torch.bucketize(apart, apart.quantile(torch.tensor([1 / 3, 2 / 3])))
+        self.groups = dict(shots=torch.tensor(shots)[self.owner], colours=third[self.owner])
 
 
-def start(seed):
-    """The warmed-up CLIP that all variants of a seed start from."""
-    path = RUNS / f"start-{seed}.pt"
-    if not path.exists():
-        command("train.py", "--epochs", 0, "--seed", seed, "--out", path)
-    return path
+def colour_distance(frames):
+    """Mean distance in RGB of the same pixel in two frames of a video, over all pairs. uint8 (T,3,R,R) -> float."""
+    T, x = len(frames), frames.float()
+    return (x[:, None] - x).norm(dim=2).mean((-2, -1)).sum().item() / (T * (T - 1))
 
 
-def folder(train, seed):
-    return RUNS / f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in train)}-{seed}"
+def brief(sims, owner):
+    """sims (N,V), owner (N,) -> {t2v, v2t: metrics}, rounded."""
+    places = dict(zip(("t2v", "v2t"), ranks(sims, owner)))
+    return {way: {k: round(x, 3) for k, x in metrics(places[way]).items() if k != "R50"} for way in places}
 
 
-def checkpoint(train, seed):
-    """Train a variant, or find it trained; `finished` beside it tells the seconds that it took."""
-    path = folder(train, seed) / "model.pt"
-    if not path.exists() or not (path.parent / "finished").exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = FIFTH if "--data" in train else "--pretrain 0"
-        used = command("train.py", "--clip", start(seed), "--seed", seed, "--cache", RUNS / "frames", "--out", path, "--resume",
-                       *recipe.split(), *train.split())
-        (path.parent / "finished").write_text(f"{used:.0f}")
-    return path
+def closed_form(model, t, f):
+    """The parts of best-of-20 in closed form (tmass.expected_cosine). t (N,D), f (V,T,D) -> dict of (N,V).
+
+    s = cos·h + shift + bonus: the point text's cosine, shrunk by h = |t|/τ; what the prior's mean adds; E_M b. Beside
+    them the mean of R, and the length of the noise over that of the text, σ|R|/|t|.
+    """
+    mean, std, largest = model._noise(20, 24, True, "cpu")[1:]
+    out = {k: torch.empty(len(t), len(f)) for k in ("cos", "h", "shift", "bonus", "radius", "noise")}
+    for rows in torch.arange(len(t)).split(25):
+        t_i, v = t[rows, None], model.pool(t[rows], f)
+        R = model.radius(cosine(t[rows, None, None], f))
+        c = t_i + mean * R
+        tau = (c.square().sum(-1) + std ** 2 * R.square().sum(-1)).sqrt()
+        g = R * (v - ((c * v).sum(-1) / tau.square())[..., None] * c)
+        length = v.norm(dim=-1) * tau
+        parts = dict(cos=cosine(t_i, v), h=t_i.norm(dim=-1) / tau, shift=mean * (R * v).sum(-1) / length,
+                     bonus=largest * std * g.norm(dim=-1) / length, radius=R.mean(-1),
+                     noise=std * R.norm(dim=-1) / t_i.norm(dim=-1))
+        for k, x in parts.items():
+            out[k][rows] = x
+    return out
 
 
-def run(train, flags, seed):
-    """One line of the results: train (or find) a variant, evaluate it on the test split."""
-    path = checkpoint(train, seed)
-    out = path.parent / f"eval{abs(hash(flags))}.json"
-    used = command("eval.py", "--ckpt", path, "--cache", RUNS / "frames", "--json", out, *flags.split())
-    result = json.loads(out.read_text(), parse_float=lambda x: round(float(x), 4))
-    out.unlink()
-    row = dict(train=train, eval=flags, seed=seed, train_seconds=int((path.parent / "finished").read_text()), eval_seconds=round(used),
-               **{k: result[k] for k in ("t2v", "v2t", "released_protocol", "analysis") if k in result})
-    for key in ("histograms", "intervals"):
-        row.get("analysis", {}).pop(key, None)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+def share(part, s):
+    """What a term makes of the variance of s over the videos of a text, in %; mean over texts. (N,V) each."""
+    part, s = part - part.mean(1, keepdim=True), s - s.mean(1, keepdim=True)
+    return 100 * ((part * s).sum(1) / s.square().sum(1)).mean().item()
+
+
+def rank_correlation(a, b):
+    """Spearman's, over the videos of one text; mean over texts. (N,V) each."""
+    a, b = (x.argsort(1).argsort(1).double() for x in (a, b))
+    return cosine(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).mean().item()
+
+
+def what_moves(p, s):
+    """What makes the ranking by best-of-20 s (N,V), over all videos and over the ten nearest to the point text.
+
+    p: the dict of closed_form. -> {part of the score: [its share of the variance, that over ten], ...}
+    """
+    h = p["h"].mean(1, keepdim=True)
+    terms = dict(point=p["cos"] * h, tau=p["cos"] * (p["h"] - h), shift=p["shift"], bonus=p["bonus"])
+    ten = p["cos"].topk(10).indices
+    out = {k: [share(x, s), share(x.gather(1, ten), s.gather(1, ten))] for k, x in terms.items()}
+    out["correlation"] = [rank_correlation(p["cos"], s), rank_correlation(p["cos"].gather(1, ten), s.gather(1, ten))]
+    out["same_first"] = [100 * (s.argmax(1) == p["cos"].argmax(1)).double().mean().item()]
+    return out
+
+
+@torch.no_grad()
+def evaluated(runs, name, seed, test):
+    """A line of the results: of one checkpoint every number of samples, the leak, pairs, ranking, groups of videos."""
+    path, owner, each = trained(runs, name, seed), test.owner, torch.arange(len(test.ann.clips))
+    model, tokenizer, config = load_checkpoint(path)
+    t = encode_texts(model, tokenizer, test.ann.captions)
+    f = encode_videos(model, test.ann.clips, cache=config["cache"])
+    mass = model.radius.kind != "none"
+    sims = {str(M): model.score(t, f, M) for M in (TRIALS if mass else (0,))}
+    best = sims["20" if mass else "0"]
+    row = dict(variant=name, seed=seed, train=VARIANTS[name][1], leak={}, groups={},
+               train_seconds=int((runs / f"{name}-{seed}.seconds").read_text()))
+    hits = ranks(best, owner)[0] <= 1
+    for what, group in test.groups.items():
+        row["groups"][what] = {str(k): 100 * hits[group == k].double().mean().item() for k in group.unique().tolist()}
+    shuffled = torch.randperm(len(each), generator=torch.Generator().manual_seed(0))
+    for what, order in (("matched", each), ("shuffled", shuffled)):
+        t1 = t[test.first[order]]
+        row["leak"][what] = dict(honest=brief(model.score(t1, f), each),
+                                 released=brief(released_scores(model, t1, f, each), each))
+    p = dict(cos=sims["0"][test.first])
+    if mass:
+        sims["expected"] = model.score(t, f, 20, expected=True)
+        s, p = sims["expected"][test.first], closed_form(model, t[test.first], f)
+        assert (p["cos"] * p["h"] + p["shift"] + p["bonus"] - s).abs().max() < 1e-4
+        row["ranking"] = what_moves(p, s)
+        p.update(best=best[test.first], beats=100. * (best[test.first] > p["cos"]))
+    own = torch.eye(len(f), dtype=torch.bool)
+    row["pairs"] = {k: [x[own].mean().item(), x[~own].mean().item()] for k, x in p.items()}
+    row["scores"] = {M: brief(x, owner) for M, x in sims.items()}
     return row
 
 
-def captions():
-    """The rows of shapes."""
-    path = ROOT / "data" / "shapes" / "captions.csv"
-    if not path.exists():
-        start(1)  # renders it
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(name, rows):
-    """A csv under runs/study, unless it is there."""
-    path = RUNS / name
-    if not path.exists():
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def shuffled():
-    """The test split of shapes with its captions dealt out at random: no caption belongs to its video."""
-    rows = [row for row in captions() if row["split"] == "test"]
-    texts = [row["caption"] for row in rows]
-    random.Random(0).shuffle(texts)
-    write("shuffled.csv", [dict(video=row["video"], caption=text) for row, text in zip(rows, texts)])
-
-
-def fifth():
-    """shapes with a fifth of its training videos."""
-    rows = captions()
-    kept = set(sorted({row["video"] for row in rows if row["split"] == "train"})[::5])
-    write("fifth.csv", [{k: row[k] for k in ("video", "caption", "split")} for row in rows if row["split"] != "train" or row["video"] in kept])
-
+# ---- tables: by[variant][seed] is a line of the results ----
 
 def interval(values):
     """Mean, standard deviation, and half a 95 % Student interval of the mean."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
     n = len(values)
     std = statistics.stdev(values) if n > 1 else math.nan
-    return statistics.mean(values), std, t.get(n, 1.96) * std / math.sqrt(n)
+    return statistics.mean(values), std, STUDENT.get(n, math.nan) * std / math.sqrt(n)
 
 
-def cell(values, plus=""):
-    """mean ± std, as text."""
-    mean, std, _ = interval(values)
-    return f"{mean:{plus}.1f} ± {std:.1f}"
+def cell(rows, value, digits=1):
+    """mean ± std of a value of each row."""
+    mean, std, _ = interval([value(row) for row in rows.values()])
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if len(rows) > 1 else "")
 
 
-def paired(rows, base, value):
-    """The difference to the baseline within seeds with its 95 % interval, as text."""
-    gap, _, half = interval([value(rows[s]) - value(base[s]) for s in rows if s in base])
-    return "" if rows is base else f"{gap:+.1f} ± {half:.1f}"
+def gap(rows, base, value):
+    """The mean difference to the baseline within seeds, with its 95 % interval."""
+    if rows is base:
+        return "-"
+    mean, _, half = interval([value(rows[s]) - value(base[s]) for s in rows if s in base])
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
-def table(rows_of, way="t2v", step=None):
-    """Markdown: mean ± std over seeds, and the paired difference to the first row, or to the first of each `step` rows."""
-    print(f"\n| {way} | R@1 | difference in R@1 (95 % interval, paired) | R@5 | MnR | difference in MnR |\n|---|---|---|---|---|---|")
-    names = list(rows_of)
-    for k, (name, rows) in enumerate(rows_of.items()):
-        base = rows_of[names[k - k % step if step else 0]]
-        r1, r5, mnr = (cell([row[way][m] for row in rows.values()]) for m in ("R1", "R5", "MnR"))
-        print(f"| {name} | {r1} | {paired(rows, base, lambda row: row[way]['R1'])} | {r5} | {mnr} | {paired(rows, base, lambda row: row[way]['MnR'])} |")
-    rows = [row for rows in rows_of.values() for row in rows.values()]
-    minutes = (sum({(r["train"], r["seed"]): r["train_seconds"] for r in rows}.values()) + sum(r["eval_seconds"] for r in rows)) / 60
-    print(f"\n{len(base)} seeds: {', '.join(map(str, base))}; {minutes:.0f} minutes of one core, the training of "
-          "variants that other tables share included")
+def score(metric="R1", way="t2v", M="20"):
+    """What to read from a row; without a mass every M is the point text."""
+    return lambda row: row["scores"].get(M, row["scores"]["0"])[way][metric]
 
 
-def analysis_tables(rows_of):
-    """Alignment and radius of relevant and irrelevant pairs; R@1 by thirds of video complexity and caption length, and the gain over the first row."""
-    print("\n| relevant / irrelevant | cos(t, v) | best cos(t_s, v) | radius, mean of R | best sample beats point text, % |\n|---|---|---|---|---|")
-    for name, rows in rows_of.items():
-        cells = []
-        for key, inner, scale in (("point", "mean", 1), ("best", "mean", 1), ("radius", "mean", WIDTH)):
-            cells.append(" / ".join("{0:.3f} ± {1:.3f}".format(*interval([r["analysis"][side][key][inner] / scale for r in rows.values()]))
-                                    for side in ("relevant", "irrelevant")))
-        cells.append(" / ".join(cell([r["analysis"][side]["best_beats_point"] for r in rows.values()]) for side in ("relevant", "irrelevant")))
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    base = next(iter(rows_of.values()))
-    for what in ("complexity", "length"):
-        print(f"\n| R@1 (gain over the first row) by third of {what} | low | middle | high |\n|---|---|---|---|")
-        for name, rows in rows_of.items():
-            cells = []
-            for k in range(3):
-                value = lambda row: row["analysis"][what][k]["R1"]
-                gain = paired(rows, base, value)
-                cells.append(cell([value(r) for r in rows.values()]) + (f" ({gain})" if gain else ""))
-            print(f"| {name} | " + " | ".join(cells) + " |")
+def table(title, head, by, cells):
+    """Markdown, one line a variant. cells(rows of a variant) -> list."""
+    print(f"\n{title}\n\n| | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
+    for name, rows in by.items():
+        print(f"| {VARIANTS[name][0]} | {' | '.join(cells(rows))} |")
 
 
-def noise_table(rows_of):
-    """How long the noise is beside the text: std·|R|₂/|t| of relevant pairs, with |R|₂ ≈ √D·(mean of R), over the test captions."""
-    if not all(folder(row["train"], s).exists() for rows in rows_of.values() for s, row in rows.items()):
-        return print("\nThe noise's length needs the checkpoints in runs/study: delete the lines of noise in tests/study.jsonl to train them again.")
-    sys.path.insert(0, str(ROOT))
-    from tmass import load_checkpoint
-    texts = [row["caption"] for row in captions() if row["split"] == "test"]
-    print("\n| | mean length of t | length of R⊙ε over that of t |\n|---|---|---|")
-    for name, rows in rows_of.items():
-        lengths, ratios = [], []
-        for seed, row in rows.items():
-            model, tokenizer, _ = load_checkpoint(checkpoint(row["train"], seed))
-            lengths.append(model.encode_text(tokenizer(texts)).norm(dim=-1).mean().item())
-            ratios.append(model.prior_std * row["analysis"]["relevant"]["radius"]["mean"] / WIDTH ** 0.5 / lengths[-1])
-        print(f"| {name} | {cell(lengths)} | " + "{0:.3f} ± {1:.3f} |".format(*interval(ratios)))
+def tables(by):
+    base, mass = by["xpool"], {name: rows for name, rows in by.items() if "--radius none" not in VARIANTS[name][1]}
+    table("Primary outcome, fixed before running: t2v R@1 against X-Pool, paired; M = 20", [
+        "seeds", "t2v R@1", "difference to X-Pool (95 %)", "R@5", "MnR", "v2t R@1", "difference (95 %)"], by,
+        lambda rows: [str(len(rows)), cell(rows, score()), gap(rows, base, score()), cell(rows, score("R5")),
+                      cell(rows, score("MnR"), 2), cell(rows, score(way="v2t")), gap(rows, base, score(way="v2t"))])
+
+    def samples(rows, M):
+        mean, _, half = interval([score(M=M)(row) - score()(row) for row in rows.values()])
+        return cell(rows, score(M=M)) + (f" ({mean:+.2f} ± {half:.2f})" if M != "20" else "")
+    columns = [*map(str, TRIALS), "expected"]
+    table("Samples at search time, M: t2v R@1 (difference to M = 20, 95 %)", columns, mass,
+          lambda rows: [samples(rows, M) for M in columns])
+    for what in ("matched", "shuffled"):
+        found = lambda part, metric: lambda row: row["leak"][what][part]["t2v"][metric]
+        worth = lambda row: found("released", "R1")(row) - found("honest", "R1")(row)
+        table(f"The leak, captions {what} (first caption of each video, M = 20)", [
+            "honest R@1", "LEAKING R@1", "worth in R@1", "honest MnR", "LEAKING MnR"], by, lambda rows: [
+            cell(rows, found("honest", "R1")), cell(rows, found("released", "R1")), cell(rows, worth),
+            cell(rows, found("honest", "MnR")), cell(rows, found("released", "MnR"))])
+
+    def both(rows, part, key, digits):
+        if key not in next(iter(rows.values()))[part]:
+            return "-"
+        sides = range(len(next(iter(rows.values()))[part][key]))
+        return " / ".join(cell(rows, lambda row: row[part][key][side], digits) for side in sides)
+    table("Relevant / irrelevant pairs (first caption of each video)", [
+        "cos(t, v)", "best of 20 cos(t_s, v)", "mean of R", "length of the noise over that of t", "h", "E_M b",
+        "best sample beats the point text, %"], by, lambda rows: [both(rows, "pairs", key, digits) for key, digits in (
+            ("cos", 3), ("best", 3), ("radius", 3), ("noise", 3), ("h", 3), ("bonus", 3), ("beats", 1))])
+    table("What moves the ranking: shares of the score's variance over one text's videos, % (all / the first ten)", [
+        "cosine of the point text", "τ", "mean of the prior", "bonus E_M b", "rank correlation with the point text",
+        "same first video, %"], mass, lambda rows: [both(rows, "ranking", key, digits) for key, digits in (
+            ("point", 1), ("tau", 2), ("shift", 1), ("bonus", 1), ("correlation", 3), ("same_first", 1))])
+    thirds = ["least apart", "middle", "most apart"]
+    for what, head in (("shots", ["2 shots", "3 shots", "4 shots"]), ("colours", thirds)):
+        at = [lambda row, k=k: row["groups"][what][k] for k in sorted(next(iter(base.values()))["groups"][what])]
+        table(f"t2v R@1 by complexity, {what} (difference to X-Pool, 95 %)", head, by,
+              lambda rows: [cell(rows, x) + f" ({gap(rows, base, x)})" * (rows is not base) for x in at])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("name", choices=STUDIES)
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread (default: %(default)s)")
-    p.add_argument("--only", help="variants whose name contains this, and the baseline")
+    p.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)), help="(default: 1 to 10)")
+    p.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants (default: all)")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="where checkpoints are kept")
+    p.add_argument("--no-training", action="store_true", help="evaluate what is trained, print tables of what is there")
     args = p.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    if args.name == "trials":
-        grid = {f"{v}: {name}": (STUDIES["method"][v], f"--trials {m}") for v in TRIALS_OF for name, m in STUDIES["trials"].items()}
-    elif args.name == "leak":
-        both = {"": "--released-protocol", ", captions shuffled": "--released-protocol --data runs/study/shuffled.csv --root data/shapes"}
-        grid = {v + what: (STUDIES["method"][v], flags) for v in ("X-Pool (radius none)", *TRIALS_OF) for what, flags in both.items()}
-    elif args.name == "settings":
-        pair = {"X-Pool": STUDIES["method"]["X-Pool (radius none)"], "T-MASS": STUDIES["method"][TRIALS_OF[0]]}
-        grid = {f"{setting}: {name}": (f"{flags} {more}".strip(), "--analyze") for setting, more in STUDIES["settings"].items() for name, flags in pair.items()}
-    else:
-        grid = {name: (flags, "--analyze") for name, flags in STUDIES[args.name].items()}
-    if args.only:
-        grid = {name: v for i, (name, v) in enumerate(grid.items()) if i == 0 or args.only in name}
-    seeds, known = range(1, args.seeds + 1), finished()
-    todo = [(train, flags, s) for s in seeds for train, flags in grid.values() if (train, flags, s) not in known]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        if todo:
-            list(pool.map(start, seeds))
-            shuffled(), fifth()
-            list(pool.map(lambda job: checkpoint(*job), sorted({(train, s) for train, _, s in todo})))
-        for k, row in enumerate(pool.map(lambda job: run(*job), todo), 1):
-            print(f"{k}/{len(todo)} seed {row['seed']}: t2v R@1 {row['t2v']['R1']:.1f}  {row['train']} {row['eval']}", flush=True)
-    known = finished()
-    rows_of = {name: {s: known[train, flags, s] for s in seeds} for name, (train, flags) in grid.items()}
-    table(rows_of, step=dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
-    table(rows_of, "v2t", dict(trials=len(STUDIES["trials"]), settings=2).get(args.name))
-    if args.name in ("method", "noise"):
-        analysis_tables(rows_of)
-    if args.name == "noise":
-        noise_table(rows_of)
-    if args.name == "leak":
-        print("\n| | honest R@1 | honest MnR | LEAKING R@1 | LEAKING MnR |\n|---|---|---|---|---|")
-        for name, rows in rows_of.items():
-            cells = [interval([part["t2v"][m] for part in parts])[:2] for parts in (rows.values(), [r["released_protocol"] for r in rows.values()])
-                     for m in ("R1", "MnR")]
-            print(f"| {name} | " + " | ".join(f"{mean:.1f} ± {std:.1f}" for mean, std in cells) + " |")
+    runs, test = args.runs.resolve(), None
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    prepare()
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    known = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
+    for name, seed in [(name, seed) for seed in args.seeds for name in args.only]:
+        there = (runs / f"{name}-{seed}.seconds").exists()
+        if (name, seed) in known or (args.no_training and not there):
+            continue
+        trained(runs, name, seed)
+        test = test or Test()
+        known[name, seed] = evaluated(runs, name, seed, test)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(known[name, seed]) + "\n")
+        print(f"seed {seed}, {name}: t2v R@1 {score()(known[name, seed]):.1f}", flush=True)
+    by = {name: {s: known[name, s] for s in args.seeds if (name, s) in known} for name in args.only}
+    by = {name: rows for name, rows in by.items() if rows}
+    if "xpool" in by:
+        tables(by)
+    seconds = [row["train_seconds"] for rows in by.values() for row in rows.values()]
+    print(f"\n{len(seconds)} trainings took {sum(seconds) / 60:.0f} minutes of one core")
 
 
 if __name__ == "__main__":

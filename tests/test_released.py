@@ -1,15 +1,17 @@
 """The released code's side: its evaluation protocol, literally, and its checkpoints, whose tensors must give the same through us."""
 import csv
+import hashlib
 import shutil
 
 import pytest
 import torch
 
 import clip_model
+import tmass
 from clip_model import WeightsError
 from eval import released_scores
 from test_tmass import cos, features, literal_pool, literal_radius, literal_score, make
-from tmass import load_checkpoint
+from tmass import load_checkpoint, save_checkpoint
 from videos import numbered, write_video
 
 D, T = 64, 12
@@ -118,6 +120,74 @@ def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, ch
     torch.save(dict(state_dict=state), tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=named):
         load_checkpoint(tmp_path / "odd.pth")
+
+
+def archive(clip, path):
+    """A CLIP as OpenAI's files hold it: TorchScript, half precision, three size entries. -> its SHA-256"""
+    holder = torch.nn.Module()
+    for name, x in (*clip.state_dict().items(), ("input_resolution", torch.tensor(32)), ("context_length", torch.tensor(77)),
+                    ("vocab_size", torch.tensor(49408))):
+        *modules, last = name.split(".")
+        at = holder
+        for module in modules:
+            if module not in dict(at.named_children()):
+                at.add_module(module, torch.nn.Module())
+            at = at.get_submodule(module)
+        at.register_buffer(last, x.half() if x.is_floating_point() else x)
+    with pytest.warns():  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(holder), path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["HF", "safetensors", "open_clip", "OpenAI", "name"])
+def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, form):
+    """Nothing trained further: query pooling, no radius, CLIP's vocabulary; the file is read once."""
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    hf, path = released[2], tmp_path / {"safetensors": "clip.safetensors", "open_clip": "openai.bin"}.get(form, "clip.pt")
+    clip = clip_model.CLIP.from_state_dict(clip_model.to_openai_names(hf.state_dict()))
+    if form == "HF":
+        torch.save(hf.state_dict(), path)
+    elif form == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(hf.state_dict(), path)
+    elif form == "open_clip":
+        torch.save({"state_dict": {"module." + k: x for k, x in clip.state_dict().items()}}, path)
+    elif form == "OpenAI":
+        archive(clip, path)
+    else:
+        sha256 = archive(clip, cache / "ViT-B-16.pt")  # as if downloaded before
+        monkeypatch.setitem(clip_model.MODELS, "ViT-B/16", ("ViT-B-16.pt", sha256))
+    reads, read = [], tmass.read_weights
+    monkeypatch.setattr(tmass, "read_weights", lambda path: reads.append(path) or read(path))
+    model, tokenizer, config = load_checkpoint("ViT-B/16" if form == "name" else path)
+    assert len(reads) == 1 and config == dict(zero_shot=True, frames=12) and not model.training
+    assert tokenizer.encode("a diagram") == [320, 22697] and tokenizer.context_length == 77
+    assert (model.config["pooling"], model.config["radius"], model.config["support_weight"]) == ("query", "none", 0)
+    assert model.clip.config["quick_gelu"] and load_checkpoint(reads[0], "gelu")[0].clip.config["quick_gelu"] is False
+    ids, pixels = tokenizer(["a dog runs", "two people talk on a stage"]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        t, f = model.encode_text(ids), model.encode_video(pixels[:, None].expand(-1, T, -1, -1, -1))
+        off = 1e-5 if form not in ("OpenAI", "name") else 2e-2  # half precision
+        assert (t - clip.encode_text(ids)).abs().max() < off * t.abs().max()
+        assert (f[:, 0] - clip.encode_image(pixels)).abs().max() < off * f.abs().max()
+    t, f = features(5, 3, frames=T)
+    assert (model.score(t, f) - literal_score(model, t, f, 0)).abs().max() < 2e-6
+
+
+def test_the_activation_of_a_trained_checkpoint_can_be_put_right(released, cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    save_checkpoint(tmp_path / "ours.pt", make(), clip_model.Tokenizer(), {})
+    for path in (released[0], tmp_path / "ours.pt"):
+        for activation, quick in ((None, True), ("gelu", False), ("quickgelu", True)):
+            assert load_checkpoint(path, activation)[0].clip.config["quick_gelu"] is quick
+
+
+def test_what_is_neither_a_file_nor_a_name_and_a_clip_of_other_words(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    with pytest.raises(WeightsError, match="ViT-B/31: no such file, and none of the names ViT-B/32, ViT-B/16, ViT-L/14"):
+        load_checkpoint("ViT-B/31")
+    torch.save(make().clip.state_dict(), tmp_path / "small.pt")
+    with pytest.raises(WeightsError, match="small.pt: a CLIP of 514 tokens, and CLIP's vocabulary has 49408"):
+        load_checkpoint(tmp_path / "small.pt")
 
 
 def test_evaluating_a_released_checkpoint_shows_both_numbers(released, cache, run, tmp_path):

@@ -1,16 +1,20 @@
-"""Training: pure functions of the step, one process against two, exact resume, kills, guards, and bad input from the command line.
+"""Training: pure functions of the step, one process against two, exact resume, kills, guards, and bad input.
 
-Runs are real processes. Most are forked from a server that has imported train.py already (multiprocessing's forkserver), which saves
-seconds each; torchrun and the plain command line have tests of their own.
+Runs are real processes. Most are forked from a server that has imported train.py (multiprocessing's forkserver),
+which saves seconds each; torchrun and the plain command line have tests of their own.
 """
 import contextlib
 import csv
+import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -26,10 +30,13 @@ from videos import write_video
 import data
 import train
 from clip_model import read_weights
+from eval import ALONE, format_metrics
 
 ROOT = Path(train.__file__).resolve().parent
-SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0, "--log-every", 1, "--device", "cpu"]
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (220, 210, 40), "white": (240, 240, 240), "black": (10, 10, 10)}
+SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0,
+         "--log-every", 1, "--device", "cpu"]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (220, 210, 40),
+           "white": (240, 240, 240), "black": (10, 10, 10)}
 
 
 def write_table(path, rows, columns=("video", "caption", "split")):
@@ -39,14 +46,15 @@ def write_table(path, rows, columns=("video", "caption", "split")):
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """36 clips of 8 frames that go from one colour to another: 26 train, 5 val, 5 test. -> the folder that holds set/."""
+    """36 clips of 8 frames that go from one colour to another: 26 train, 5 val, 5 test. -> the folder of set/."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "set").mkdir()
     rows, blend = [], torch.linspace(0, 1, 8)[:, None, None, None]
     for i, (a, b) in enumerate(itertools.product(COLOURS, COLOURS)):
         frames = (1 - blend) * torch.tensor(COLOURS[a]) + blend * torch.tensor(COLOURS[b])
         write_video(folder / "set" / f"{a}-{b}.mp4", frames.expand(8, 48, 48, 3).to(torch.uint8).contiguous())
-        rows.append((f"{a}-{b}.mp4", f"the picture turns from {a} to {b}", "val" if i % 7 == 3 else "test" if i % 7 == 5 else "train"))
+        split = {3: "val", 5: "test"}.get(i % 7, "train")
+        rows.append((f"{a}-{b}.mp4", f"the picture turns from {a} to {b}", split))
     write_table(folder / "set" / "my.csv", rows)
     return folder
 
@@ -62,51 +70,59 @@ def here(videos, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def start():
     """start(folder, *args) -> Job: train.py in a process of its own."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     context, jobs = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["train", "videos", "pytest"])
 
-    def start(folder, *args, file_limit=None):
-        jobs.append(Job(context, folder, args, file_limit))
+    def start(folder, *args, file_limit=None, slow_workers=False):
+        jobs.append(Job(context, folder, args, file_limit, slow_workers))
         return jobs[-1]
     yield start
     for job in jobs:
         job.process.kill()
 
 
-def child(folder, args, file_limit):
+def child(folder, args, file_limit, slow_workers):
     os.chdir(folder)
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if slow_workers:  # as on a busy machine
+        begin = data._ignore_signals
+        data._ignore_signals = lambda worker: (time.sleep(0.2), begin(worker))
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line; here it was inherited
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]
-    sys.exit(train.run(train.main_of_a_run))
+    sys.exit(train.run(train.main))
 
 
 class Job:
-    def __init__(self, context, folder, args, file_limit):
+    def __init__(self, context, folder, args, file_limit, slow_workers):
         self.folder = Path(folder)
         for name in ("stdout.txt", "stderr.txt"):
             (self.folder / name).unlink(missing_ok=True)
-        self.process = context.Process(target=child, args=(str(folder), [str(a) for a in args], file_limit))
+        args = [str(a) for a in args]
+        self.process = context.Process(target=child, args=(str(folder), args, file_limit, slow_workers))
         self.process.start()
 
-    out = property(lambda self: (self.folder / "stdout.txt").read_text() if (self.folder / "stdout.txt").exists() else "")
-    err = property(lambda self: (self.folder / "stderr.txt").read_text())
+    def read(self, name):
+        return (self.folder / name).read_text() if (self.folder / name).exists() else ""
+
+    out = property(lambda self: self.read("stdout.txt"))
+    err = property(lambda self: self.read("stderr.txt"))
 
     def wait(self, timeout=120):
         """-> exit status, negative for a signal."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.out[-2000:]} {self.err[-2000:]}"
+        assert self.process.exitcode is not None, f"still running: {self.out[-2000:]} {self.err[-2000:]}"
         return self.process.exitcode
 
     def until(self, condition, timeout=90):
         deadline = time.time() + timeout
         while not condition(self):
-            assert self.process.is_alive() and time.time() < deadline, f"ended or hangs: {self.out[-2000:]} {self.err[-2000:]}"
+            assert self.process.is_alive() and time.time() < deadline, f"over: {self.out[-2000:]} {self.err[-2000:]}"
             time.sleep(0.002)
         return self
 
@@ -120,7 +136,7 @@ def reaches(step):
 
 
 def steps(folder):
-    with open(Path(folder) / "log.csv", newline="") as file:
+    with open(Path(folder) / "model.log.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if row["loss"]]
 
 
@@ -133,13 +149,19 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+def refused(status, out, err, *told):
+    """A mistake costs one line that says what it is, and status 2."""
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, out, err)
+    assert all(words in err for words in told), (told, err)
+
+
 def call(monkeypatch, capsys, *args):
     """The command line within this process. -> (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     capsys.readouterr()
     try:
-        status = train.run(train.main_of_a_run)
+        status = train.run(train.main)
     except SystemExit as e:
         status = e.code
     finally:
@@ -150,7 +172,7 @@ def call(monkeypatch, capsys, *args):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As the processes started here: no test depends on the number of cores, and several threads on a busy machine crawl."""
+    """As the processes started here: no test depends on the number of cores; threads on a busy machine crawl."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -202,7 +224,8 @@ ids, video = torch.randint(1, 500, (8, 12)), torch.randint(0, 256, (8, 3, 3, 32,
 for objects in ([ids, video],):
     dist.broadcast_object_list(objects)
     ids, video = objects
-for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.5), dict(pooling="mean", radius="mean")):
+for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.5), dict(pooling="mean", radius="mean"),
+               dict(pooling="query", radius="none", support_weight=0.0)):  # without a parameter of its own
     for cut in (4, 5, 1):
         torch.manual_seed(3)
         model = TMASS(CLIP(vocab_size=512, **train.TINY), frames=3, dropout=0.2, prior_std=0.1, **method).train()
@@ -219,10 +242,13 @@ for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.
         for k, p in alone.named_parameters():
             assert p.grad is not None, k
             gap, size = (p.grad - two[k]).norm(), p.grad.norm()
-            assert gap <= 1e-4 * size + 1e-7 * total, (method, cut, k, gap / size)  # of a bias before a softmax only rounding is left
+            assert gap <= 1e-4 * size + 1e-7 * total, (method, cut, k, gap / size)  # a bias before a softmax: rounding
         print(f"equal {rank} {cut}", flush=True)
 dist.destroy_process_group()
 """
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def torchrun(script, *args, cwd, **popen):
@@ -230,8 +256,9 @@ def torchrun(script, *args, cwd, **popen):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(script), *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    command = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), str(script), *map(str, args)]
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes, **popen)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -239,7 +266,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     job = torchrun(tmp_path / "gradients.py", cwd=tmp_path)
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err[-3000:]
-    assert out.count("equal") == 18
+    assert out.count("equal") == 24
 
 
 def test_two_processes_train_as_one(here, start):
@@ -257,10 +284,12 @@ def test_two_processes_train_as_one(here, start):
         for key in ("loss", "stochastic", "support", "ce"):
             assert float(x[key]) == pytest.approx(float(y[key]), rel=1e-5, abs=1e-5)
         assert float(x["grad_norm"]) == pytest.approx(float(y["grad_norm"]), rel=1e-3)
-    metrics = lambda text: [line for line in text.splitlines() if line.startswith(("validation", "test"))]
+
+    def metrics(text):
+        return [line for line in text.splitlines() if line.startswith(("validation", "test"))]
     assert metrics(one.out) == metrics(out) and len(metrics(out)) == 4
     assert out.count("settings:") == 1 and out.count("step     1/8") == 1  # only rank 0 speaks
-    assert sorted(p.name for p in (here / "two").iterdir()) == ["log.csv", "model.pt"]
+    assert sorted(p.name for p in (here / "two").iterdir()) == ["model.log.csv", "model.pt"]
 
 
 def children(pid):
@@ -284,6 +313,8 @@ def test_a_dead_process_ends_the_job(here):
             job.kill()
     assert job.returncode not in (0, None) and time.time() - started < 60
     assert "SIGKILL" in err or "Signal 9" in err, err[-3000:]
+    assert "error: another process of this job died; the last checkpoint" in err  # before torchrun's own words
+    assert f"go on with torchrun --nproc_per_node 2 {ROOT / 'train.py'} --data" in err and "pair.cc" not in err
     assert not any(Path(f"/proc/{p}").exists() for p in workers)
     assert read_weights(here / "model.pt")["finished"] is False
 
@@ -305,7 +336,8 @@ def uninterrupted(videos, start, tmp_path_factory):
 
 def check_equal(folder, whole):
     assert same(weights(folder / "model.pt"), weights(whole / "model.pt"))
-    assert [(r["step"], r["loss"], r["grad_norm"]) for r in steps(folder)] == [(r["step"], r["loss"], r["grad_norm"]) for r in steps(whole)]
+    rows = [[(r["step"], r["loss"], r["grad_norm"]) for r in steps(x)] for x in (folder, whole)]
+    assert rows[0] == rows[1]
 
 
 def test_an_uninterrupted_run(uninterrupted):
@@ -322,19 +354,21 @@ def test_resume_is_exact(here, start, uninterrupted, monkeypatch, capsys, number
     job = start(here, *RESUMABLE).until(reaches(step))
     os.kill(job.process.pid, number)
     assert job.wait() == 128 + number, job.err
-    assert f"stopped by {number.name} after step" in job.out and "continue with: python train.py" in job.out and job.out.rstrip().endswith("--resume")
+    assert f"stopped by {number.name} after step" in job.out and job.out.rstrip().endswith("--resume")
+    assert "continue with: python train.py" in job.out
     assert job.err == "" and step <= read_weights(here / "model.pt")["step"] < 18
     if number == signal.SIGTERM:  # what an unfinished run refuses
         status, _, err = call(monkeypatch, capsys, *RESUMABLE)
         assert status == 2 and "unfinished run" in err and "--resume" in err
         status, _, err = call(monkeypatch, capsys, *RESUMABLE, "--batch", 6, "--resume")
         assert status == 2 and "--batch 6 differs from 4" in err
-    start(here, "--resume", "--workers", 2, "--log-every", 1, "--save-every", 4).finish()  # the rest is in the checkpoint
+    start(here, "--resume", "--workers", 2, "--log-every", 1, "--save-every", 4).finish()  # the rest is in model.pt
     check_equal(here, uninterrupted[0])
     if number == signal.SIGTERM:
         before = (here / "model.pt").read_bytes()
         status, out, err = call(monkeypatch, capsys, "--resume")
-        assert status == 0 and "is finished (step 18): nothing to resume" in out and before == (here / "model.pt").read_bytes()
+        assert status == 0 and "is finished (step 18): nothing to resume" in out
+        assert before == (here / "model.pt").read_bytes()
 
 
 def test_a_signal_to_everybody_while_validating(here, start, uninterrupted):
@@ -346,6 +380,33 @@ def test_a_signal_to_everybody_while_validating(here, start, uninterrupted):
     assert "validation after epoch 1" in job.out and read_weights(here / "model.pt")["step"] == 6
     start(here, *RESUMABLE, "--resume").finish()
     check_equal(here, uninterrupted[0])
+
+
+@pytest.mark.parametrize("when", ["training", "validation"])
+def test_a_signal_to_everybody_while_workers_start(here, start, when):
+    """A worker that gets it before it could say that it ignores it would take the run with it."""
+    for k in range(3):
+        job = start(here, *SMALL, "--workers", 2, "--epochs", 300, "--out", f"{k}.pt", slow_workers=True)
+        there = job.until(reaches(6)) and 2 if when == "validation" else 0  # workers of training
+        job.until(lambda job: len(children(job.process.pid)) > there)
+        time.sleep(random.uniform(0, 0.2))
+        for pid in (*children(job.process.pid), job.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert job.wait() == 143 and job.err == "", job.err
+        content = read_weights(here / f"{k}.pt")
+        assert not content["finished"] and f"stopped by SIGTERM after step {content['step']};" in job.out
+        assert content["step"] >= (6 if when == "validation" else 1)  # what was under way was done and saved
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_that_die_with_the_job_are_no_bad_video(here, start, number):
+    job = start(here, *SMALL, "--workers", 2, "--epochs", 300).until(reaches(2))
+    workers = children(job.process.pid)
+    os.kill(job.process.pid, number)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait() == 128 + number and job.err == "", job.err
+    assert read_weights(here / "model.pt")["finished"] is False and job.out.rstrip().endswith("--resume")
 
 
 def test_sigterm_under_torchrun(here):
@@ -360,7 +421,9 @@ def test_sigterm_under_torchrun(here):
     assert job.returncode != 0 and out.count("stopped by SIGTERM after step") == 1, ("".join(lines), out, err[-3000:])
     content = read_weights(here / "cut" / "model.pt")
     assert 3 <= content["step"] < 72 and not content["finished"]
-    again = torchrun(ROOT / "train.py", *settings, "--resume", cwd=here / "cut")
+    command = shlex.split(out.split("continue with: ")[1].splitlines()[0])
+    assert command[:3] == ["torchrun", "--nproc_per_node", "2"] and command[-1] == "--resume"
+    again = torchrun(*command[3:], cwd=here / "cut")
     assert [again.communicate(timeout=150), again.returncode][1] == 0
     assert [whole.communicate(timeout=150), whole.returncode][1] == 0
     check_equal(here / "cut", here / "whole")
@@ -372,7 +435,7 @@ def kill_and_resume(folder, start, uninterrupted, when):
     job = start(folder, *args)
     if when is None:  # while saving
         step = random.randint(1, 15)
-        job.until(reaches(step)).until(lambda job: (folder / "model.pt.part").exists() or "checkpoint:" in job.out)
+        job.until(reaches(step)).until(lambda job: list(folder.glob("model.pt*.part")) or "checkpoint:" in job.out)
     else:
         time.sleep(when * seconds)
     helpers = children(job.process.pid) if job.process.is_alive() else []
@@ -385,7 +448,7 @@ def kill_and_resume(folder, start, uninterrupted, when):
             os.kill(pid, signal.SIGKILL)
     start(folder, *args).finish()
     check_equal(folder, whole)
-    assert not (folder / "model.pt.part").exists()
+    assert not (folder / "model.pt.lock").exists()
 
 
 def test_kill_at_random_moments(here, start, uninterrupted):
@@ -410,20 +473,95 @@ def test_full_disk_while_saving(here, start, uninterrupted):
     job = start(here, "--resume", "--save-every", 4, "--log-every", 1, file_limit=len(before) // 2)
     assert job.wait() == 2
     assert job.err.startswith("error: cannot write checkpoint model.pt: ") and job.err.count("\n") == 1
-    assert (here / "model.pt").read_bytes() == before and not (here / "model.pt.part").exists()
+    assert "; the last checkpoint, if any, is intact: go on with python train.py --resume " in job.err
+    assert (here / "model.pt").read_bytes() == before and not list(here.glob("*.part"))
     start(here, "--resume", "--save-every", 4, "--log-every", 1).finish()
     check_equal(here, uninterrupted[0])
+
+
+def test_full_disk_under_the_log(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    content = read_weights("model.pt")
+    torch.save({**content, "finished": False}, "model.pt")  # as a run that failed at its start leaves it
+    os.remove("model.log.csv")
+    os.symlink("/dev/full", "model.log.csv")
+    status, out, err = call(monkeypatch, capsys, *SMALL)
+    refused(status, out, err, "No space left on device", "intact: go on with python train.py --data", "--resume")
+
+
+# ---- what is there already ----
+
+def test_out_replaces_nothing_but_a_run_that_may_go(here, monkeypatch, capsys):
+    Path("notes.txt").write_text("of mine")
+    Path("empty.pt").touch()
+    torch.save({"some.weight": torch.ones(2)}, "other.pt")
+    shutil.copy("set/red-red.mp4", "film.mp4")
+    os.symlink("notes.txt", "link.pt")
+    os.mkfifo("pipe.pt")
+    os.mkdir("folder")
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    kept = {p: p.read_bytes() for p in here.iterdir() if p.is_file()}
+    for flags in ((), ("--overwrite",), ("--resume",), ("--overwrite", "--resume")):
+        for name in ("notes.txt", "empty.pt", "other.pt", "film.mp4", "link.pt", "pipe.pt", "folder", "/dev/null"):
+            refused(*call(monkeypatch, capsys, *SMALL, "--out", name, *flags), name)
+    refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 1), "model.pt holds a finished run", "--overwrite")
+    for option in ("--init", "--clip"):
+        same_file = option, "model.pt", "--out", "folder/../model.pt", "--overwrite"
+        refused(*call(monkeypatch, capsys, *SMALL, *same_file), "model.pt is what --clip or --init starts from")
+    Path("new.log.csv").write_text("step\n1\n")
+    refused(*call(monkeypatch, capsys, *SMALL, "--out", "new.pt"), "new.log.csv is of another run, whose new.pt")
+    Path("new.log.csv").unlink()
+    assert kept == {p: p.read_bytes() for p in here.iterdir() if p.is_file()} and os.path.islink("link.pt")
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--overwrite")
+    assert status == 0 and read_weights("model.pt")["step"] == 6
+
+
+def test_a_run_with_steps_is_not_overwritten_and_one_without_is(here, start, monkeypatch, capsys):
+    status, _, err = call(monkeypatch, capsys, *SMALL, "--heads", 3)  # fails when the model is built: nothing is left
+    assert status == 2 and not os.path.exists("model.pt")
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    torch.save({**read_weights("model.pt"), "finished": False}, "model.pt")
+    job = start(here, *SMALL, "--epochs", 300).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    before = Path("model.pt").read_bytes()
+    for flags in ((), ("--overwrite",)):
+        refused(*call(monkeypatch, capsys, *SMALL, *flags), "model.pt holds an unfinished run at step", "--resume")
+    assert before == Path("model.pt").read_bytes()
+
+
+def test_each_run_has_its_own_log(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--out", "a.pt")[0] == 0
+    first = Path("a.log.csv").read_text()
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--out", "b.pt", "--seed", 5)[0] == 0
+    assert first == Path("a.log.csv").read_text() != Path("b.log.csv").read_text()
+    assert len(first.splitlines()) == 1 + 6 + 1  # a head, six steps, one validation
+
+
+def test_one_run_per_out_at_a_time(here, start, monkeypatch, capsys):
+    job = start(here, *SMALL, "--workers", 1, "--epochs", 300, "--save-every", 1).until(reaches(3))
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        told = f"model.pt is being written by another run, process {job.process.pid}:"
+        refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 300, *flags), told)
+    assert job.process.is_alive() and (here / "model.pt.lock").exists()
+    job.process.kill()  # its worker lives on for some seconds, and the lock does not
+    job.process.join()
+    job = start(here, *SMALL, "--epochs", 300, "--resume").until(lambda job: "300  loss" in job.out)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143 and not (here / "model.pt.lock").exists()
 
 
 # ---- guards ----
 
 def test_ten_steps_that_are_not_finite_stop(here, monkeypatch, capsys):
-    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 4, "--clip-lr", 1e30, "--warmup", 0, "--save-every", 1)
-    assert status == 2 and err.startswith("error: 10 steps in a row were not finite, up to step ") and err.count("\n") == 1
-    assert "lr " in err and "logit scale" in err and "model.pt keeps the last good state" in err
-    assert out.count("step skipped") == 10
+    diverging = "--epochs", 20, "--head-lr", 10, "--weight-decay", 0, "--warmup", 0, "--save-every", 1
+    status, out, err = call(monkeypatch, capsys, *SMALL, *diverging)
+    refused(status, out, err, "10 steps in a row, to ", "logit scale", "model.pt keeps the last good state, step")
     content = read_weights(here / "model.pt")
-    assert content["step"] < 12 and all(torch.isfinite(x).all() for x in content["model"].values())
+    assert f"keeps the last good state, step {content['step']};" in err and content["step"] < 26
+    assert out.count("step skipped") >= 10
+    for kept in (content["model"], content["training"]["model"]):
+        assert all(torch.isfinite(x).all() for x in kept.values())
 
 
 def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
@@ -435,8 +573,31 @@ def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
         return {**out, "loss": out["loss"] * math.nan} if len(calls) == 3 else out
     monkeypatch.setattr(train.TMASS, "losses", losses)
     status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1)
-    assert status == 0 and "step 3: loss or gradient is not finite; step skipped (1 so far)" in out and out.count("skipped") == 1
+    assert status == 0 and out.count("skipped") == 1
+    assert "step 3: loss or gradient is not finite; step skipped (1 so far)" in out
     assert all(torch.isfinite(x).all() for x in weights(here / "model.pt").values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0, "--out", "good.pt")[0] == 0
+    content = read_weights("good.pt")
+    content["model"]["clip.visual.conv1.weight"][0, 0] = math.inf
+    torch.save(content, "bad.pt")
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--clip", "bad.pt")
+    refused(status, out, err, "weights that are not finite after step 0: check --clip or --init")
+    assert not os.path.exists("model.pt")
+    true, calls = train.TMASS.losses, []
+
+    def losses(self, t, f, generator=None):  # the real losses; in step 5 a weight overflows that they do not show
+        calls.append(0)
+        if len(calls) == 5:
+            self.clip.token_embedding.weight.data[0] = math.inf
+        return true(self, t, f, generator)
+    monkeypatch.setattr(train.TMASS, "losses", losses)
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--save-every", 2)
+    refused(status, out, err, "weights that are not finite after step 6: model.pt keeps step 4; lower the rates")
+    content = read_weights("model.pt")
+    assert content["step"] == 4 and all(torch.isfinite(x).all() for x in content["model"].values())
 
 
 @pytest.fixture
@@ -451,12 +612,9 @@ def test_bad_videos(own_copy, monkeypatch, capsys):
     good = (own_copy / "set/red-green.mp4").read_bytes()  # rows 2 and 4, and so on, train
     for content in (b"", b"this is no video at all" * 50, good[:len(good) // 3]):
         (own_copy / "set/red-green.mp4").write_bytes(content)
-        status, _, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "red-green.mp4" in err
-        (own_copy / "model.pt").unlink()
+        refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 1), "red-green.mp4")
     os.remove(own_copy / "set/blue-green.mp4")
-    status, _, err = call(monkeypatch, capsys, *SMALL)
-    assert status == 2 and "blue-green.mp4" in err and "row 15" in err and "--skip-bad" in err and err.count("\n") == 1
+    refused(*call(monkeypatch, capsys, *SMALL), "blue-green.mp4", "row 15", "--skip-bad")
     status, out, err = call(monkeypatch, capsys, *SMALL, "--skip-bad")
     assert status == 0 and not err
     listed = (own_copy / "model.bad.txt").read_text()
@@ -466,11 +624,11 @@ def test_bad_videos(own_copy, monkeypatch, capsys):
 
 @pytest.mark.parametrize("moment", ["at once", "later"])
 def test_a_dead_worker_names_a_video(here, start, moment):
-    job = start(here, *SMALL, "--workers", 1, "--epochs", 500, "--batch", 8).until(reaches(2 if moment == "later" else 1))
+    job = start(here, *SMALL, "--workers", 1, "--epochs", 500, "--batch", 8)
+    job.until(reaches(2 if moment == "later" else 1))
     worker, = children(job.process.pid)
     os.kill(worker, signal.SIGKILL)
-    assert job.wait(60) == 2
-    assert job.err.startswith("error: a decoding process died while it read ") and ".mp4" in job.err and job.err.count("\n") == 1, job.err
+    refused(job.wait(60), job.out, job.err, "error: a decoding process died while it read ", ".mp4")
     assert read_weights(here / "model.pt")["format"] == "tmass"
 
 
@@ -495,8 +653,96 @@ def test_precision_and_checkpointing(here, monkeypatch, capsys):
         assert status == 0 and ("bf16 towers" in out) == (name == "bf16")
         losses[name] = torch.tensor([float(r["loss"]) for r in steps(here / name)])
     assert torch.allclose(losses["plain"], losses["recomputed"], rtol=1e-4)
-    assert not torch.equal(losses["plain"], losses["bf16"]) and torch.allclose(losses["plain"], losses["bf16"], rtol=0.1)
+    assert not torch.equal(losses["plain"], losses["bf16"])
+    assert torch.allclose(losses["plain"], losses["bf16"], rtol=0.1)
     assert {x.dtype for x in weights(here / "bf16/model.pt").values()} == {torch.float32}
+
+
+def test_float16_scales_its_loss_and_resumes_exactly(here, start, monkeypatch, capsys):
+    fp16 = [*SMALL, "--amp", "fp16", "--epochs", 1, "--clip-lr", 1e-4, "--head-lr", 1e-3]
+    status, out, _ = call(monkeypatch, capsys, *fp16, "--out", "whole/model.pt")
+    assert status == 0 and "fp16 towers" in out and "skipped" not in out
+    assert call(monkeypatch, capsys, *fp16, "--amp", "off", "--out", "plain/model.pt")[0] == 0
+    a, b = (torch.tensor([float(r["loss"]) for r in steps(here / name)]) for name in ("whole", "plain"))
+    assert not torch.equal(a, b) and torch.allclose(a, b, rtol=0.05)
+    assert {x.dtype for x in weights("whole/model.pt").values()} == {torch.float32}
+    job = start(here, *fp16, "--save-every", 1).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143, job.err
+    scaler = read_weights("model.pt")["scaler"]
+    assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == read_weights("model.pt")["step"]
+    start(here, "--resume", "--log-every", 1).finish()
+    check_equal(here, here / "whole")
+
+
+def test_float16_may_seek_its_scale_for_long_but_not_for_ever(here, monkeypatch, capsys):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=2. ** 32))
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 3)
+    assert status == 0 and 10 < out.count("step skipped") < 18, (out.count("skipped"), err)
+    assert "step 1: loss or gradient is not finite; step skipped (1 so far)" in out
+    assert all(torch.isfinite(x).all() for x in weights("model.pt").values())
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=4.))
+    true = train.TMASS.losses
+    monkeypatch.setattr(train.TMASS, "losses", lambda *args: {k: x * math.nan for k, x in true(*args).items()})
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 4, "--out", "nan.pt")
+    refused(status, out, err, "10 steps in a row, to 11, were not finite", "keeps the last good state, step 0")
+
+
+def test_warm_up_in_float16_learns_and_takes_no_step_that_is_not_finite(capsys):
+    phrases = train.shapes_pictures(128, train.generator("cpu", 0), 32)[1]
+    tokenizer = train.Tokenizer.learn(phrases, 300, context_length=48)
+    torch.manual_seed(0)
+    small = dict(train.TINY, image_size=16, vision_width=64, vision_layers=1, text_width=64, text_layers=1)
+    clip = train.CLIP(vocab_size=tokenizer.vocab_size, **small)
+    args = train.parser().parse_args(["--amp", "fp16", "--seed", "1", "--warmup", "0.1", "--log-every", "1"])
+    before = {k: x.clone() for k, x in clip.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 120)
+    args.pretrain = 2
+    train.pretrain(clip, tokenizer, args, scaler, ALONE)
+    assert same(before, clip.state_dict()) and scaler.get_scale() == 2. ** 118
+    args.pretrain = 8
+    train.pretrain(clip, tokenizer, args, torch.amp.GradScaler("cpu"), ALONE)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
+
+
+def test_activation_of_a_clip_file(here, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, *SMALL, "--epochs", 0)[0] == 0
+    for told, quick in (("gelu", False), ("quickgelu", True)):
+        flags = "--clip", "model.pt", "--activation", told, "--epochs", 0, "--out", f"{told}.pt"
+        assert call(monkeypatch, capsys, *SMALL, *flags)[0] == 0
+        assert read_weights(f"{told}.pt")["clip"]["quick_gelu"] is quick
+
+
+def test_the_command_printed_gives_the_line_printed(own_copy, run, monkeypatch, capsys):
+    """Root, missing and broken videos, frames from a cache: all that the numbers depend on."""
+    (own_copy / "my.csv").write_text((own_copy / "set/my.csv").read_text())
+    os.remove("set/red-white.mp4")  # of the test split
+    Path("set/white-red.mp4").write_bytes(b"broken")
+    flags = "--data", "my.csv", "--root", "set", "--skip-bad", "--cache", "my frames", "--out", "a model.pt"
+    status, out, err = call(monkeypatch, capsys, *SMALL, *flags)
+    assert status == 0, err
+    line = next(x for x in out.splitlines() if x.startswith("test: "))
+    command = shlex.split(out.split("evaluate it again: ")[1])
+    assert command[:2] == ["python", "eval.py"]
+    done = run(*command[1:], "--json", "again.json", cwd=own_copy)
+    assert done.returncode == 0, done.stderr
+    assert f"test: {format_metrics(json.loads(Path('again.json').read_text()))}" == line
+
+
+def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, capsys):
+    told = "my.csv has 26 training pairs, fewer than one batch of 27: give a smaller --batch"
+    refused(*call(monkeypatch, capsys, *SMALL, "--batch", 27), told)
+    status, out, _ = call(monkeypatch, capsys, *SMALL, "--epochs", 0)
+    assert status == 0 and "0 steps of 4 pairs" in out and "no step: the starting point is the result" in out
+    terms = {k: torch.tensor(1.5) for k in train.Log.TERMS}
+    args = train.parser().parse_args(["--epochs", "1", "--head-lr", "1e-3", "--clip-lr", "1e-5"])
+    log = train.Log("slow.pt", 0)
+    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 0.031, scale=1.0, grad_norm=1.0)
+    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 1234.5, scale=1.0, grad_norm=1.0)
+    slow, fast = capsys.readouterr().out.splitlines()
+    assert "0.03 pairs/s  2:09 left" in slow and "1234 pairs/s  0:00 left" in fast
 
 
 def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
@@ -505,7 +751,7 @@ def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
     first = weights("model.pt")
     opened = []
     monkeypatch.setattr(data, "read_frames", lambda *args, **kwargs: opened.append(args))
-    assert call(monkeypatch, capsys, *SMALL, "--cache", "frames")[0] == 0
+    assert call(monkeypatch, capsys, *SMALL, "--cache", "frames", "--overwrite")[0] == 0
     assert not opened and same(first, weights("model.pt"))
 
 
@@ -520,11 +766,12 @@ def test_init_and_the_baseline(here, monkeypatch, capsys):
     assert all(torch.equal(x, grown[k]) for k, x in content["model"].items())
     status, out, _ = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--epochs", 0, "--out", "again.pt")
     assert status == 0 and "starting anew" not in out and same(grown, weights("again.pt"))
-    status, _, err = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--pooling", "mean", "--out", "x.pt")
-    assert status == 2 and "does not fit the model asked for" in err and not os.path.exists("x.pt")
-    status, _, err = call(monkeypatch, capsys, *SMALL, "--frames", 3, "--init", "grown.pt", "--out", "x.pt")  # made for another T
-    assert status == 2 and "radius.linear.weight" in err and "--frames" in err and err.count("\n") == 1 and not os.path.exists("x.pt")
-    status, out, _ = call(monkeypatch, capsys, *SMALL, "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt")  # its CLIP and tokenizer only
+    grown_to = "--init", "grown.pt", "--out", "x.pt"
+    refused(*call(monkeypatch, capsys, *SMALL, *grown_to, "--pooling", "mean"), "does not fit the model asked for")
+    refused(*call(monkeypatch, capsys, *SMALL, *grown_to, "--frames", 3), "radius.linear.weight", "--frames")
+    assert not os.path.exists("x.pt")
+    clip_of = "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt"  # its CLIP and tokenizer only
+    status, out, _ = call(monkeypatch, capsys, *SMALL, *clip_of)
     assert status == 0 and read_weights("clip.pt")["merges"] == content["merges"]
     assert torch.equal(weights("clip.pt")["clip.text_projection"], grown["clip.text_projection"])
 
@@ -538,8 +785,26 @@ def test_bad_options_cost_one_line(here, run):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "'square'" in result.stderr
 
 
+NUMBERS = {"--head-lr": ("nan", "-1", "1e9"), "--clip-lr": ("-1", "inf"), "--weight-decay": ("nan", "-0.1"),
+           "--dropout": ("nan", "1"), "--warmup": ("1.5", "nan"), "--support-weight": ("inf", "-1"),
+           "--ce-weight": ("nan",), "--prior-std": ("nan", "-1", "1e30"), "--heads": ("0", "-1", "x"),
+           "--seed": ("-1", str(10 ** 22), "1.5"),
+           "--pretrain": ("-1", "1e3"), "--epochs": ("-1", str(10 ** 12)), "--batch": ("1", "0", str(10 ** 12)),
+           "--frames": ("0", "-3", str(10 ** 9)), "--workers": ("-1", str(10 ** 6)), "--save-every": ("0",),
+           "--log-every": ("0", "-1"), "--val-videos": ("-1",)}
+
+
+def test_numbers_that_make_no_sense_are_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # nothing is here: what is read first would be missed first
+    for option, values in NUMBERS.items():
+        for value in values:
+            told = f"argument {option}: ", f"'{value}'"
+            refused(*call(monkeypatch, capsys, "--data", "absent.csv", f"{option}={value}"), *told)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input(own_copy, monkeypatch, capsys):
-    (own_copy / "file").write_text("a regular file")
+    (own_copy / "file").write_text("a regular file")  # of nobody's format
     (own_copy / "folder").mkdir()
     write_table("set/columns.csv", [("red-red.mp4", "hello")], ("video", "text"))
     write_table("set/caption.csv", [("red-red.mp4", "hello", "train"), ("red-blue.mp4", " ", "train")])
@@ -557,15 +822,15 @@ def test_bad_input(own_copy, monkeypatch, capsys):
         ("--data", "set/caption.csv"): "row 3",
         ("--data", "set/gone.csv"): "row 3",
         ("--root", "folder"): "videos are missing",
-        ("--out", "folder"): "folder is a folder",
+        ("--out", "folder"): "folder is a folder, a link or a device",
         ("--out", "file/model.pt"): "file/model.pt",
         ("--out", "file"): "file",
-        ("--batch", 1): "--batch 1",
-        ("--batch", 100): "smaller --batch",
+        ("--batch", 1): "--batch",
+        ("--batch", 100): "fewer than one batch of 100: give a smaller --batch",
         ("--batch", "many"): "many",
         ("--pooling", "max"): "max",
-        ("--dropout", 1): "--dropout 1",
-        ("--frames", 0): "--frames 0",
+        ("--dropout", 1): "--dropout",
+        ("--frames", 0): "--frames",
         ("--heads", 3): "heads=3",
         ("--pretrain", 5): "--pretrain",
         ("--colour", "red"): "--colour",
@@ -575,13 +840,14 @@ def test_bad_input(own_copy, monkeypatch, capsys):
         ("--init", "cut.pt"): "cut.pt",
         ("--init", "absent.pt"): "absent.pt",
         ("--init", "other.pt"): "other.pt",
-        ("--out", "strange.pt", "--resume"): "not a checkpoint of ours",
+        ("--out", "strange.pt", "--resume"): "strange.pt is not a checkpoint of ours",
         ("--device", "gpu"): "gpu",
+        ("--device", "meta"): "--device meta",
+        ("--device", "cuda:99"): "--device cuda:99",
+        ("--activation", "gelu"): "--activation gelu is for --clip FILE",
     }
     before = sorted(p.name for p in own_copy.iterdir())
     for args, told in cases.items():
-        status, out, err = call(monkeypatch, capsys, *SMALL, *args)
-        assert status == 2, (args, status, out, err)
-        assert err.startswith("error: ") and err.count("\n") == 1 and told in err, (args, err)
+        refused(*call(monkeypatch, capsys, *SMALL, *args), told)
     assert sorted(p.name for p in own_copy.iterdir()) == before  # nothing was begun, nothing lost
     assert Path("file").read_text() == "a regular file"
