@@ -450,11 +450,13 @@ def loading(dataset, batches=None, collate=None, workers=0, pin=False):
         except (EOFError, ConnectionError):  # it died while handing a batch over
             time.sleep(1)                    # in a moment torch's SIGCHLD handler raises what says more
             raise
-    except RuntimeError as e:
-        pid = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(e))
-        if not pid:
+    except Exception as e:
+        told = e
+        while told and not (pid := re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(told))):
+            told = told.__context__  # torch raises it at any moment: while a file is written, another error comes of it
+        if not told:
             raise
-        video, why = dataset.was_reading(int(pid[1])), str(e).splitlines()[0]
+        video, why = dataset.was_reading(int(pid[1])), str(told).splitlines()[0]
         raise DataError(f"a decoding process died while it read {video} ({why}): check that video, or the machine's "
                         "memory (fewer --workers)") from e
 

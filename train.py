@@ -562,7 +562,7 @@ def load_splits(args, job):
             render_shapes(args.root)  # on first use
     splits, missing = {}, []
     for split in ("train", "val", "test"):
-        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed)
+        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed, args.videos)
         splits[split], gone = data.present(ann, args.skip_bad)
         missing += gone
     pairs = len(splits["train"].captions)

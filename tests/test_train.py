@@ -731,6 +731,29 @@ def test_the_command_printed_gives_the_line_printed(own_copy, run, monkeypatch, 
     assert f"test: {format_metrics(json.loads(Path('again.json').read_text()))}" == line
 
 
+def test_videos_in_another_folder_than_the_annotations(own_copy, monkeypatch, capsys):
+    os.rename("set", "films")
+    os.mkdir("set")
+    os.rename("films/my.csv", "set/my.csv")
+    refused(*call(monkeypatch, capsys, *SMALL), "26 of 26 videos are missing", "--videos")
+    refused(*call(monkeypatch, capsys, *SMALL, "--videos", "absent"), "absent: there is no such folder")
+    status, _, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1, "--videos", "films")
+    assert status == 0, err
+    assert read_weights("model.pt")["config"]["videos"] == str(own_copy / "films")
+    assert read_weights("model.pt")["config"]["root"] == str(own_copy / "set")
+
+
+def test_commands_to_go_on_with(monkeypatch):
+    """Of one process and of two machines; that of one machine is run by another test."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my set.csv"])
+    assert train.go_on() == "python train.py --data 'my set.csv' --resume"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])
+    for name, value in dict(LOCAL_WORLD_SIZE="8", GROUP_WORLD_SIZE="2", MASTER_ADDR="node1").items():
+        monkeypatch.setenv(name, value)
+    assert train.go_on() == ("torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint node1:29500 "
+                             "train.py --resume")
+
+
 def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, capsys):
     told = "my.csv has 26 training pairs, fewer than one batch of 27: give a smaller --batch"
     refused(*call(monkeypatch, capsys, *SMALL, "--batch", 27), told)
