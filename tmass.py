@@ -1,16 +1,16 @@
-"""T-MASS: text as a stochastic embedding for text-video retrieval (CVPR 2024, arXiv 2403.17998), and its exact all-pairs scorer.
+"""T-MASS: text as a stochastic embedding for text-video retrieval (CVPR 2024, arXiv 2403.17998), and its exact scorer.
 
 One letter per axis, everywhere, text always left of video:
 
-    N texts   V videos   T frames   L tokens   D joint width   H heads   M noise samples   R pixels   K = H*T + 2 (scoring only)
+    N texts   V videos   T frames   L tokens   D joint width   H heads   M noise samples   R pixels   K = H*T + 2 (scoring)
 
     captions -> ids (N,L)  -> encode_text    t (N,D)   ---+--> pool(t, f)    v (N,V,D) --+
     frames (V,T,3,R,R)     -> encode_video   f (V,T,D) ---+--> cos(t, f)     S (N,V,T)   +--> sims (N,V)
                                                           +--> radius(S)     R (N,V,D) --+
 
-Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support_text, symmetric_cross_entropy, TMASS.forward (the training
-objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video a text belongs to, except that `forward` takes
-matched pairs: the scorer cannot see the ground truth.
+Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support_text, symmetric_cross_entropy, TMASS.forward
+(the training objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video a text belongs to,
+except that `forward` takes matched pairs: the scorer cannot see the ground truth.
 """
 import errno
 import math
@@ -41,30 +41,30 @@ class XPool(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.ln1, self.ln2, self.ln3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out, self.linear = (nn.Linear(width, width) for _ in range(5))
-        for layer in (self.q, self.k, self.v, self.out, self.linear):  # identity start: at first, psi is a softmax-weighted mean of frames
+        for layer in (self.q, self.k, self.v, self.out, self.linear):  # at first, psi is a softmax-weighted mean of frames
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, t, f, generator=None):
-        """In the order that suits training and single queries: one text asks all frames, and only what it pools meets Wv, Wo, W."""
+        """In the order that suits training and few texts: a text asks all frames, and only what it pools meets Wv, Wo and W."""
         H, D = self.heads, t.shape[1]
         f1 = self.ln1(f)  # one LN1 is shared by text and frames
-        q = self.query(t)
-        Wk, bk, Wv = self.k.weight.view(H, D // H, D), self.k.bias.view(H, D // H), self.v.weight.view(H, D // H, D)
-        qk = torch.einsum("nhe,vte->nvht", torch.einsum("nhd,hde->nhe", q, Wk), f1)      # q·k_j = (Wkᵀ q)·LN1(f_j) + q·bk
-        qk = qk + torch.einsum("nhd,hd->nh", q, bk)[:, None, :, None]
-        a = (qk / math.sqrt(D // H)).softmax(-1)                                         # a = softmax_j(q·k_j / sqrt(D/H))
-        u = torch.einsum("nvhe,hde->nvhd", torch.einsum("nvht,vte->nvhe", a, f1), Wv)    # Σ_j a_j u_j = Wv Σ_j a_j LN1(f_j) + bv
-        o = self.out(u.flatten(2) + self.v.bias)                                         # o = Wo concat_h(Σ_j a_j u_j) + bo
-        x = self.ln2(o)
-        p = self.dropout * (self.training and torch.is_grad_enabled())                   # scoring keeps no gradients
-        return self.ln3(x + drop(self.linear(x), p, generator))                          # v = LN3(x + Dropout(W x + b))
+        Wk, Wv = (layer.weight.view(H, D // H, D) for layer in (self.k, self.v))
+        q = self.query(t)                                                              # (N,H,D/H)
+        qk = torch.einsum("nhe,vte->nvht", torch.einsum("nhd,hde->nhe", q, Wk), f1)    # q·k_j = (Wkᵀ q)·LN1(f_j) + q·bk
+        qk = qk + (q * self.k.bias.view(H, D // H)).sum(-1)[:, None, :, None]
+        a = (qk / math.sqrt(D // H)).softmax(-1)                                       # a = softmax_j(q·k_j / sqrt(D/H))
+        u = torch.einsum("nvht,vte->nvhe", a, f1)
+        u = torch.einsum("nvhe,hde->nvhd", u, Wv).flatten(2) + self.v.bias             # Σ_j a_j u_j = Wv Σ_j a_j LN1(f_j) + bv
+        x = self.ln2(self.out(u))                                                      # o = Wo concat_h(Σ_j a_j u_j) + bo
+        p = self.dropout * (self.training and torch.is_grad_enabled())                 # scoring drops nothing
+        return self.ln3(x + drop(self.linear(x), p, generator))                        # v = LN3(x + Dropout(W x + b))
 
     def span(self, f):
-        """Everything about v that needs no text: K vectors Z_k, v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> tuple, see Videos.
+        """Everything about v that needs no text: K vectors Z_k, v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> see Videos.
 
-        All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in: Σ_j a_j = 1 per head;
-        j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
+        All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in: Σ_j a_j = 1
+        per head; j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
             x = LN2(Σ a_j u_j) = Σ (a_j/s) g2⊙ũ_j + b2,        s²  = aᵀ G a + ε,   G = ũ ũᵀ / D
             y = x + W x + b    = Σ (a_j/s) z_j + z_0,          z_j = (I+W)(g2⊙ũ_j),   z_0 = (I+W) b2 + b
             v = LN3(y)         = Σ c_j g3⊙z̃_j + c_0 g3⊙z̃_0 + b3,   (c, c_0) = (a/s, 1)/s',
@@ -90,8 +90,9 @@ class XPool(nn.Module):
         return self.q(self.ln1(t)).unflatten(-1, (self.heads, -1))
 
     def coefficients(self, q, videos):
-        """The coefficients of `span`'s derivation, texts last: sums over K then run along memory. q (N,H,D/H) -> c (V,K,N)."""
-        a = torch.cat([dots(q[:, h], videos.k[:, h]).div_(math.sqrt(q.shape[-1])).softmax(1) for h in range(self.heads)], 1)  # (V,H*T,N)
+        """The coefficients of `span`, texts last: sums over K then run along memory. q (N,H,D/H) -> c (V,K,N)."""
+        scale = math.sqrt(q.shape[-1])
+        a = torch.cat([(dots(q[:, h], videos.k[:, h]) / scale).softmax(1) for h in range(self.heads)], 1)  # (V,H*T,N)
         a *= ((videos.G @ a * a).sum(1, keepdim=True) + self.ln2.eps).rsqrt()                    # a/s
         c = F.pad(a, (0, 0, 0, 1), value=1.0)                                                    # (a/s, 1)
         c *= ((videos.Q @ c * c).sum(1, keepdim=True) + self.ln3.eps).rsqrt()                    # (c, c_0)
@@ -147,16 +148,6 @@ class Videos(NamedTuple):
     ZZ: torch.Tensor    # Z Zᵀ (V,K,K)
 
 
-class Texts(NamedTuple):
-    """Per-text terms of scoring."""
-    t: torch.Tensor     # (N,D)
-    unit: torch.Tensor  # t/|t| (N,D)
-    q: torch.Tensor     # pooling query (N,H,D/H)
-
-    def rows(self, start, end):
-        return Texts(*(x[start:end] for x in self))
-
-
 def dots(t, z):
     """Dot products of vectors of videos with texts, as one product of two matrices. t (N,D), z (V,K,D) -> (V,K,N)."""
     return (z.flatten(0, 1) @ t.T).view(*z.shape[:2], len(t))
@@ -195,7 +186,8 @@ class Radius(nn.Module):
 
     def forward(self, S):
         if S.shape[-1] != self.frames:
-            raise WeightsError(f"this model was built for {self.frames} frames per video and got {S.shape[-1]}: sample {self.frames}")
+            raise WeightsError(f"this model was built for {self.frames} frames per video and got {S.shape[-1]}: "
+                               f"sample {self.frames}")
         if self.kind == "linear":
             return self.linear(S).exp()  # R = exp(S W + b)
         return self.scalar(S).unsqueeze(-1).expand(*S.shape[:-1], self.width)
@@ -224,19 +216,16 @@ def symmetric_cross_entropy(sims, scale):
 
 # ---- the best of M samples ----
 
-class Noise(NamedTuple):
-    """What scoring knows of ε: M samples (M,D), or its mean and std per dimension and E_M, the mean of the largest of M normals."""
-    eps: torch.Tensor
-    mean: float = 0.0
-    std: float = 1.0
-    largest: float = 0.0
-
-
 def best_cosine(t, v, r, noise):
-    """The score of the text mass: max_m cos(t + R⊙ε_m, v), or its mean; cos(t, v) where noise is None. (...,D) each -> (...)."""
+    """The score of the text mass: max_m cos(t + R⊙ε_m, v), or its mean, or cos(t, v). t, v, r (...,D) -> (...).
+
+    noise: samples ε (M,D); or what the mean needs, (mean, std, E_M), see expected_cosine; or None.
+    """
     if noise is None:
         return cosine(t, v)
-    return expected_cosine(t, v, r, *noise[1:]) if noise.eps is None else sample_cosines(t, v, r, noise.eps).amax(-1)
+    if torch.is_tensor(noise):
+        return sample_cosines(t, v, r, noise).amax(-1)
+    return expected_cosine(t, v, r, *noise)
 
 
 def sample_cosines(t, v, r, eps):
@@ -246,7 +235,7 @@ def sample_cosines(t, v, r, eps):
 
 
 def cosines(tv, vv, tt, rv, rt, rr):
-    """(t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)) from its products, in place. tv, vv, tt (...), rv, rt, rr (...,M)."""
+    """(t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)) by its products, in place. First three (...), others (...,M)."""
     ts_norm = rr.add_(rt, alpha=2).add_(tt.unsqueeze(-1)).clamp_min_(1e-16).sqrt_()  # |t_s|
     return rv.add_(tv.unsqueeze(-1)).div_(ts_norm).div_(vv.clamp_min(1e-16).sqrt().unsqueeze(-1))
 
@@ -254,22 +243,22 @@ def cosines(tv, vv, tt, rv, rt, rr):
 def expected_cosine(t, v, r, mean, std, largest):
     """The mean over ε of max_m cos(t + R⊙ε_m, v), to first order in the noise: s = a + E_M b. t, v, r (...,D) -> (...).
 
-    ε = μ + σ z with z ~ N(0, I): exact for the normal prior (0, std); for the uniform one (1/2, 1/√12), whose sums over D dimensions are
-    normal to all purposes. So t_s = c + σ R⊙z with c = t + μR, whose length |t_s|² is |c|² + 2σ (R⊙c)·z + |σ R⊙z|²; the last term
-    hardly leaves its mean σ²|R|². With τ² = |c|² + σ²|R|² and k = c·v/τ²:
-        cos(t_s, v) = (c·v + σ (R⊙v)·z) / (|v| τ) · (1 + 2σ (R⊙c)·z/τ²)^-½  ≈  (c·v + σ (R⊙v - k R⊙c)·z) / (|v| τ),
-    which is normal with mean a = c·v/(|v|τ) and deviation b = σ|g|/(|v|τ), g = R⊙(v - k c). The largest of M of these is a + E_M b on
-    average: a cosine, shrunk by |t|/τ, and a bonus for a mass that is wide across v.
+    ε = μ + σ z with z ~ N(0, I): exact for the normal prior (μ = 0, σ = std), and for the uniform one (1/2, 1/√12), whose sums
+    over D dimensions are normal to all purposes. So t_s = c + σ R⊙z with c = t + μR, of length |t_s|² = |c|² + 2σ (R⊙c)·z +
+    |σ R⊙z|², where the last term hardly leaves its mean σ²|R|². With τ² = |c|² + σ²|R|² and k = c·v/τ²:
+        cos(t_s, v) = (c·v + σ (R⊙v)·z) / (|v| τ sqrt(1 + 2σ (R⊙c)·z/τ²))  ≈  (c·v + σ (R⊙v - k R⊙c)·z) / (|v| τ),
+    which is normal, of mean a = c·v/(|v| τ) and deviation b = σ|g|/(|v| τ), g = R⊙(v - k c). The largest of M such is a + E_M b
+    on average: a cosine, shrunk by |t|/τ, and a bonus for a mass that is wide.
     """
     c = t + mean * r if mean else t
-    cv = (c * v).sum(-1)                                                                  # c·v
-    tau2 = (c.square().sum(-1) + std ** 2 * r.square().sum(-1)).clamp_min(1e-16)          # τ²
-    g = r * (v - (cv / tau2).unsqueeze(-1) * c)
+    cv = (c * v).sum(-1)                                                          # c·v
+    tau2 = (c.square().sum(-1) + std ** 2 * r.square().sum(-1)).clamp_min(1e-16)  # τ² = |c|² + σ²|R|²
+    g = r * (v - (cv / tau2).unsqueeze(-1) * c)                                   # g = R⊙(v - k c)
     return (cv + largest * std * g.norm(dim=-1)) / (v.norm(dim=-1).clamp_min(1e-8) * tau2.sqrt())  # a + E_M b
 
 
 def largest_of_normals(M):
-    """E_M, the mean of the largest of M standard normals: ∫ x d(Φ(x)^M), by the trapezoidal rule, which is exact for such integrands."""
+    """E_M, the mean of the largest of M standard normals: ∫ x d(Φ(x)^M) by the trapezoidal rule, here exact to rounding."""
     x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)  # M up to 10^12 stays inside
     density = M * torch.exp((M - 1) * torch.special.log_ndtr(x) - x.square() / 2) / math.sqrt(2 * math.pi)  # of the largest
     return float((x * density).sum() * 0.001)
@@ -282,8 +271,8 @@ class TMASS(nn.Module):
 
     clip: a clip_model.CLIP. frames: T. pooling: xpool | mean | query. radius: none | mean | scaled | linear.
     prior of ε: normal (times prior_std) | uniform on [0, 1). L = L(t_s) + support_weight L(t_sup) + ce_weight L(t).
-    support_video: the v that t_sup looks towards; `matched` psi(f_i | t_i) as in the paper, or `batch`, the mean of psi(f_i | t_n) over the
-    batch's texts n (the released code's).
+    support_video: the v that t_sup looks towards; `matched` psi(f_i | t_i) as in the paper, or `batch`, the mean of
+    psi(f_i | t_n) over the batch's texts n (the released code's).
     """
 
     def __init__(self, clip, frames=12, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
@@ -296,8 +285,8 @@ class TMASS(nn.Module):
                 raise WeightsError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if heads < 1 or D % heads:
             raise WeightsError(f"heads={heads} does not divide the joint width {D}")
-        self.config = dict(frames=frames, pooling=pooling, heads=heads, dropout=dropout, radius=radius, prior=prior, prior_std=prior_std,
-                           support_weight=support_weight, ce_weight=ce_weight, support_video=support_video)
+        self.config = dict(frames=frames, pooling=pooling, heads=heads, dropout=dropout, radius=radius, prior=prior,
+                           prior_std=prior_std, support_weight=support_weight, ce_weight=ce_weight, support_video=support_video)
         self.frames, self.prior, self.prior_std = frames, prior, prior_std
         self.support_weight, self.ce_weight, self.support_video = support_weight, ce_weight, support_video
         self.clip = clip
@@ -322,8 +311,8 @@ class TMASS(nn.Module):
     def forward(self, ids, video, generator=None, gather=None):
         """Training objective on matched pairs. ids (N,L), video (N,T,3,R,R) -> dict(loss, ce, stochastic, support) of scalars.
 
-        generator: where noise and dropout come from (default: torch's global one). gather: a function that joins every process' rows with
-        gradient, so that the contrast is over the global batch.
+        generator: where noise and dropout come from (default: torch's global one). gather: a function that joins every process'
+        rows with gradient, so that the contrast is over the global batch.
         """
         t, f = self.encode_text(ids), self.encode_video(video)
         if gather is not None:
@@ -354,12 +343,12 @@ class TMASS(nn.Module):
     def score(self, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         """Score every text with every video: max_m cos(t_i + R_ij·ε_m, v_ij). t (N,D), f (V,T,D) -> sims (N,V).
 
-        trials: M; 0 scores the point text t. seed: of the noise, which all pairs share (differs from the released code, which draws
-        fresh noise per pair: a pair's score has the same distribution here, and does not depend on what else is in the gallery).
+        trials: M; 0 scores the point text t. seed: of the noise, which all pairs share (differs from the released code, which
+        draws fresh noise per pair: a pair's score has the same distribution here, and nothing else in the gallery moves it).
         expected: the mean of that maximum over the noise instead, in closed form (`expected_cosine`): no noise, no seed.
-        f may be of any precision and on any device; all is computed in float32 on the device of t, within about chunk_mb megabytes.
-        Equals the literal formula up to rounding. A few texts are pooled as in training: three D x D products per pair; for more,
-        the span of each video (XPool.span) costs 4T such products per video, and none per pair.
+        f may be of any precision and on any device; all is computed in float32 on the device of t, within about chunk_mb MB.
+        Equals the literal formula up to rounding. Few texts are pooled as in training, by three D x D products per pair; for
+        more, the span of each video (XPool.span) costs 4T such products per video, and none per pair.
         """
         (N, D), (V, T, _), H = t.shape, f.shape, self.config["heads"]
         with torch.autocast(t.device.type, enabled=False):
@@ -373,49 +362,49 @@ class TMASS(nn.Module):
                 pairs, tile = min(pairs, 65536), min(tile, 1024)  # what stays in the cache is several times faster
             n = max(1, min(N, tile))
             v = max(1, min(V, (tile if few else pairs) // n, int(floats / 4 / (7 * K * D))))
-            texts = Texts(t, F.normalize(t, dim=-1), self.pool.query(t))
+            texts = t, F.normalize(t, dim=-1), self.pool.query(t)
             for j in range(0, V, v):
                 fj = f[j:j + v].to(t.device).float()
                 unit = F.normalize(fj, dim=-1)
                 videos = None if few else Videos(unit, *self.pool.span(fj))
                 for i in range(0, N, n):
-                    part = texts.rows(i, i + n)
+                    ti, unit_ti, q = (x[i:i + n] for x in texts)
                     if few:
-                        S = torch.einsum("nd,vtd->nvt", part.unit, unit)
-                        block = best_cosine(part.t[:, None], self.pool(part.t, fj), self.radius(S), noise)
+                        S = torch.einsum("nd,vtd->nvt", unit_ti, unit)
+                        block = best_cosine(ti[:, None], self.pool(ti, fj), self.radius(S), noise)
                     else:
-                        block = self._score_block(part, videos, noise, max(1, tile // n)).T
+                        block = self._score_block(ti, unit_ti, q, videos, noise, max(1, tile // n)).T
                     sims[i:i + n, j:j + v] = block
             return sims
 
     def _noise(self, trials, seed, expected, device):
-        """What `best_cosine` needs to know. -> Noise, or None for the point text."""
+        """What `best_cosine` needs to know of ε."""
         if trials == 0 or self.radius.kind == "none":
             return None
         if not expected:
-            return Noise(self.noise(trials, seed).to(device))
+            return self.noise(trials, seed).to(device)
         mean, std = (0.5, 12 ** -0.5) if self.prior == "uniform" else (0.0, self.prior_std)
-        return Noise(None, mean, std, largest_of_normals(trials))
+        return mean, std, largest_of_normals(trials)
 
-    def _score_block(self, texts, videos, noise, tile):
-        """Scores of a block by the algebra of XPool.span, video first. texts of N, videos of V, tile: videos at once -> (V,N)."""
-        t, V, D = texts.t, *videos.Z.shape[::2]
-        c = self.pool.coefficients(texts.q, videos)                       # v = Σ_k c_k Z_k  (V,K,N)
-        S = dots(texts.unit, videos.unit).mT                              # cos(t, f_j)  (V,N,T)
-        if self.radius.kind == "linear" and noise:
+    def _score_block(self, t, unit, q, videos, noise, tile):
+        """Scores by the algebra of XPool.span, video first. t, unit (N,D), q as of pool.query; tile: videos at once -> (V,N)."""
+        V, _, D = videos.Z.shape
+        c = self.pool.coefficients(q, videos)                             # v = Σ_k c_k Z_k  (V,K,N)
+        S = dots(unit, videos.unit).mT                                    # cos(t, f_j)  (V,N,T)
+        if self.radius.kind == "linear" and noise is not None:
             parts = [slice(j, j + tile) for j in range(0, V, tile)]
             return torch.cat([best_cosine(t, c[j].mT @ videos.Z[j], self.radius(S[j]), noise) for j in parts])
-        # One number R per pair leaves the products, and nothing of width D is left: t·v = Σ_k c_k (t·Z_k), |v|² = cᵀ (Z Zᵀ) c.
+        # One R per pair leaves the products, and nothing of width D is left: t·v = Σ_k c_k (t·Z_k), |v|² = cᵀ (Z Zᵀ) c.
         tv, tt = (dots(t, videos.Z) * c).sum(1), t.square().sum(-1)       # (V,N), (N)
         vv = (videos.ZZ @ c * c).sum(1).clamp_min(1e-16)                  # (V,N)
         if noise is None:
             return tv / (vv * tt.clamp_min(1e-16)).sqrt()
         r = self.radius.scalar(S)                                         # (V,N)
-        if noise.eps is not None:
-            e, r = noise.eps.T, r.unsqueeze(-1)                           # (D,M), (V,N,1)
+        if torch.is_tensor(noise):
+            e, r = noise.T, r.unsqueeze(-1)                           # (D,M), (V,N,1)
             rv, rt, rr = r * (c.mT @ (videos.Z @ e)), r * (t @ e), r.square() * e.square().sum(0)
             return cosines(tv, vv, tt, rv, rt, rr).amax(-1)
-        _, mean, std, largest = noise                                     # expected_cosine, by products
+        mean, std, largest = noise                                        # expected_cosine by its products
         cv = tv + mean * r * (videos.Z.sum(-1, keepdim=True) * c).sum(1)
         cc = tt + 2 * mean * r * t.sum(-1) + D * (mean * r).square()
         tau2 = (cc + D * (std * r).square()).clamp_min(1e-16)
@@ -433,8 +422,8 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, and whatever training
     state is given (tensors and plain values only).
 
-    Written beside the target under a name of its own, flushed to disk, renamed: a kill at any moment leaves the old file or the new
-    one. Weights that are not finite are not written. Raises WeightsError.
+    Written beside the target under a name of its own, flushed to disk, renamed: a kill at any moment leaves the old file or the
+    new one. Weights that are not finite are not written. Raises WeightsError.
     """
     path = os.fspath(path)
     kept = f"an earlier {path}, if any, is intact"
@@ -461,13 +450,13 @@ def cause(error):
     """Why a file could not be written; torch raises a RuntimeError of its own, with the system's error behind it."""
     while not isinstance(error, OSError) and error.__context__:
         error = error.__context__
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "no space left on the disk" if full else str(error).splitlines()[0]
+    return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else str(error).splitlines()[0]
 
 
 def not_finite(state):
     """The names of tensors with a value that is no number or infinite."""
-    return [name for name, x in state.items() if not x.sum().isfinite() and not x.isfinite().all()]  # a sum is 10 times faster
+    suspects = {name: x for name, x in state.items() if not x.sum().isfinite()}  # 10 times faster than isfinite()
+    return [name for name, x in suspects.items() if not x.isfinite().all()]
 
 
 def load_checkpoint(name_or_path, activation=None):
@@ -502,9 +491,7 @@ def _load_ours(content, path, quick_gelu):
                            "or train again") from None
 
 
-RENAMED = {**{f"pool_frames.cross_attn.{name}_proj.": f"pool.{name}." for name in ("q", "k", "v", "out")},
-           **{f"pool_frames.layer_norm{i}.": f"pool.ln{i}." for i in (1, 2, 3)},
-           "pool_frames.linear_proj.": "pool.linear.", "stochastic.std_branch.linear_proj.": "radius.linear."}
+RELEASED_NAMES = {"pool_frames.": "pool.", "stochastic.std_branch.": "radius.", "cross_attn.": "", "_proj.": ".", "layer_norm": "ln"}
 
 
 def _load_foreign(content, path, quick_gelu):
@@ -514,13 +501,13 @@ def _load_foreign(content, path, quick_gelu):
     try:
         clip = clip_from(content, path, quick_gelu)
     except WeightsError as error:
-        raise WeightsError(str(error) + ("" if released else "; nor is it a checkpoint of train.py or of the released code")) from None
-    if released:
-        for key, x in state.items():
-            if key.startswith("clip.") or key == "stochastic.std_branch.learnable_scalar":  # unused there, and uninitialised
-                continue
-            old = next((old for old in RENAMED if key.startswith(old)), "")
-            head[RENAMED.get(old, "") + key[len(old):]] = x.float()
+        also = "" if released else "; nor is it a checkpoint of train.py or of the released code"
+        raise WeightsError(f"{error}{also}") from None
+    for key, x in state.items() if released else ():
+        if not key.startswith("clip.") and key != "stochastic.std_branch.learnable_scalar":  # unused there, and uninitialised
+            for theirs, ours in RELEASED_NAMES.items():
+                key = key.replace(theirs, ours)
+            head[key] = x.float()
     if "radius.linear.weight" in head:
         method = dict(frames=head["radius.linear.weight"].shape[1], prior="uniform", support_video="batch")
     else:  # X-Pool, or nothing trained at all
@@ -528,7 +515,7 @@ def _load_foreign(content, path, quick_gelu):
     model, tokenizer = TMASS(clip, **method), load_vocabulary()
     load_strictly(model, {**{"clip." + k: x for k, x in clip.state_dict().items()}, **head}, f"the model of {path}")
     if tokenizer.vocab_size != clip.config["vocab_size"]:
-        raise WeightsError(f"{path}: a CLIP of {clip.config['vocab_size']} tokens, and CLIP's vocabulary has {tokenizer.vocab_size}: "
-                           "without training, only CLIPs with that vocabulary can be used")
+        raise WeightsError(f"{path}: a CLIP of {clip.config['vocab_size']} tokens, and CLIP's vocabulary has "
+                           f"{tokenizer.vocab_size}: without training, only CLIPs with that vocabulary can be used")
     tokenizer.context_length = clip.config["context_length"]
     return model, tokenizer, dict({"released" if released else "zero_shot": True}, frames=model.frames)

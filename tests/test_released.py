@@ -111,7 +111,7 @@ def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("change, named", [(lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
-                                           (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool_frames.extra"),
+                                           (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool.extra"),
                                            (lambda s: s.update({"stochastic.other": torch.ones(1)}), "stochastic.other")])
 def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, change, named):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
