@@ -21,6 +21,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 import data
+import decode
 from shapes import escaped, output
 
 RECALLS = (1, 5, 10)
@@ -391,7 +392,7 @@ def strip(clip, frames=6, height=96):
 def moment(clip, at, frames=12, height=96, shown=6):
     """As `strip`, of the piece that a search found: about every second of its T frames, that at time `at` framed."""
     try:
-        piece = data.read_clip(clip, frames)
+        piece = decode.read_clip(clip, frames)
     except data.DataError as e:
         return f"<p>no picture: {esc(e)}</p>"
     k, step = min(range(frames), key=lambda k: abs(piece.times[k] - at)), max(1, frames // shown)

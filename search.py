@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 import data
+import decode
 from clip_model import WeightsError
 from eval import ALONE, add_common, encode_texts, load_model, lowest_if_nan, run, start_processes, write_json
 from report import clock, write_search_report
@@ -222,7 +223,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
         for v in range(worker.id if worker else 0, len(self.clips), worker.num_workers if worker else 1):
             self.note(v)
             try:
-                for piece in data.read_pieces(self.clips[v].path, self.frames, self.window):
+                for piece in decode.read_pieces(self.clips[v].path, self.frames, self.window):
                     rows.append((v, piece._replace(frames=None)))
                     frames.append(self.transform(piece.frames))
                     if len(frames) == self.batch:
@@ -263,7 +264,7 @@ def encode_files(model, place, todo, save, window, job=ALONE, workers=0, batch=1
                     f = model.encode_video(frames.to(device, non_blocking=True)).cpu()
                 embedded = zip(f.half(), pooled(f).half())
             for v, piece in rows:
-                if isinstance(piece, data.Piece):
+                if isinstance(piece, decode.Piece):
                     moments = torch.tensor(piece.times), torch.tensor([piece.start, piece.end])
                     begun.setdefault(v, []).append((*next(embedded), *moments))
                     continue

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import csv
 import errno
-import io
 import json
 import math
 import os

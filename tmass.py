@@ -22,8 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import (CLIP, Tokenizer, WeightsError, clip_from, find_weights, listed, load_strictly, load_vocabulary,
-                        read_weights, state_dict_in)
+from clip_model import (
+    CLIP,
+    Tokenizer,
+    WeightsError,
+    clip_from,
+    find_weights,
+    listed,
+    load_strictly,
+    load_vocabulary,
+    read_weights,
+    state_dict_in,
+)
 
 RADII = ("none", "mean", "scaled", "linear")
 POOLINGS = ("xpool", "mean", "query")

@@ -2,7 +2,6 @@
 import argparse
 import csv
 import ctypes
-import math
 import statistics
 import sys
 import time
@@ -175,6 +174,7 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
     import tempfile
 
     import data
+    import decode
     import search as se
     g = torch.Generator().manual_seed(0)
     model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
@@ -183,7 +183,7 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
     data.test_transform = lambda size: lambda x: x
     times, nothing, threads = [k / 2 for k in range(T)], torch.zeros(1), torch.get_num_threads()
     torch.set_num_threads(1)  # until queries: there is little to compute
-    data.read_pieces = lambda path, T, window: (data.Piece(10. * k, 10. * k + 10, times, nothing) for k in range(a_file))
+    decode.read_pieces = lambda path, T, window: (decode.Piece(10. * k, 10. * k + 10, times, nothing) for k in range(a_file))
     written = lambda: int(next(line for line in open("/proc/self/io") if line.startswith("wchar")).split()[1])
 
     def seconds_of(function):
@@ -292,7 +292,7 @@ def pieces(minutes=20, T=12, window=10):
     import av
     from videos import write_video
 
-    import data
+    import decode
     torch.set_num_threads(1)  # as a DataLoader's worker
     g = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -303,9 +303,10 @@ def pieces(minutes=20, T=12, window=10):
             frames.append((x + torch.randn(240, 320, generator=g) * 4).clamp(0, 255).byte().permute(1, 2, 0).contiguous())
         write_video(f"{folder}/minute.mp4", frames, fps=25, preset="fast")
         with av.open(f"{folder}/long.mp4", "w") as out:  # the same minute again and again, without decoding it
+            with av.open(f"{folder}/minute.mp4") as source:
+                stream = out.add_stream_from_template(source.streams.video[0])
             for k in range(minutes):
                 with av.open(f"{folder}/minute.mp4") as source:
-                    stream = out.add_stream_from_template(source.streams.video[0]) if k == 0 else stream
                     for packet in source.demux(video=0):
                         if packet.dts is not None:
                             packet.pts += round(60 * k / packet.time_base)
@@ -313,12 +314,12 @@ def pieces(minutes=20, T=12, window=10):
                             packet.stream = stream
                             out.mux(packet)
 
-        def decode():
-            file, stream = data._open(f"{folder}/long.mp4")
+        def sequentially():
+            file, stream = decode._open(f"{folder}/long.mp4")
             with file:
                 return sum(1 for packet in file.demux(stream) for _ in packet.decode())
-        read = lambda: sum(1 for _ in data.read_pieces(f"{folder}/long.mp4", T, window))
-        n, size, s = decode(), Path(folder, "long.mp4").stat().st_size, seconds({"decode": decode, "pieces": read}, repeat=3)
+        read = lambda: sum(1 for _ in decode.read_pieces(f"{folder}/long.mp4", T, window))
+        n, size, s = sequentially(), Path(folder, "long.mp4").stat().st_size, seconds({"decode": sequentially, "pieces": read}, repeat=3)
         print(f"{n} frames of 320x240 H.264, {size / 1e6:.0f} MB: {read()} pieces of {window} s, T={T}, in {s['pieces']:.2f} s; "
               f"one sequential decode {s['decode']:.2f} s: {s['pieces'] / s['decode']:.2f} times that")
 
@@ -331,6 +332,7 @@ def data_(videos=8, T=12):
     from videos import write_video
 
     import data
+    import decode
     torch.set_num_threads(1)  # as a DataLoader's worker
     with tempfile.TemporaryDirectory() as folder:
         clips, g = [], torch.Generator().manual_seed(0)
@@ -352,7 +354,7 @@ def data_(videos=8, T=12):
 
             def opencv(clip):
                 video, out = cv2.VideoCapture(clip.path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), []
-                for i in data.sample_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), T):
+                for i in decode.sample_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), T):
                     video.set(cv2.CAP_PROP_POS_FRAMES, i)
                     out.append(torch.from_numpy(cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2RGB)).permute(2, 0, 1))
                 return torch.stack(out)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from videos import numbered, numbers, write_video
 
 import data
+import decode
 import shapes
 from data import (
     Clip,
@@ -28,8 +29,8 @@ from data import (
     load_split,
     present,
     read_frames,
-    sample_indices,
 )
+from decode import sample_indices
 
 
 def test_sampling_rule():
@@ -97,9 +98,9 @@ def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
     path = make(folder, "bframes.mp4")
     fast = read_frames(Clip(path), 12)
     with monkeypatch.context() as m:
-        m.setattr(data, "_count_frames", None)  # would raise
+        m.setattr(decode, "_count_frames", None)  # would raise
         assert torch.equal(read_frames(Clip(path), 12), fast)
-    monkeypatch.setattr(data, "_seek_frames", lambda *_: None)
+    monkeypatch.setattr(decode, "_seek_frames", lambda *_: None)
     assert torch.equal(read_frames(Clip(path), 12), fast)
 
 
@@ -238,7 +239,7 @@ def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
 
 def test_frames_of_other_sizes_are_brought_to_the_first():
     a, b = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(3, 4, 6, dtype=torch.uint8)
-    got = data._fill([None, a, None, b])
+    got = decode._fill([None, a, None, b])
     assert [x.shape for x in got] == [(3, 8, 8)] * 4 and got[3].min() == 1 and got[2] is a and got[0] is a
 
 
@@ -401,7 +402,7 @@ def test_the_warning_says_what_is_wrong_with_the_cache(film, tmp_path, monkeypat
     assert (tmp_path / "file").read_text() == "mine"
     assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
                                       "videos are decoded each time\n")
-    monkeypatch.setattr(data, "written_whole", on_a_full_disk)
+    monkeypatch.setattr(decode, "written_whole", on_a_full_disk)
     cache = FrameCache(tmp_path / "c", 4)
     assert close(cache.read(film), read_frames(film, 4)) and close(cache.read(film), read_frames(film, 4))
     assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/c can't be written (No space left on device): "

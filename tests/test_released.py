@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
+from test_tmass import cos, features, literal_pool, literal_radius, literal_score, make
+from videos import numbered, write_video
 
 import clip_model
 import tmass
 from clip_model import WeightsError
 from eval import released_scores
-from test_tmass import cos, features, literal_pool, literal_radius, literal_score, make
 from tmass import load_checkpoint, save_checkpoint
-from videos import numbered, write_video
 
 D, T = 64, 12
 

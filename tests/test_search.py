@@ -21,9 +21,10 @@ from test_eval import ENV, D, T, called, folder, make, noise_video, one_error  #
 from videos import numbered, numbers, write_video
 
 import data
+import decode
 import eval as ev
 import search as se
-from data import DataError, read_pieces, sample_indices
+from decode import DataError, read_pieces, sample_indices
 from tmass import load_checkpoint, save_checkpoint
 
 
@@ -94,9 +95,9 @@ def test_pieces_are_equal_and_exact(tmp_path, name, options):
 
 def test_pieces_of_one_file_open_it_once(tmp_path, monkeypatch):
     write_video(tmp_path / "x.mp4", numbered(200), fps=10, g=25, bf=2)
-    opened, packets, plain_open, plain_packets = [], [], data._open, data._packets
-    monkeypatch.setattr(data, "_open", lambda path: opened.append(path) or plain_open(path))
-    monkeypatch.setattr(data, "_packets", lambda file, stream: map(lambda p: packets.append(p) or p, plain_packets(file, stream)))
+    opened, packets, plain_open, plain_packets = [], [], decode._open, decode._packets
+    monkeypatch.setattr(decode, "_open", lambda path: opened.append(path) or plain_open(path))
+    monkeypatch.setattr(decode, "_packets", lambda file, stream: map(lambda p: packets.append(p) or p, plain_packets(file, stream)))
     assert len(list(read_pieces(tmp_path / "x.mp4", 4, 1))) == 20 and len(opened) == 1
     assert len(packets) < 2.2 * 200 + 40  # the table, then every packet once
 
@@ -104,13 +105,13 @@ def test_pieces_of_one_file_open_it_once(tmp_path, monkeypatch):
 def test_a_piece_that_the_fast_way_loses_is_counted(tmp_path, monkeypatch):
     """From the piece where a frame is not found on, the exact way goes on; no piece comes twice."""
     write_video(tmp_path / "x.mp4", numbered(200), fps=10, g=25)
-    fast = data._seek_frames
+    fast = decode._seek_frames
 
     def broken(*args):
         for k, piece in enumerate(fast(*args)):
             yield piece if k < 3 else None
     whole = list(read_pieces(tmp_path / "x.mp4", 4, 2))
-    monkeypatch.setattr(data, "_seek_frames", broken)
+    monkeypatch.setattr(decode, "_seek_frames", broken)
     again = list(read_pieces(tmp_path / "x.mp4", 4, 2))
     assert len(again) == len(whole) == 10
     assert all(torch.equal(a.frames, b.frames) and a.times == pytest.approx(b.times) for a, b in zip(whole, again))

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 import data
+import decode
 import shapes
 import train
 from eval import format_metrics
@@ -242,7 +243,7 @@ def test_six_sampled_frames_see_every_shot(tmp_path, monkeypatch):
     videos = ShapesVideos(tmp_path, 0, 0, 100, 1)
     for i in range(100):
         shots = {tuple(s) for s in videos[i][1]}
-        sampled = drawn[-1][data.sample_indices(FRAMES, 6)].tolist()
+        sampled = drawn[-1][decode.sample_indices(FRAMES, 6)].tolist()
         assert {tuple(s) for s in sampled} == shots and len(drawn[-1]) == FRAMES
 
 

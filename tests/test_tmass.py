@@ -12,8 +12,16 @@ import torch
 import tmass
 from clip_model import CLIP, Tokenizer, WeightsError
 from eval import released_scores
-from tmass import (TMASS, largest_of_normals, load_checkpoint, sample_cosines, save_checkpoint, stochastic_text, support_text,
-                   symmetric_cross_entropy)
+from tmass import (
+    TMASS,
+    largest_of_normals,
+    load_checkpoint,
+    sample_cosines,
+    save_checkpoint,
+    stochastic_text,
+    support_text,
+    symmetric_cross_entropy,
+)
 
 D, T = 64, 4
 
