@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from clip_model import CLIP, Tokenizer, WeightsError, load_clip, load_vocabulary, read_weights
+from clip_model import CLIP, Tokenizer, WeightsError, load_strictly, read_weights
 from eval import evaluate, format_metrics, run, start_processes
 from shapes import numeric, render_shapes, shapes_pictures, write_text
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
@@ -78,7 +78,7 @@ def parser():
                    help="processes that decode videos (default: %(default)s)")
     g = p.add_argument_group("model (recipe)")
     g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny")
-    g.add_argument("--activation", choices=("quickgelu", "gelu"), help="of a --clip FILE that is taken for the other")
+    g.add_argument("--activation", choices=("quickgelu", "gelu"), help="of --clip, where it is taken for the other")
     g.add_argument("--init", metavar="CKPT", help="start from a whole checkpoint: ours, released T-MASS or X-Pool")
     g.add_argument("--frames", type=size, help="T, frames sampled per video")
     g.add_argument("--pooling", choices=POOLINGS, help="how frames become a video, for each text or for all")
@@ -195,8 +195,8 @@ def settle(args):
         raise data.DataError(f"--batch {args.batch} is that of all {world} processes: give a multiple of {world}")
     if args.pretrain and name != "shapes":
         raise data.DataError("--pretrain has pictures for --data shapes only: give --clip weights for other data")
-    if args.activation and not saved and (args.init or not os.path.isfile(args.clip)):
-        raise data.DataError(f"--activation {args.activation} is for --clip FILE: all others have their own")
+    if args.activation and args.clip == "tiny" and not args.init:
+        raise data.DataError("--activation is that of weights which are loaded: give --clip or --init")
     return saved
 
 
@@ -272,7 +272,7 @@ class Gather(torch.autograd.Function):
 
 # ---- what is trained ----
 
-def build(args, captions, saved):
+def build(args, captions, saved, job):
     """The model to start from and its tokenizer: of the run to resume, or as --clip and --init say."""
     if saved:
         model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
@@ -280,27 +280,19 @@ def build(args, captions, saved):
         return model, Tokenizer(saved["merges"], saved["context_length"])
     torch.manual_seed(args.seed)
     method = {k: getattr(args, k) for k in METHOD}
-    if args.init:
-        start, tokenizer, _ = load_checkpoint(args.init)
-        model = TMASS(start.clip, **method)
-        state, own = start.state_dict(), model.state_dict()
-        odd = sorted(k for k in state.keys() ^ own.keys() if not k.startswith("radius."))
-        odd += [k for k in own if k in state and state[k].shape != own[k].shape]
-        if odd:
-            raise WeightsError(f"--init {args.init} does not fit the model asked for: {', '.join(odd[:5])}; "
-                               "give the same --pooling and --frames")
-        new = [k for k in own if k not in state]
-        print(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
-        model.load_state_dict({**own, **{k: x for k, x in state.items() if k in own}})
-        return model, tokenizer
-    if args.clip == "tiny":
+    if args.clip == "tiny" and not args.init:
         tokenizer = Tokenizer.learn(captions, 600)
         tokenizer.context_length = TINY["context_length"]
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
-    clip = load_clip(args.clip, args.activation and args.activation == "quickgelu")
-    ours = read_weights(args.clip) if os.path.isfile(args.clip) else {}
-    own = ours.get("format") == "tmass"
-    return TMASS(clip, **method), Tokenizer(ours["merges"], ours["context_length"]) if own else load_vocabulary()
+    start, tokenizer, _ = load_checkpoint(args.init or args.clip, args.activation)
+    model = TMASS(start.clip, **method)
+    if args.init:
+        own = model.state_dict()
+        state = {k: x for k, x in start.state_dict().items() if k in own or not k.startswith("radius.")}
+        new = [k for k in own if k not in state and k.startswith("radius.")]
+        load_strictly(model, {**state, **{k: own[k] for k in new}}, "the model asked for with --pooling and --frames")
+        job.say(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
+    return model, tokenizer
 
 
 def make_optimizer(model, args):
@@ -407,9 +399,6 @@ class Checkpoint:
 
     def save(self, step, finished=False):
         """For all processes to call; process 0 writes. Once finished, the model holds the result."""
-        if not all(x.isfinite().all() for x in self.model.state_dict().values()):
-            kept = f"{self.out} keeps step {self.step}; lower the rates" if step else "check --clip or --init"
-            raise WeightsError(f"weights that are not finite after step {step}: {kept}")
         self.step, self.bad_videos = step, self.job.join(self.bad_videos)
         state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
         if not finished:
@@ -468,7 +457,7 @@ def train(args, job):
         return 0
     splits, missing = load_splits(args, job)
     with job.first_alone():
-        model, tokenizer = build(args, splits["train"].captions, saved)
+        model, tokenizer = build(args, splits["train"].captions, saved, job)
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)

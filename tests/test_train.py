@@ -584,7 +584,7 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
     content["model"]["clip.visual.conv1.weight"][0, 0] = math.inf
     torch.save(content, "bad.pt")
     status, out, err = call(monkeypatch, capsys, *SMALL, "--clip", "bad.pt")
-    refused(status, out, err, "weights that are not finite after step 0: check --clip or --init")
+    refused(status, out, err, "checkpoint model.pt is not written, because weights are not finite", "conv1")
     assert not os.path.exists("model.pt")
     true, calls = train.TMASS.losses, []
 
@@ -595,7 +595,7 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
         return true(self, t, f, generator)
     monkeypatch.setattr(train.TMASS, "losses", losses)
     status, out, err = call(monkeypatch, capsys, *SMALL, "--save-every", 2)
-    refused(status, out, err, "weights that are not finite after step 6: model.pt keeps step 4; lower the rates")
+    refused(status, out, err, "weights are not finite (clip.token_embedding.weight): an earlier model.pt, if any, is")
     content = read_weights("model.pt")
     assert content["step"] == 4 and all(torch.isfinite(x).all() for x in content["model"].values())
 
@@ -716,11 +716,12 @@ def test_activation_of_a_clip_file(here, monkeypatch, capsys):
 
 
 def test_the_command_printed_gives_the_line_printed(own_copy, run, monkeypatch, capsys):
-    """Root, missing and broken videos, frames from a cache: all that the numbers depend on."""
+    """Videos that lie elsewhere, are missing or broken, frames from a cache: all that the numbers depend on."""
     (own_copy / "my.csv").write_text((own_copy / "set/my.csv").read_text())
     os.remove("set/red-white.mp4")  # of the test split
     Path("set/white-red.mp4").write_bytes(b"broken")
-    flags = "--data", "my.csv", "--root", "set", "--skip-bad", "--cache", "my frames", "--out", "a model.pt"
+    os.rename("set", "films")
+    flags = "--data", "my.csv", "--videos", "films", "--skip-bad", "--cache", "my frames", "--out", "a model.pt"
     status, out, err = call(monkeypatch, capsys, *SMALL, *flags)
     assert status == 0, err
     line = next(x for x in out.splitlines() if x.startswith("test: "))
@@ -790,7 +791,7 @@ def test_init_and_the_baseline(here, monkeypatch, capsys):
     status, out, _ = call(monkeypatch, capsys, *SMALL, "--init", "grown.pt", "--epochs", 0, "--out", "again.pt")
     assert status == 0 and "starting anew" not in out and same(grown, weights("again.pt"))
     grown_to = "--init", "grown.pt", "--out", "x.pt"
-    refused(*call(monkeypatch, capsys, *SMALL, *grown_to, "--pooling", "mean"), "does not fit the model asked for")
+    refused(*call(monkeypatch, capsys, *SMALL, *grown_to, "--pooling", "mean"), "don't fit the model asked for")
     refused(*call(monkeypatch, capsys, *SMALL, *grown_to, "--frames", 3), "radius.linear.weight", "--frames")
     assert not os.path.exists("x.pt")
     clip_of = "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt"  # its CLIP and tokenizer only
@@ -867,7 +868,7 @@ def test_bad_input(own_copy, monkeypatch, capsys):
         ("--device", "gpu"): "gpu",
         ("--device", "meta"): "--device meta",
         ("--device", "cuda:99"): "--device cuda:99",
-        ("--activation", "gelu"): "--activation gelu is for --clip FILE",
+        ("--activation", "gelu"): "--activation is that of weights which are loaded",
     }
     before = sorted(p.name for p in own_copy.iterdir())
     for args, told in cases.items():
