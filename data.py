@@ -133,10 +133,12 @@ def loading(dataset, batches=None, collate=None, workers=0, pin=False):
 
     Without batches the dataset is a stream that makes its own, and they come as they are ready.
 
-    Signals are held back while workers start, so that none dies before it ignores them. A worker that dies all the same (out of memory, a
-    crash in a codec) ends the block with a DataError that names the video it was reading; torch tells of it at any moment.
+    Signals are held back while workers start, so that none dies before it ignores them. A worker that dies all the same
+    (out of memory, a crash in a codec) ends the block with a DataError that names the video it was reading.
     """
-    order = dict(batch_size=None, in_order=False) if batches is None else dict(batch_sampler=batches, collate_fn=collate)
+    order = dict(batch_sampler=batches, collate_fn=collate)
+    if batches is None:
+        order = dict(batch_size=None, in_order=False)
     loader = DataLoader(dataset, **order, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals)
     try:
         try:

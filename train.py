@@ -48,6 +48,7 @@ RECIPES = {
 NAMES = [name for name in RECIPES if name != "csv"]
 TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48,
             text_width=128, text_layers=2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of this start alone; and free to change on --resume, because the result stays the same.
 START_ONLY = ("resume", "overwrite")
@@ -108,7 +109,7 @@ def parser():
     g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or in float16 with a scaled loss (T4, V100): "
                                               "faster and smaller; losses stay float32 (default: off)")
     g.add_argument("--grad-checkpoint", action="store_true", help="towers computed twice: less memory, a third slower")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    g.add_argument("--device", default=DEVICE, help="(default: %(default)s)")
     return p
 
 
@@ -590,8 +591,9 @@ def note_bad(bad, ids, skip, noted):
 
 def evaluation(args):
     """The command that gives the test line again: what else it needs is in the checkpoint."""
-    words = ["python", "eval.py", "--ckpt", args.out, "--device", args.device] + ["--skip-bad"] * args.skip_bad
-    return shlex.join(words + (["--cache", args.cache] if args.cache else []))
+    words = ["python", "eval.py", "--ckpt", args.out] + ["--skip-bad"] * args.skip_bad
+    words += ["--cache", os.path.relpath(args.cache)] if args.cache else []
+    return shlex.join(words + (["--device", args.device] if args.device != DEVICE else []))
 
 
 def go_on():
