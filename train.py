@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_strictly, read_weights
 from eval import evaluate, format_metrics, run, start_processes
+from report import clock
 from shapes import numeric, render_shapes, shapes_pictures, write_text
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
@@ -72,8 +73,7 @@ def parser():
     g.add_argument("--videos", metavar="DIR", help="folder of the videos, where they lie apart from the annotations")
     g.add_argument("--val-videos", type=whole, help="msrvtt, charades: held out of train to choose the checkpoint (0)")
     g.add_argument("--skip-bad", action="store_true", help="leave out and list videos that are missing or broken")
-    g.add_argument("--cache", metavar="DIR", help="keep every video's sampled frames there as JPEG: each is decoded "
-                                                  "once (default: none; shapes: frames/ beside its videos)")
+    g.add_argument("--cache", metavar="DIR", help="keep frames there as JPEG, so that a video is decoded once; advised")
     g.add_argument("--augment", choices=("crop-flip", "none"), help="one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
                    help="processes that decode videos (default: %(default)s)")
@@ -106,8 +106,7 @@ def parser():
     g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly, or start it")
     g.add_argument("--save-every", type=count, default=500, metavar="STEPS", help="and each epoch (%(default)s)")
     g.add_argument("--log-every", type=count, default=20, metavar="STEPS", help="(default: %(default)s)")
-    g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or in float16 with a scaled loss (T4, V100): "
-                                              "faster and smaller; losses stay float32 (default: off)")
+    g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or float16 with a scaled loss (T4, V100) (off)")
     g.add_argument("--grad-checkpoint", action="store_true", help="towers computed twice: less memory, a third slower")
     g.add_argument("--device", default=DEVICE, help="(default: %(default)s)")
     return p
@@ -129,8 +128,7 @@ def only_run(out):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            raise WeightsError(f"{out} is being written by another run, process {lock.read()}: wait for it, or choose "
-                               "another --out") from None
+            raise WeightsError(f"{out} is being written by process {lock.read()}: choose another --out") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         lock.truncate(0)
@@ -140,8 +138,7 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """The checkpoint in --out if --resume wants it, else None. Replaced are only a run that has no step yet, and with
-    --overwrite a finished one."""
+    """The checkpoint in --out if --resume wants it. Only a run without a step, or a finished one with --overwrite, goes."""
     out, old = args.out, {}
     if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
         raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
@@ -159,8 +156,7 @@ def earlier_run(args):
     if args.resume:
         return old
     if not old.get("finished", True) and old["step"]:
-        raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: continue it with --resume, or choose "
-                           "another --out")
+        raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: --resume it, or choose another --out")
     if old.get("finished", True) and not args.overwrite:
         raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with --overwrite")
     return None
@@ -341,12 +337,6 @@ def pretrain(clip, tokenizer, args, scaler, job):
 
 
 # ---- what is kept ----
-
-def clock(seconds):
-    """Seconds -> h:mm:ss or m:ss."""
-    m, s = divmod(int(seconds + 0.5), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
-
 
 class Log:
     """NAME.log.csv: one row per logged step. Resuming drops the rows after the step it starts from."""
@@ -557,8 +547,7 @@ def load_splits(args, job):
         missing += gone
     pairs = len(splits["train"].captions)
     if pairs < args.batch:
-        raise data.DataError(f"{args.data} has {pairs} training pairs, fewer than one batch of {args.batch}: give a "
-                             "smaller --batch")
+        raise data.DataError(f"{args.data}: {pairs} training pairs make no batch of {args.batch}: lower --batch")
     return splits, missing
 
 

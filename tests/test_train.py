@@ -541,7 +541,7 @@ def test_each_run_has_its_own_log(here, monkeypatch, capsys):
 def test_one_run_per_out_at_a_time(here, start, monkeypatch, capsys):
     job = start(here, *SMALL, "--workers", 1, "--epochs", 300, "--save-every", 1).until(reaches(3))
     for flags in ((), ("--resume",), ("--overwrite",)):
-        told = f"model.pt is being written by another run, process {job.process.pid}:"
+        told = f"model.pt is being written by process {job.process.pid}: "
         refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 300, *flags), told)
     assert job.process.is_alive() and (here / "model.pt.lock").exists()
     job.process.kill()  # its worker lives on for some seconds, and the lock does not
@@ -756,7 +756,7 @@ def test_commands_to_go_on_with(monkeypatch):
 
 
 def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, capsys):
-    told = "my.csv has 26 training pairs, fewer than one batch of 27: give a smaller --batch"
+    told = "my.csv: 26 training pairs make no batch of 27: lower --batch"
     refused(*call(monkeypatch, capsys, *SMALL, "--batch", 27), told)
     status, out, _ = call(monkeypatch, capsys, *SMALL, "--epochs", 0)
     assert status == 0 and "0 steps of 4 pairs" in out and "no step: the starting point is the result" in out
@@ -766,7 +766,7 @@ def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, ca
     log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 0.031, scale=1.0, grad_norm=1.0)
     log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 1234.5, scale=1.0, grad_norm=1.0)
     slow, fast = capsys.readouterr().out.splitlines()
-    assert "0.03 pairs/s  2:09 left" in slow and "1234 pairs/s  0:00 left" in fast
+    assert "0.03 pairs/s  0:02:09 left" in slow and "1234 pairs/s  0:00:00 left" in fast
 
 
 def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
@@ -850,7 +850,7 @@ def test_bad_input(own_copy, monkeypatch, capsys):
         ("--out", "file/model.pt"): "file/model.pt",
         ("--out", "file"): "file",
         ("--batch", 1): "--batch",
-        ("--batch", 100): "fewer than one batch of 100: give a smaller --batch",
+        ("--batch", 100): "make no batch of 100: lower --batch",
         ("--batch", "many"): "many",
         ("--pooling", "max"): "max",
         ("--dropout", 1): "--dropout",
