@@ -138,7 +138,7 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """The checkpoint in --out if --resume wants it. Only a run without a step, or a finished one with --overwrite, goes."""
+    """The checkpoint in --out that --resume wants. Only a run without a step, or with --overwrite a finished one, goes."""
     out, old = args.out, {}
     if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
         raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
