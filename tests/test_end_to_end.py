@@ -52,12 +52,12 @@ def test_search_finds_what_was_asked_for(trained, run):
         shutil.copy(folder / "data/shapes" / row[0], folder / "gallery")
     done = run("search.py", *queries, "--ckpt", "model.pt", "--videos", "gallery", "--top", 10, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "encoded 30 videos, 30 in the index" in done.stdout
+    assert "encoded 30 videos, 30 in the index" in done.stderr
     parts = done.stdout.split(asked[0][1])[1]
     found = sum(row[0].split("/")[1] in done.stdout.split(row[1], 1)[1][:900] for row in asked)
     assert found >= 6, (parts, done.stdout)  # among 10 of 30: chance 3.3
     again = run("search.py", queries[0], "--ckpt", "model.pt", "--videos", "gallery", cwd=folder)
-    assert "encoded 0 videos, 30 in the index" in again.stdout
+    assert "encoded 0 videos, 30 in the index" in again.stderr
 
 
 @pytest.mark.slow
