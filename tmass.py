@@ -357,7 +357,7 @@ class TMASS(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             t, sims = t.float(), torch.empty(N, V, device=t.device)
             noise = self._noise(trials, seed, expected, t.device)
-            few = N <= T
+            few = 3 * N <= 4 * T
             floats, M, K = chunk_mb * 2 ** 20 / 4, 0 if expected else trials, H * T + 2
             tile = int(floats / 4 / ((H + 5) * D))      # pairs at once, of which vectors of width D are held
             pairs = int(floats / 2 / (10 * K + 4 * M))  # pairs at once, of which all else is held
@@ -371,9 +371,10 @@ class TMASS(nn.Module):
                 unit, span = F.normalize(fj, dim=-1), None if few else self.pool.span(fj)
                 for i in range(0, N, n):
                     ti, unit_ti, q = (x[i:i + n] for x in texts)
-                    S = torch.einsum("nd,vtd->vnt", unit_ti, unit)  # cos(t, f_j); video first, here and in a block
+                    S = None if noise is None else torch.einsum("nd,vtd->vnt", unit_ti, unit)  # cos(t, f_j)
                     if few:
-                        block = best_cosine(ti, self.pool(ti, fj).transpose(0, 1), self.radius(S), noise)
+                        r = None if noise is None else self.radius(S)
+                        block = best_cosine(ti, self.pool(ti, fj).transpose(0, 1), r, noise)  # video first, as below
                     else:
                         block = self._score_block(ti, q, S, *span, noise, max(1, tile // n))
                     sims[i:i + n, j:j + v] = block.T
