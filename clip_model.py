@@ -349,7 +349,7 @@ def load_vocabulary():
 
 
 def fetch(url, sha256):
-    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass): downloaded once, SHA-256 checked always."""
+    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass): downloaded once; SHA-256 checked."""
     folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
     path = folder / url.rsplit("/", 1)[-1]
     try:
