@@ -31,8 +31,8 @@ class WeightsError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
-# OpenAI's expression also finds the two markers in a caption's own words; here (as in open_clip) those are text like any other,
-# so that no caption can end itself early.
+# OpenAI's expression also finds the two markers in a caption's own words; here (as in open_clip) those are text like
+# any other, so that no caption can end itself early.
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 CLIP_MERGES = 48894  # CLIP's vocabulary file lists 262,144 merges; these many are used, the rest never were
 
@@ -49,7 +49,7 @@ BYTE = {letter: b for b, letter in LETTER.items()}
 
 
 def split_words(text):
-    """CLIP's cleaning and splitting: broken unicode mended, HTML unescaped twice, one space, lower case -> list of words."""
+    """CLIP's cleaning and splitting: broken unicode mended, HTML unescaped twice, one space, lower case -> words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return WORDS.findall(" ".join(text.split()).lower())
 
@@ -73,8 +73,8 @@ def join(symbols, pair):
 class Tokenizer:
     """Byte-pair encoding with CLIP's rules; any text has ids and comes back from them, lower-cased and cleaned.
 
-    merges: "left right" strings, most important first, as in CLIP's vocabulary file; () is byte-level and needs no file.
-    Ids: 256 bytes, 256 bytes that end a word, the merges, start of text, end of text (so the end of text is the largest id).
+    merges: "left right" strings, most important first, as in CLIP's vocabulary file; () is byte-level, without a file.
+    Ids: 256 bytes, 256 bytes that end a word, the merges, start of text, end of text (hence the largest id).
     """
 
     def __init__(self, merges=(), context_length=77):
@@ -83,7 +83,8 @@ class Tokenizer:
         bad = next((m for m, p in zip(self.merges, pairs) if len(p) != 2 or not all(p)), None)
         if bad is not None:
             raise WeightsError(f"{bad!r} is no merge of a vocabulary: expected two symbols with a space between them")
-        self.symbols = [*BYTE, *(letter + "</w>" for letter in BYTE), *(a + b for a, b in pairs), "<|startoftext|>", "<|endoftext|>"]
+        self.symbols = [*BYTE, *(letter + "</w>" for letter in BYTE), *(a + b for a, b in pairs)]
+        self.symbols += ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         self.vocab_size = len(self.symbols)
@@ -104,7 +105,7 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, merges, context_length=77):
-        """Train on texts: join the most frequent pair of neighbours, `merges` times or until no pair occurs twice -> Tokenizer."""
+        """Train on texts: join the most frequent pair, `merges` times or until no pair occurs twice -> Tokenizer."""
         words = Counter()
         for text, n in Counter(texts).items():
             for word in split_words(text):
@@ -117,7 +118,7 @@ class Tokenizer:
                 where[pair].add(word)
         learnt = []
         while len(learnt) < merges and count:
-            best = max(count, key=lambda pair: (count[pair], pair))  # the pair itself settles ties: same texts, same merges
+            best = max(count, key=lambda pair: (count[pair], pair))  # ties: by the pair itself
             if count[best] < 2:
                 break
             learnt.append(" ".join(best))
@@ -153,10 +154,11 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         ids = ids[:ids.index(self.end)] if self.end in ids else ids
         letters = "".join(self.symbols[i] for i in ids if i != self.start).replace("</w>", " ")
-        return b"".join(b" " if c == " " else bytes([BYTE[c]]) for c in letters).decode("utf-8", errors="replace").strip()
+        text = bytes(ord(" ") if c == " " else BYTE[c] for c in letters)
+        return text.decode("utf-8", errors="replace").strip()
 
     def __call__(self, texts):
-        """Texts -> ids (N,L), zero-padded to the longest text of the batch, which the causal tower makes exact; too long: cut, end kept."""
+        """Texts -> ids (N,L), zero-padded to the longest, which is exact in a causal tower; too long: cut, end kept."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = [[self.start, *self.encode(text)[:self.context_length - 2], self.end] for text in texts]
         ids = torch.zeros(len(rows), max(map(len, rows), default=2), dtype=torch.long)
@@ -170,11 +172,11 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's approximation of GELU: their weights need it."""
 
     def forward(self, x):
-        return F.silu(1.702 * x).div_(1.702)  # silu(z) = z sigmoid(z), which keeps one large tensor for the backward pass, not two
+        return F.silu(1.702 * x).div_(1.702)  # silu(z) = z sigmoid(z) keeps one large tensor for backward, not two
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W); nn.MultiheadAttention's parameter names."""
+    """Self-attention, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W); nn.MultiheadAttention's parameter names."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -187,9 +189,10 @@ class Attention(nn.Module):
 
     def forward(self, x, causal, Q):
         N, L, W = x.shape
-        q = F.linear(x[:, :Q], self.in_proj_weight[:W], self.in_proj_bias[:W]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = F.linear(x[:, :Q], self.in_proj_weight[:W], self.in_proj_bias[:W])
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)                        # (N,heads,Q,W/heads)
         kv = F.linear(x, self.in_proj_weight[W:], self.in_proj_bias[W:])
-        k, v = kv.view(N, L, 2, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # q (N,heads,Q,W/heads), k and v (N,heads,L,W/heads)
+        k, v = kv.view(N, L, 2, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (N,heads,L,W/heads) each
         o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
@@ -213,7 +216,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W): the last block then leaves out the others' share."""
+    """A stack of blocks, x (N,L,W) -> (N,L,W), or the first Q tokens' (N,Q,W): the last block leaves out the rest."""
 
     def __init__(self, width, heads, layers, act):
         super().__init__()
@@ -222,7 +225,8 @@ class Transformer(nn.Module):
     def forward(self, x, causal=False, Q=None, grad_checkpoint=False):
         for block in self.resblocks:
             args = x, causal, Q if block is self.resblocks[-1] else None
-            x = checkpoint(block, *args, use_reentrant=False) if grad_checkpoint and torch.is_grad_enabled() else block(*args)
+            again = grad_checkpoint and torch.is_grad_enabled()
+            x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         return x
 
 
@@ -238,14 +242,15 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positional_embedding = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, width) * width ** -0.5)
+        tokens = (image_size // patch_size) ** 2 + 1
+        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width ** -0.5)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         # ViT-H/14 (open_clip, HF) is the one common tower of this kind whose heads are wider than 64
         self.transformer = Transformer(width, 16 if width == 1280 else heads_of(width), layers, act)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
 
     def forward(self, x, grad_checkpoint=False):
-        if torch.is_autocast_enabled(x.device.type) and x.device.type == "cpu":  # there bfloat16 convolutions go backward 10 times slower
+        if torch.is_autocast_enabled("cpu") and x.is_cpu:  # bfloat16 convolutions go backward 10 times slower
             (N, _, R, _), P = x.shape, self.conv1.kernel_size[0]
             x = x[..., :R // P * P, :R // P * P].unflatten(3, (-1, P)).unflatten(2, (-1, P))  # (N,3,rows,P,columns,P)
             x = x.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, 3 * P * P)
@@ -258,7 +263,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """CLIP with a vision transformer; `config` rebuilds it: CLIP(**clip.config). grad_checkpoint=True saves memory in training."""
+    """CLIP with a vision transformer; CLIP(**clip.config) is another. grad_checkpoint=True saves memory in training."""
 
     def __init__(self, embed_dim, image_size, patch_size, vision_width, vision_layers, context_length, vocab_size,
                  text_width, text_layers, quick_gelu=True):
@@ -274,17 +279,17 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(text_width, embed_dim) * text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for name, values in (("mean", MEAN), ("std", STD)):  # on the CPU even when the parameters are built without memory
+        for name, values in (("mean", MEAN), ("std", STD)):  # on the CPU even where parameters are built without memory
             self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1), persistent=False)
 
     def encode_image(self, x):
-        """Images (N,3,R,R) -> (N,D), not normalised. uint8 is scaled and normalised here; float is taken as normalised."""
+        """Images (N,3,R,R) -> (N,D), not normalised. uint8 pixels are normalised here; floats are taken as they are."""
         if x.dtype == torch.uint8:
             x = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.visual(x, self.grad_checkpoint)
 
     def encode_text(self, ids):
-        """Ids (N,L) -> (N,D) at the end-of-text token (the largest id), not normalised. Causal: tokens after it don't matter."""
+        """Ids (N,L) -> (N,D) at the end of text (largest id), not normalised. Causal: tokens after it don't matter."""
         x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
         x = self.transformer(x, causal=True, grad_checkpoint=self.grad_checkpoint)
         x = x[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]
@@ -293,7 +298,8 @@ class CLIP(nn.Module):
     @classmethod
     def from_state_dict(cls, sd, quick_gelu=True):
         """State dict with OpenAI's names -> CLIP in float32; every size is read off the shapes. Strict."""
-        sd = {k: v for k, v in sd.items() if k not in ("input_resolution", "context_length", "vocab_size")}  # OpenAI's size entries
+        sizes = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's archives
+        sd = {k: v for k, v in sd.items() if k not in sizes}
         try:
             (L, text_width), (W, _, P, _) = sd["positional_embedding"].shape, sd["visual.conv1.weight"].shape
             grid = math.isqrt(sd["visual.positional_embedding"].shape[0] - 1)
@@ -305,12 +311,13 @@ class CLIP(nn.Module):
                   for n, p in ((3, "visual.transformer.resblocks."), (2, "transformer.resblocks."))]
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
             clip = cls(embed_dim, grid * P, P, W, layers[0], L, vocab_size, text_width, layers[1], quick_gelu)
-        load_strictly(clip, {k: v.to(torch.float32, copy=True) for k, v in sd.items()}, "a CLIP with a vision transformer")
+        sd = {k: v.to(torch.float32, copy=True) for k, v in sd.items()}
+        load_strictly(clip, sd, "a CLIP with a vision transformer")
         return clip
 
 
 def load_strictly(module, sd, what):
-    """The tensors become the module's own, whatever it held; all that doesn't fit is one WeightsError."""
+    """The tensors become the module's own, whatever it held; what doesn't fit is one WeightsError."""
     ours = module.state_dict()
     for fault, keys in (("missing", ours.keys() - sd.keys()), ("unknown", sd.keys() - ours.keys()),
                         ("of another size", [k for k in ours if k in sd and ours[k].shape != sd[k].shape])):
@@ -342,7 +349,7 @@ def load_vocabulary():
 
 
 def fetch(url, sha256):
-    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass), downloaded on first use; its SHA-256 is checked each time."""
+    """Path of a file in the cache folder (TMASS_CACHE, else ~/.cache/tmass): downloaded once; SHA-256 checked."""
     folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
     path = folder / url.rsplit("/", 1)[-1]
     try:
@@ -356,15 +363,15 @@ def fetch(url, sha256):
             print(f"{path}: wrong SHA-256 (a partial or another file), downloading it again")
         folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {path}", flush=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # under a temporary name until the whole hash is right
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # renamed when the hash is right
         return path
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise WeightsError(f"{path.name}: could not be had from {url}: {error}; put the file with SHA-256 {sha256} at {path} "
-                           "(TMASS_CACHE sets another folder)") from None
+        raise WeightsError(f"{path.name}: could not be had from {url}: {error}; put the file with SHA-256 {sha256} at "
+                           f"{path} (TMASS_CACHE sets another folder)") from None
 
 
 def read_weights(path):
-    """TorchScript archive, torch.save or .safetensors file -> the dict in it: a state dict, or a checkpoint with one inside."""
+    """TorchScript archive, torch.save or .safetensors file -> the dict in it: a state dict, or one with it inside."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: {'a folder; name the weights file in it' if path.is_dir() else 'no such file'}")
@@ -372,7 +379,8 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):  # TorchScript
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ()
+        if any(name.endswith("/constants.pkl") for name in names):  # TorchScript
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files stay what they are
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())
@@ -384,20 +392,22 @@ def read_weights(path):
                else "truncated, or not a TorchScript archive, torch.save or .safetensors file")
         raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, found another {type(weights).__name__}")
+        raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, found another "
+                           f"{type(weights).__name__}")
     return weights
 
 
 HF_NAMES = {  # part of a name in transformers' CLIPModel -> in OpenAI's CLIP; in this order
-    "vision_model.": "visual.", "text_model.": "", "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
-    "embeddings.patch_embedding": "conv1", "embeddings.position_embedding.weight": "positional_embedding", "embeddings.": "",
-    "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post", "final_layer_norm": "ln_final", "encoder.layers.": "transformer.resblocks.",
+    "vision_model.": "visual.", "text_model.": "", "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection", "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding", "embeddings.": "", "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post", "final_layer_norm": "ln_final", "encoder.layers.": "transformer.resblocks.",
     "layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
 }
 
 
 def to_openai_names(sd):
-    """State dict of an HF CLIPModel, of either open_clip class or of OpenAI's CLIP -> the same tensors under OpenAI's names."""
+    """State dict of HF's CLIPModel, of either open_clip class or of OpenAI's CLIP -> the same under OpenAI's names."""
     if not_tensors := [k for k, v in sd.items() if not torch.is_tensor(v)]:
         raise WeightsError(f"expected a state dict, a dict of tensors; these are none: {listed(not_tensors)}")
     sd = {k.removeprefix("text."): v for k, v in sd.items()}  # CustomTextCLIP's
@@ -420,9 +430,9 @@ def to_openai_names(sd):
 def activation(weights, sd, path):
     """Which GELU the weights were trained with: files don't say in their tensors -> (quick_gelu, why).
 
-    1. our checkpoints record it; 2. so does the config.json (HF) or open_clip_config.json beside a file of those projects;
-    3. HF names and OpenAI's archives (known by their input_resolution) are QuickGELU; 4. any other file is open_clip's: QuickGELU
-    if its name has "quickgelu" or "openai" in it, else GELU (LAION, DataComp). The argument `quick_gelu` goes before all of these.
+    1. our checkpoints record it; 2. so does config.json (HF) or open_clip_config.json beside a file of those projects;
+    3. HF names and OpenAI's archives (known by their input_resolution) are QuickGELU; 4. any other file is open_clip's:
+    QuickGELU if its name has "quickgelu" or "openai" in it, else GELU (LAION, DataComp). The user's word goes first.
     """
     if isinstance(weights.get("clip"), dict) and "quick_gelu" in weights["clip"]:
         return weights["clip"]["quick_gelu"], "recorded in this checkpoint"
@@ -460,8 +470,8 @@ def find_weights(name_or_path):
 def load_clip(name_or_path, quick_gelu=None):
     """A name or a file (`find_weights`) -> CLIP in float32; says what it loaded and with which activation.
 
-    Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, checkpoints of this project and of T-MASS and
-    X-Pool as released, of which it takes the CLIP part. quick_gelu=None: by the rule of `activation`.
+    Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, checkpoints of this project and of T-MASS
+    and X-Pool as released, of which it takes the CLIP part. quick_gelu=None: by the rule of `activation`.
     """
     path = find_weights(name_or_path)
     return clip_from(read_weights(path), path, quick_gelu)
@@ -476,9 +486,9 @@ def clip_from(weights, path, quick_gelu=None):
         clip = CLIP.from_state_dict(to_openai_names(sd), quick)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    size, patch, millions = clip.config["image_size"], clip.config["patch_size"], sum(p.numel() for p in clip.parameters()) / 1e6
-    print(f"CLIP from {path}: {millions:.1f} M parameters, {size} px images in patches of {patch}, "
-          f"{'QuickGELU' if quick else 'GELU'} ({why})")
+    millions = sum(p.numel() for p in clip.parameters()) / 1e6
+    print(f"CLIP from {path}: {millions:.1f} M parameters, {clip.config['image_size']} px images in patches of "
+          f"{clip.config['patch_size']}, {'QuickGELU' if quick else 'GELU'} ({why})")
     return clip
 
 

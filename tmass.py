@@ -2,21 +2,20 @@
 
 One letter per axis, everywhere, text always left of video:
 
-    N texts   V videos   T frames   L tokens   D joint width   H heads   M noise samples   R pixels   K = H*T + 2 (scoring)
+    N texts   V videos   T frames   L tokens   D joint width   H heads   M noise samples   R pixels   K = H*T + 2
 
     captions -> ids (N,L)  -> encode_text    t (N,D)   ---+--> pool(t, f)    v (N,V,D) --+
     frames (V,T,3,R,R)     -> encode_video   f (V,T,D) ---+--> cos(t, f)     S (N,V,T)   +--> sims (N,V)
                                                           +--> radius(S)     R (N,V,D) --+
 
-Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support_text, symmetric_cross_entropy, TMASS.forward
-(the training objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video a text belongs to,
-except that `forward` takes matched pairs: the scorer cannot see the ground truth.
+Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support_text, symmetric_cross_entropy,
+TMASS.forward (the training objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video
+a text belongs to, except that `forward` takes matched pairs: the scorer cannot see the ground truth.
 """
 import errno
 import math
 import os
 import secrets
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,41 +43,42 @@ SUPPORTS = ("matched", "batch")
 # ---- frame pooling: v = psi(f | t) ----
 
 class XPool(nn.Module):
-    """Feature fusion psi: text-conditioned frame pooling (X-Pool, arXiv 2203.15086). t (N,D), f (V,T,D) -> v (N,V,D)."""
+    """Feature fusion psi: text-conditioned pooling of frames (arXiv 2203.15086). t (N,D), f (V,T,D) -> v (N,V,D)."""
 
     def __init__(self, width, heads=1, dropout=0.3):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.ln1, self.ln2, self.ln3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out, self.linear = (nn.Linear(width, width) for _ in range(5))
-        for layer in (self.q, self.k, self.v, self.out, self.linear):  # at first, psi is a softmax-weighted mean of frames
+        for layer in (self.q, self.k, self.v, self.out, self.linear):  # at first, psi is a weighted mean of frames
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, t, f, generator=None):
-        """In the order that suits training and few texts: a text asks all frames, and only what it pools meets Wv, Wo and W."""
+        """In the order that suits few texts and training: only what a text has pooled meets Wv, Wo and W."""
         H, D = self.heads, t.shape[1]
         f1 = self.ln1(f)  # one LN1 is shared by text and frames
+        q = self.query(t)
         Wk, Wv = (layer.weight.view(H, D // H, D) for layer in (self.k, self.v))
-        q = self.query(t)                                                              # (N,H,D/H)
-        qk = torch.einsum("nhe,vte->nvht", torch.einsum("nhd,hde->nhe", q, Wk), f1)    # q·k_j = (Wkᵀ q)·LN1(f_j) + q·bk
+        k = torch.einsum("nhd,hde->nhe", q, Wk)
+        qk = torch.einsum("nhe,vte->nvht", k, f1)                           # q·k_j = (Wkᵀ q)·LN1(f_j) + q·bk
         qk = qk + (q * self.k.bias.view(H, D // H)).sum(-1)[:, None, :, None]
-        a = (qk / math.sqrt(D // H)).softmax(-1)                                       # a = softmax_j(q·k_j / sqrt(D/H))
-        u = torch.einsum("nvht,vte->nvhe", a, f1)
-        u = torch.einsum("nvhe,hde->nvhd", u, Wv).flatten(2) + self.v.bias             # Σ_j a_j u_j = Wv Σ_j a_j LN1(f_j) + bv
-        x = self.ln2(self.out(u))                                                      # o = Wo concat_h(Σ_j a_j u_j) + bo
-        p = self.dropout * (self.training and torch.is_grad_enabled())                 # scoring drops nothing
-        return self.ln3(x + drop(self.linear(x), p, generator))                        # v = LN3(x + Dropout(W x + b))
+        a = (qk / math.sqrt(D // H)).softmax(-1)                            # a = softmax_j(q·k_j / sqrt(D/H))
+        u = torch.einsum("nvht,vte->nvhe", a, f1)                           # Σ_j a_j u_j = Wv Σ_j a_j LN1(f_j) + bv
+        u = torch.einsum("nvhe,hde->nvhd", u, Wv).flatten(2) + self.v.bias
+        x = self.ln2(self.out(u))                                           # o = Wo concat_h(Σ_j a_j u_j) + bo
+        p = self.dropout * (self.training and torch.is_grad_enabled())      # scoring drops nothing
+        return self.ln3(x + drop(self.linear(x), p, generator))             # v = LN3(x + Dropout(W x + b))
 
     def span(self, f):
-        """Everything about v that needs no text: K vectors Z_k, v_ij = Σ_k c_ijk Z_jk for every text i. f (V,T,D) -> see Videos.
+        """What of v needs no text: Z with v_ij = Σ_k c_ijk Z_jk. f (V,T,D) -> (what `coefficients` needs, Z (V,K,D)).
 
-        All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in: Σ_j a_j = 1
-        per head; j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
-            x = LN2(Σ a_j u_j) = Σ (a_j/s) g2⊙ũ_j + b2,        s²  = aᵀ G a + ε,   G = ũ ũᵀ / D
+        All of psi but two normalisations is linear in the frames. With u_j = Wo_h Wv_h LN1(f_j) (biases folded in, as
+        Σ_j a_j = 1 per head; j runs over the H*T head-frame pairs) and ~ for "centred over D", as LayerNorm does:
+            x = LN2(Σ a_j u_j) = Σ (a_j/s) g2⊙ũ_j + b2,        s² = aᵀ G a + ε,   G = ũ ũᵀ / D
             y = x + W x + b    = Σ (a_j/s) z_j + z_0,          z_j = (I+W)(g2⊙ũ_j),   z_0 = (I+W) b2 + b
             v = LN3(y)         = Σ c_j g3⊙z̃_j + c_0 g3⊙z̃_0 + b3,   (c, c_0) = (a/s, 1)/s',
-                                                                   s'² = (a/s, 1)ᵀ Q (a/s, 1) + ε,   Q = z̃ z̃ᵀ / D
+                                                      s'² = (a/s, 1)ᵀ Q (a/s, 1) + ε,   Q = z̃ z̃ᵀ / D
         so that Z_j = (g3⊙z̃_1 ... g3⊙z̃_HT, g3⊙z̃_0, b3), and the coefficients are (c, c_0, 1).
         """
         V, T, D = f.shape
@@ -93,19 +93,20 @@ class XPool(nn.Module):
         z[:, -1] += self.linear.bias
         z = z - z.mean(-1, keepdim=True)
         Z = torch.cat([self.ln3.weight * z, self.ln3.bias.expand(V, 1, D)], 1)  # (V,K,D), K = H*T + 2
-        return self.k(f1).view(V, T, H, D // H).transpose(1, 2), u @ u.mT / D, z @ z.mT / D, Z, Z @ Z.mT
+        k = self.k(f1).view(V, T, H, D // H).transpose(1, 2)  # (V,H,T,D/H)
+        return (k, u @ u.mT / D, z @ z.mT / D), Z
 
     def query(self, t):
         """q of every text, once. t (N,D) -> (N,H,D/H)."""
         return self.q(self.ln1(t)).unflatten(-1, (self.heads, -1))
 
-    def coefficients(self, q, videos):
-        """The coefficients of `span`, texts last: sums over K then run along memory. q (N,H,D/H) -> c (V,K,N)."""
-        scale = math.sqrt(q.shape[-1])
-        a = torch.cat([(dots(q[:, h], videos.k[:, h]) / scale).softmax(1) for h in range(self.heads)], 1)  # (V,H*T,N)
-        a *= ((videos.G @ a * a).sum(1, keepdim=True) + self.ln2.eps).rsqrt()                    # a/s
+    def coefficients(self, q, terms):
+        """The c of `span`, texts last: sums over K then run along memory. q (N,H,D/H) -> (V,K,N)."""
+        (k, G, Q), scale = terms, math.sqrt(q.shape[-1])
+        a = torch.cat([(dots(q[:, h], k[:, h]) / scale).softmax(1) for h in range(self.heads)], 1)  # (V,H*T,N)
+        a *= ((G @ a * a).sum(1, keepdim=True) + self.ln2.eps).rsqrt()                           # a/s
         c = F.pad(a, (0, 0, 0, 1), value=1.0)                                                    # (a/s, 1)
-        c *= ((videos.Q @ c * c).sum(1, keepdim=True) + self.ln3.eps).rsqrt()                    # (c, c_0)
+        c *= ((Q @ c * c).sum(1, keepdim=True) + self.ln3.eps).rsqrt()                    # (c, c_0)
         return F.pad(c, (0, 0, 0, 1), value=1.0)                                                 # b3 counts once
 
 
@@ -117,19 +118,19 @@ class MeanPool(nn.Module):
 
     def span(self, f):
         Z = f.mean(1, keepdim=True)  # K = 1, c = 1
-        return None, None, None, Z, Z @ Z.mT
+        return Z, Z
 
     def query(self, t):
-        return t.new_ones(len(t), 1)
+        return t
 
-    def coefficients(self, q, videos):
-        return q.T.expand(len(videos.Z), -1, -1)
+    def coefficients(self, q, Z):
+        return q.new_ones(len(Z), 1, len(q))
 
 
 class QueryPool(nn.Module):
-    """v = Σ_j softmax_j(cos(t, f_j) / 0.1) f_j/|f_j|: text-conditioned without a parameter (query scoring, arXiv 2205.08508).
+    """v = Σ_j softmax_j(cos(t, f_j) / 0.1) f_j/|f_j|. t (N,D), f (V,T,D) -> v (N,V,D).
 
-    What a CLIP that nobody trained further is searched with. t (N,D), f (V,T,D) -> v (N,V,D).
+    Query scoring (arXiv 2205.08508), without a parameter: what a CLIP that nobody trained further is searched with.
     """
 
     def forward(self, t, f, generator=None):
@@ -139,23 +140,13 @@ class QueryPool(nn.Module):
 
     def span(self, f):
         Z = F.normalize(f, dim=-1)  # K = T, c = the softmax
-        return None, None, None, Z, Z @ Z.mT
+        return Z, Z
 
     def query(self, t):
         return F.normalize(t, dim=-1)
 
-    def coefficients(self, q, videos):
-        return (dots(q, videos.Z) / 0.1).softmax(1)
-
-
-class Videos(NamedTuple):
-    """Per-video terms of scoring: unit frames, then what XPool.span gives."""
-    unit: torch.Tensor  # (V,T,D)
-    k: torch.Tensor     # (V,H,T,D/H)
-    G: torch.Tensor     # (V,H*T,H*T)
-    Q: torch.Tensor     # (V,H*T+1,H*T+1)
-    Z: torch.Tensor     # (V,K,D)
-    ZZ: torch.Tensor    # Z Zᵀ (V,K,K)
+    def coefficients(self, q, Z):
+        return (dots(q, Z) / 0.1).softmax(1)
 
 
 def dots(t, z):
@@ -164,7 +155,7 @@ def dots(t, z):
 
 
 def drop(x, p, generator=None):
-    """Dropout from an explicit generator (torch's own takes none), so that a step can be repeated exactly. x (...) -> (...)."""
+    """Dropout from an explicit generator, which torch's own does not take: a step can be repeated. x (...) -> (...)."""
     if p == 0:
         return x
     return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator) / (1 - p)
@@ -175,7 +166,7 @@ def drop(x, p, generator=None):
 class Radius(nn.Module):
     """Similarity-aware radius of the text mass (paper, section 3.3). S = cos(t, f_j) (...,T) -> R (...,D).
 
-    none R = 0 (T-MASS becomes X-Pool) | mean exp(mean_j S_j) | scaled exp(θ mean_j S_j) | linear exp(S W + b), W (T,D).
+    none 0 (T-MASS becomes X-Pool) | mean exp(mean_j S_j) | scaled exp(θ mean_j S_j) | linear exp(S W + b), W (T,D).
     """
 
     def __init__(self, kind, frames, width):
@@ -245,20 +236,21 @@ def sample_cosines(t, v, r, eps):
 
 
 def cosines(tv, vv, tt, rv, rt, rr):
-    """(t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)) by its products, in place. First three (...), others (...,M)."""
+    """(t·v + (R⊙v)·ε) / (|v| sqrt(|t|² + 2 (R⊙t)·ε + (R⊙R)·ε²)), in place. tv, vv, tt (...), the others (...,M)."""
     ts_norm = rr.add_(rt, alpha=2).add_(tt.unsqueeze(-1)).clamp_min_(1e-16).sqrt_()  # |t_s|
     return rv.add_(tv.unsqueeze(-1)).div_(ts_norm).div_(vv.clamp_min(1e-16).sqrt().unsqueeze(-1))
 
 
 def expected_cosine(t, v, r, mean, std, largest):
-    """The mean over ε of max_m cos(t + R⊙ε_m, v), to first order in the noise: s = a + E_M b. t, v, r (...,D) -> (...).
+    """The mean of max_m cos(t + R⊙ε_m, v) over ε, to first order in ε: s = a + E_M b. t, v, r (...,D) -> (...).
 
-    ε = μ + σ z with z ~ N(0, I): exact for the normal prior (μ = 0, σ = std), and for the uniform one (1/2, 1/√12), whose sums
-    over D dimensions are normal to all purposes. So t_s = c + σ R⊙z with c = t + μR, of length |t_s|² = |c|² + 2σ (R⊙c)·z +
-    |σ R⊙z|², where the last term hardly leaves its mean σ²|R|². With τ² = |c|² + σ²|R|² and k = c·v/τ²:
-        cos(t_s, v) = (c·v + σ (R⊙v)·z) / (|v| τ sqrt(1 + 2σ (R⊙c)·z/τ²))  ≈  (c·v + σ (R⊙v - k R⊙c)·z) / (|v| τ),
-    which is normal, of mean a = c·v/(|v| τ) and deviation b = σ|g|/(|v| τ), g = R⊙(v - k c). The largest of M such is a + E_M b
-    on average: a cosine, shrunk by |t|/τ, and a bonus for a mass that is wide.
+    ε = μ + σ z with z ~ N(0, I): exactly so for the normal prior (μ = 0, σ = std), and to all purposes for the uniform
+    one (1/2, 1/√12), whose sums over D dimensions are normal. Then t_s = c + σ R⊙z with c = t + μR, of length
+    |t_s|² = |c|² + 2σ (R⊙c)·z + σ²|R⊙z|², where the last term hardly leaves its mean σ²|R|². Let τ² = |c|² + σ²|R|²:
+        cos(t_s, v) = (c·v + σ (R⊙v)·z) / (|v| τ sqrt(1 + 2σ (R⊙c)·z/τ²))
+                    ≈ (c·v + σ (R⊙v)·z - σ k (R⊙c)·z) / (|v| τ),   k = c·v/τ²,
+    which is normal with mean a = c·v/(|v| τ) and deviation b = σ|g|/(|v| τ), g = R⊙(v - k c). The largest of M such
+    numbers is a + E_M b on average: a cosine, shrunk by |t|/τ, and a bonus for a wide mass.
     """
     c = t + mean * r if mean else t
     cv = (c * v).sum(-1)                                                          # c·v
@@ -268,9 +260,9 @@ def expected_cosine(t, v, r, mean, std, largest):
 
 
 def largest_of_normals(M):
-    """E_M, the mean of the largest of M standard normals: ∫ x d(Φ(x)^M) by the trapezoidal rule, here exact to rounding."""
+    """E_M, the mean of the largest of M standard normals: ∫ x d(Φ(x)^M), by a sum that is exact to rounding."""
     x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)  # M up to 10^12 stays inside
-    density = M * torch.exp((M - 1) * torch.special.log_ndtr(x) - x.square() / 2) / math.sqrt(2 * math.pi)  # of the largest
+    density = M * torch.exp((M - 1) * torch.special.log_ndtr(x) - x.square() / 2) / math.sqrt(2 * math.pi)
     return float((x * density).sum() * 0.001)
 
 
@@ -285,8 +277,8 @@ class TMASS(nn.Module):
     psi(f_i | t_n) over the batch's texts n (the released code's).
     """
 
-    def __init__(self, clip, frames=12, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
-                 support_weight=0.8, ce_weight=0.0, support_video="matched"):
+    def __init__(self, clip, frames=12, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal",
+                 prior_std=1.0, support_weight=0.8, ce_weight=0.0, support_video="matched"):
         super().__init__()
         D = clip.config["embed_dim"]
         for name, value, known in (("pooling", pooling, POOLINGS), ("radius", radius, RADII), ("prior", prior, PRIORS),
@@ -296,11 +288,12 @@ class TMASS(nn.Module):
         if heads < 1 or D % heads:
             raise WeightsError(f"heads={heads} does not divide the joint width {D}")
         self.config = dict(frames=frames, pooling=pooling, heads=heads, dropout=dropout, radius=radius, prior=prior,
-                           prior_std=prior_std, support_weight=support_weight, ce_weight=ce_weight, support_video=support_video)
+                           prior_std=prior_std, support_weight=support_weight, ce_weight=ce_weight,
+                           support_video=support_video)
         self.frames, self.prior, self.prior_std = frames, prior, prior_std
         self.support_weight, self.ce_weight, self.support_video = support_weight, ce_weight, support_video
         self.clip = clip
-        self.pool = XPool(D, heads, dropout) if pooling == "xpool" else {"mean": MeanPool, "query": QueryPool}[pooling]()
+        self.pool = {"xpool": lambda: XPool(D, heads, dropout), "mean": MeanPool, "query": QueryPool}[pooling]()
         self.radius = Radius(radius, frames, D)
 
     def encode_text(self, ids):
@@ -308,7 +301,7 @@ class TMASS(nn.Module):
         return self.clip.encode_text(ids).float()
 
     def encode_video(self, frames):
-        """frames (V,T,3,R,R), uint8 or normalised float -> f (V,T,D), float32, not normalised; CLIP sees each frame alone."""
+        """frames (V,T,3,R,R), uint8 or normalised float -> f (V,T,D), float32, not normalised; each frame alone."""
         V, T = frames.shape[:2]
         return self.clip.encode_image(frames.flatten(0, 1)).float().view(V, T, -1)
 
@@ -319,10 +312,10 @@ class TMASS(nn.Module):
         return torch.randn(shape, generator=generator, device=device) * self.prior_std
 
     def forward(self, ids, video, generator=None, gather=None):
-        """Training objective on matched pairs. ids (N,L), video (N,T,3,R,R) -> dict(loss, ce, stochastic, support) of scalars.
+        """Training objective on matched pairs. ids (N,L), video (N,T,3,R,R) -> dict(loss, ce, stochastic, support).
 
-        generator: where noise and dropout come from (default: torch's global one). gather: a function that joins every process'
-        rows with gradient, so that the contrast is over the global batch.
+        generator: where noise and dropout come from (default: torch's global one). gather: joins the rows of all
+        processes with gradient, so that the contrast is over the global batch.
         """
         t, f = self.encode_text(ids), self.encode_video(video)
         if gather is not None:
@@ -331,7 +324,7 @@ class TMASS(nn.Module):
             return self.losses(t, f, generator)
 
     def losses(self, t, f, generator=None):
-        """L_total = L(t_s) + α L(t_sup) + β L(t) (paper, eq. 9). t (N,D), f (N,T,D) -> dict(loss, ce, stochastic, support)."""
+        """L_total = L(t_s) + α L(t_sup) + β L(t) (paper, eq. 9). t (N,D), f (N,T,D) -> dict of scalars."""
         scale = self.clip.logit_scale.exp()
         v = self.pool(t, f, generator)                                # v_ij = psi(f_j | t_i)  (N,N,D)
         v_pair = v.diagonal().T                                       # psi(f_i | t_i)  (N,D)
@@ -345,7 +338,7 @@ class TMASS(nn.Module):
     # ---- exact scoring of all pairs ----
 
     def noise(self, trials, seed=24):
-        """The M samples of ε that all pairs share. -> (M,D); drawn on the CPU, so that every device scores with the same noise."""
+        """The M samples of ε that all pairs share, drawn on the CPU: the same noise for every device. -> (M,D)."""
         width = self.clip.config["embed_dim"]
         return self.sample_noise((trials, width), torch.Generator().manual_seed(seed)).to(self.clip.logit_scale.device)
 
@@ -353,18 +346,18 @@ class TMASS(nn.Module):
     def score(self, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         """Score every text with every video: max_m cos(t_i + R_ij·ε_m, v_ij). t (N,D), f (V,T,D) -> sims (N,V).
 
-        trials: M; 0 scores the point text t. seed: of the noise, which all pairs share (differs from the released code, which
-        draws fresh noise per pair: a pair's score has the same distribution here, and nothing else in the gallery moves it).
-        expected: the mean of that maximum over the noise instead, in closed form (`expected_cosine`): no noise, no seed.
-        f may be of any precision and on any device; all is computed in float32 on the device of t, within about chunk_mb MB.
-        Equals the literal formula up to rounding. Few texts are pooled as in training, by three D x D products per pair; for
-        more, the span of each video (XPool.span) costs 4T such products per video, and none per pair.
+        trials: M; 0 scores the point text t. seed: of the noise, which all pairs share (differs from the released code,
+        which draws it anew for each: the distribution is the same, and here no other text or video moves a score).
+        expected: the mean of that maximum over the noise, in closed form (`expected_cosine`): no noise, no seed.
+        f: of any precision, on any device; scored in float32 on the device of t, within about chunk_mb megabytes.
+        Equals the literal formula up to rounding. Few texts are pooled as in training, by three D x D products a pair;
+        for more, the span of each video (XPool.span) costs 4T such products a video, and none a pair.
         """
         (N, D), (V, T, _), H = t.shape, f.shape, self.config["heads"]
         with torch.autocast(t.device.type, enabled=False):
             t, sims = t.float(), torch.empty(N, V, device=t.device)
             noise = self._noise(trials, seed, expected, t.device)
-            few = N <= T
+            few = 3 * N <= 4 * T
             floats, M, K = chunk_mb * 2 ** 20 / 4, 0 if expected else trials, H * T + 2
             tile = int(floats / 4 / ((H + 5) * D))      # pairs at once, of which vectors of width D are held
             pairs = int(floats / 2 / (10 * K + 4 * M))  # pairs at once, of which all else is held
@@ -375,16 +368,16 @@ class TMASS(nn.Module):
             texts = t, F.normalize(t, dim=-1), self.pool.query(t)
             for j in range(0, V, v):
                 fj = f[j:j + v].to(t.device).float()
-                unit = F.normalize(fj, dim=-1)
-                videos = None if few else Videos(unit, *self.pool.span(fj))
+                unit, span = F.normalize(fj, dim=-1), None if few else self.pool.span(fj)
                 for i in range(0, N, n):
                     ti, unit_ti, q = (x[i:i + n] for x in texts)
+                    S = None if noise is None else torch.einsum("nd,vtd->vnt", unit_ti, unit)  # cos(t, f_j)
                     if few:
-                        S = torch.einsum("nd,vtd->nvt", unit_ti, unit)
-                        block = best_cosine(ti[:, None], self.pool(ti, fj), self.radius(S), noise)
+                        r = None if noise is None else self.radius(S)
+                        block = best_cosine(ti, self.pool(ti, fj).transpose(0, 1), r, noise)  # video first, as below
                     else:
-                        block = self._score_block(ti, unit_ti, q, videos, noise, max(1, tile // n)).T
-                    sims[i:i + n, j:j + v] = block
+                        block = self._score_block(ti, q, S, *span, noise, max(1, tile // n))
+                    sims[i:i + n, j:j + v] = block.T
             return sims
 
     def _noise(self, trials, seed, expected, device):
@@ -396,26 +389,25 @@ class TMASS(nn.Module):
         mean, std = (0.5, 12 ** -0.5) if self.prior == "uniform" else (0.0, self.prior_std)
         return mean, std, largest_of_normals(trials)
 
-    def _score_block(self, t, unit, q, videos, noise, tile):
-        """Scores by the algebra of XPool.span, video first. t, unit (N,D), q as of pool.query; tile: videos at once -> (V,N)."""
-        V, _, D = videos.Z.shape
-        c = self.pool.coefficients(q, videos)                             # v = Σ_k c_k Z_k  (V,K,N)
-        S = dots(unit, videos.unit).mT                                    # cos(t, f_j)  (V,N,T)
+    def _score_block(self, t, q, S, terms, Z, noise, tile):
+        """Scores by the algebra of XPool.span. t (N,D), q: pool.query(t), S (V,N,T), tile: videos at once -> (V,N)."""
+        V, _, D = Z.shape
+        c = self.pool.coefficients(q, terms)                              # v = Σ_k c_k Z_k  (V,K,N)
         if self.radius.kind == "linear" and noise is not None:
             parts = [slice(j, j + tile) for j in range(0, V, tile)]
-            return torch.cat([best_cosine(t, c[j].mT @ videos.Z[j], self.radius(S[j]), noise) for j in parts])
-        # One R per pair leaves the products, and nothing of width D is left: t·v = Σ_k c_k (t·Z_k), |v|² = cᵀ (Z Zᵀ) c.
-        tv, tt = (dots(t, videos.Z) * c).sum(1), t.square().sum(-1)       # (V,N), (N)
-        vv = (videos.ZZ @ c * c).sum(1).clamp_min(1e-16)                  # (V,N)
+            return torch.cat([best_cosine(t, c[j].mT @ Z[j], self.radius(S[j]), noise) for j in parts])
+        # One R for all dimensions leaves the products, and nothing is D wide: t·v = Σ_k c_k (t·Z_k), |v|² = cᵀ Z Zᵀ c.
+        tv, tt = (dots(t, Z) * c).sum(1), t.square().sum(-1)              # (V,N), (N)
+        vv = (Z @ Z.mT @ c * c).sum(1).clamp_min(1e-16)                   # (V,N)
         if noise is None:
             return tv / (vv * tt.clamp_min(1e-16)).sqrt()
         r = self.radius.scalar(S)                                         # (V,N)
         if torch.is_tensor(noise):
             e, r = noise.T, r.unsqueeze(-1)                           # (D,M), (V,N,1)
-            rv, rt, rr = r * (c.mT @ (videos.Z @ e)), r * (t @ e), r.square() * e.square().sum(0)
+            rv, rt, rr = r * (c.mT @ (Z @ e)), r * (t @ e), r.square() * e.square().sum(0)
             return cosines(tv, vv, tt, rv, rt, rr).amax(-1)
         mean, std, largest = noise                                        # expected_cosine by its products
-        cv = tv + mean * r * (videos.Z.sum(-1, keepdim=True) * c).sum(1)
+        cv = tv + mean * r * (Z.sum(-1, keepdim=True) * c).sum(1)
         cc = tt + 2 * mean * r * t.sum(-1) + D * (mean * r).square()
         tau2 = (cc + D * (std * r).square()).clamp_min(1e-16)
         k = cv / tau2
@@ -425,23 +417,19 @@ class TMASS(nn.Module):
 
 # ---- checkpoints ----
 
-FORMAT, VERSION = "tmass", 1
-
-
 def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
-    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, and whatever training
-    state is given (tensors and plain values only).
+    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, state.
 
-    Written beside the target under a name of its own, flushed to disk, renamed: a kill at any moment leaves the old file or the
-    new one. Weights that are not finite are not written. Raises WeightsError.
+    state: tensors and plain values only. Written beside the target under a name of its own, flushed to disk, renamed:
+    a kill at any moment leaves the old file or the new one. Refuses weights that are not finite. Raises WeightsError.
     """
     path = os.fspath(path)
     kept = f"an earlier {path}, if any, is intact"
-    content = dict(format=FORMAT, version=VERSION, config=config, clip=model.clip.config, tmass=model.config,
+    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
                    model=model.state_dict() if weights is None else weights,
                    merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
     if broken := not_finite(model.state_dict()) or not_finite(content["model"]):
-        raise WeightsError(f"checkpoint {path} is not written, because weights are not finite ({listed(broken)}): {kept}")
+        raise WeightsError(f"checkpoint {path} not written: weights that are not finite ({listed(broken)}); {kept}")
     part = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
         with open(part, "xb") as file:
@@ -472,13 +460,13 @@ def not_finite(state):
 def load_checkpoint(name_or_path, activation=None):
     """A name or file of weights -> (model in eval mode on the CPU, tokenizer, config dict).
 
-    A checkpoint of ours, or a released T-MASS or X-Pool one; or any CLIP that `load_clip` takes, by name ("ViT-B/32") or file:
-    then nothing was trained further, frames are pooled by `query`, and the mass has no radius (config: zero_shot=True).
-    activation: quickgelu or gelu, where the file's is not known rightly.
+    A checkpoint of ours, or a released T-MASS or X-Pool one; or any CLIP that `load_clip` takes, by name or file: then
+    nothing was trained further, frames are pooled by `query`, and radius is none (config: zero_shot=True).
+    activation: quickgelu or gelu, where what the file says of it is wrong.
     """
     path, quick_gelu = find_weights(name_or_path), None if activation is None else activation == "quickgelu"
     content = read_weights(path)
-    load = _load_ours if content.get("format") == FORMAT else _load_foreign
+    load = _load_ours if content.get("format") == "tmass" else _load_foreign
     model, tokenizer, config = load(content, path, quick_gelu)
     if broken := not_finite(model.state_dict()):
         print(f"warning: {path}: weights that are not finite ({listed(broken)}): its scores mean nothing")
@@ -488,8 +476,8 @@ def load_checkpoint(name_or_path, activation=None):
 def _load_ours(content, path, quick_gelu):
     """What save_checkpoint wrote -> (model, tokenizer, config)."""
     try:
-        if content["version"] != VERSION:
-            raise WeightsError(f"it is of version {content['version']}, and this program reads version {VERSION}")
+        if content["version"] != 1:
+            raise WeightsError(f"it is of version {content['version']}, and this program reads version 1")
         sizes = content["clip"] if quick_gelu is None else dict(content["clip"], quick_gelu=quick_gelu)
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
             model = TMASS(CLIP(**sizes), **content["tmass"])
@@ -497,15 +485,16 @@ def _load_ours(content, path, quick_gelu):
         return model, Tokenizer(content["merges"], content["context_length"]), dict(content["config"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {why}; use the program that wrote it, "
-                           "or train again") from None
+        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {why}; "
+                           "use the program that wrote it, or train again") from None
 
 
-RELEASED_NAMES = {"pool_frames.": "pool.", "stochastic.std_branch.": "radius.", "cross_attn.": "", "_proj.": ".", "layer_norm": "ln"}
+RELEASED_NAMES = {"pool_frames.": "pool.", "stochastic.std_branch.": "radius.", "cross_attn.": "", "_proj.": ".",
+                  "layer_norm": "ln"}  # part of a name there -> here
 
 
 def _load_foreign(content, path, quick_gelu):
-    """A released checkpoint (HF's CLIP under clip., pool_frames, stochastic), or a CLIP alone -> (model, tokenizer, config)."""
+    """A released checkpoint (HF's CLIP, pool_frames, stochastic), or a CLIP alone -> (model, tokenizer, config)."""
     state, head = state_dict_in(content), {}
     released = any(key.startswith("pool_frames.") for key in state)
     try:
@@ -514,7 +503,7 @@ def _load_foreign(content, path, quick_gelu):
         also = "" if released else "; nor is it a checkpoint of train.py or of the released code"
         raise WeightsError(f"{error}{also}") from None
     for key, x in state.items() if released else ():
-        if not key.startswith("clip.") and key != "stochastic.std_branch.learnable_scalar":  # unused there, and uninitialised
+        if not key.startswith("clip.") and key != "stochastic.std_branch.learnable_scalar":  # never used
             for theirs, ours in RELEASED_NAMES.items():
                 key = key.replace(theirs, ours)
             head[key] = x.float()

@@ -1,4 +1,4 @@
-"""clip_model.py: tokenizer, towers, and the weights that people have, against third-party code where that is installed."""
+"""clip_model.py: tokenizer, towers, and the weights that people have, against third-party code where installed."""
 import csv
 import gzip
 import hashlib
@@ -13,7 +13,8 @@ import torch
 import clip_model
 from clip_model import CLIP, Tokenizer, WeightsError, load_clip, read_weights, to_openai_names
 
-TEXTS = ["a red circle on black", "", "  TWO   dogs,\tplaying!  ", "it's 2024: we're the BEST", "!!!...???", "x" * 300, "word " * 500,
+TEXTS = ["a red circle on black", "", "  TWO   dogs,\tplaying!  ", "it's 2024: we're the BEST", "!!!...???",
+         "x" * 300, "word " * 500,
          "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u00df \u0130 1/2 \u00bd \u2167 x\u00b2",
          "fish &amp;amp; chips &lt;b&gt; &quot;hi&quot; &#233;", "<i>fish</i> &amp;amp; chips",
          "\u00e2\u20ac\u0153broken\u00e2\u20ac\ufffd quotes\u00e2\u20ac\u2122s",
@@ -54,7 +55,8 @@ def test_every_text_comes_back(merges):
 def test_batches_are_as_long_as_their_longest_text_and_cut_texts_keep_their_end():
     tok = Tokenizer(context_length=10)
     ids = tok(["ab", "abcd", ""])
-    assert ids.tolist() == [[512, *tok.encode("ab"), 513, 0, 0], [512, *tok.encode("abcd"), 513], [512, 513, 0, 0, 0, 0]]
+    assert ids.tolist() == [[512, *tok.encode("ab"), 513, 0, 0], [512, *tok.encode("abcd"), 513],
+                            [512, 513, 0, 0, 0, 0]]
     assert ids.argmax(-1).tolist() == [3, 5, 1]
     ids = tok(["a", "abcdefghijklmnop"])
     assert ids.shape == (2, 10) and ids[1, -1] == tok.end and tok.decode(ids[1]) == "abcdefgh"
@@ -79,7 +81,8 @@ def test_clip_ids_of_known_captions(clip_tokenizer):
 
 
 def captions(shared):
-    texts = [c for video in json.loads((shared / "msvd" / "captions_msvd.json").read_text()).values() for c in video[:4]]
+    videos = json.loads((shared / "msvd" / "captions_msvd.json").read_text()).values()
+    texts = [caption for video in videos for caption in video[:4]]
     for name in ("didemo_test_label", "didemo_val_label"):
         with open(shared / "didemo" / f"{name}.csv", newline="", encoding="utf-8") as file:
             texts += [row["text"] for row in csv.DictReader(file)]
@@ -119,18 +122,21 @@ def test_shapes_config_and_state_dict():
     clip = tiny(quick_gelu=False)
     images, ids = torch.randn(3, 3, 16, 16), Tokenizer()(["a", "red circle"])
     assert clip.encode_image(images).shape == (3, 24) and clip.encode_text(ids).shape == (2, 24)
-    assert clip.config == TINY | {"quick_gelu": False} and CLIP(**clip.config).state_dict().keys() == clip.state_dict().keys()
+    assert clip.config == TINY | {"quick_gelu": False}
+    assert CLIP(**clip.config).state_dict().keys() == clip.state_dict().keys()
     again = CLIP.from_state_dict(clip.half().state_dict(), quick_gelu=False)
     assert again.config == clip.config and all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
     clip.float()
-    assert torch.equal(again.encode_image(images), clip.encode_image(images)) and torch.equal(again.encode_text(ids), clip.encode_text(ids))
+    assert torch.equal(again.encode_image(images), clip.encode_image(images))
+    assert torch.equal(again.encode_text(ids), clip.encode_text(ids))
     with torch.no_grad():
         CLIP.from_state_dict(clip.state_dict()).logit_scale.zero_()
     assert clip.logit_scale != 0  # a copy, not a view of the given weights
 
 
 def test_uint8_images_are_scaled_and_normalised():
-    clip, x = tiny(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip, x = tiny(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8,
+                                    generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip_model.MEAN, clip_model.STD))
     torch.testing.assert_close(clip.encode_image(x), clip.encode_image((x / 255 - mean) / std))
 
@@ -276,19 +282,23 @@ def test_released_checkpoints_give_their_clip(prefix, tmp_path):
     torch.save({"epoch": 5, "state_dict": sd, "optimizer": {}}, tmp_path / "model_best.pth")
     images, ids = batch(TINY)
     with torch.no_grad():
-        assert_same_features(load_clip(tmp_path / "model_best.pth"), TINY, hf.get_image_features(images), hf.get_text_features(ids))
+        assert_same_features(load_clip(tmp_path / "model_best.pth"), TINY, hf.get_image_features(images),
+                             hf.get_text_features(ids))
     del sd[f"{prefix}vision_model.encoder.layers.1.self_attn.k_proj.bias"]
     torch.save({"state_dict": sd}, tmp_path / "model_best.pth")
-    with pytest.raises(WeightsError, match="model_best.pth: .*missing: visual.transformer.resblocks.1.attn.k_proj.bias"):
+    with pytest.raises(WeightsError,
+                       match="model_best.pth: .*missing: visual.transformer.resblocks.1.attn.k_proj.bias"):
         load_clip(tmp_path / "model_best.pth")
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind, file, quick", [("CLIP", "epoch_5.pt", False), ("CustomTextCLIP", "vit_b_32-quickgelu-laion400m.pt", True)])
+@pytest.mark.parametrize("kind, file, quick", [("CLIP", "epoch_5.pt", False),
+                                               ("CustomTextCLIP", "vit_b_32-quickgelu-laion400m.pt", True)])
 def test_open_clip_weights_give_open_clip_features(kind, file, quick, size, tmp_path, capsys):
     model = pytest.importorskip("open_clip.model")
     torch.manual_seed(0)
-    vision = model.CLIPVisionCfg(size["vision_layers"], size["vision_width"], patch_size=size["patch_size"], image_size=size["image_size"])
+    vision = model.CLIPVisionCfg(size["vision_layers"], size["vision_width"], patch_size=size["patch_size"],
+                                 image_size=size["image_size"])
     text = model.CLIPTextCfg(vocab_size=size["vocab_size"], width=size["text_width"], heads=size["text_width"] // 64,
                              layers=size["text_layers"])
     theirs = shaken(getattr(model, kind)(size["embed_dim"], vision, text, quick_gelu=quick))
@@ -297,7 +307,8 @@ def test_open_clip_weights_give_open_clip_features(kind, file, quick, size, tmp_
         sd = {"epoch": 5, "name": "run", "state_dict": {f"module.{k}": v for k, v in sd.items()}}
     torch.save(sd, tmp_path / file)
     clip = load_clip(tmp_path / file)
-    assert clip.config == size | {"quick_gelu": quick} and f", {'QuickGELU' if quick else 'GELU'} (an open_clip" in capsys.readouterr().out
+    assert clip.config == size | {"quick_gelu": quick}
+    assert f", {'QuickGELU' if quick else 'GELU'} (an open_clip" in capsys.readouterr().out
     images, ids = batch(size)
     with torch.no_grad():
         assert_same_features(clip, size, theirs.encode_image(images), theirs.encode_text(ids))
@@ -305,10 +316,12 @@ def test_open_clip_weights_give_open_clip_features(kind, file, quick, size, tmp_
     assert load_clip(tmp_path / file).config["quick_gelu"] != quick
 
 
-@pytest.mark.parametrize("name, quick", [("ViT-B-32_openai.pt", True), ("vit_b_32-quickgelu-laion.pt", True), ("laion2b_b79k.bin", False)])
-def test_the_activation_of_open_clip_files_goes_by_their_name_unless_told(name, quick, tmp_path):
+@pytest.mark.parametrize("name, quick", [("ViT-B-32_openai.pt", True), ("vit_b_32-quickgelu-laion.pt", True),
+                                         ("laion2b_b79k.bin", False)])
+def test_the_activation_of_open_clip_files_goes_by_their_name_unless_told(name, quick, tmp_path, capsys):
     torch.save(tiny().state_dict(), tmp_path / name)
     assert load_clip(tmp_path / name).config["quick_gelu"] is quick
+    assert f"to change: --activation {'gelu' if quick else 'quickgelu'})" in capsys.readouterr().out
     assert load_clip(tmp_path / name, quick_gelu=not quick).config["quick_gelu"] is not quick
 
 
@@ -369,7 +382,8 @@ def test_files_that_are_no_weights(tmp_path):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pt")
     save_archive(tmp_path / "whole.archive")
     (tmp_path / "cut archive.pt").write_bytes((tmp_path / "whole.archive").read_bytes()[:-20_000])
-    faults = {"truncated": ["cut good.pt", "cut old.pt", "cut archive.pt", "empty.pt", "text.pt", "zip.pt"], "list": ["list.pt"],
+    faults = {"truncated": ["cut good.pt", "cut old.pt", "cut archive.pt", "empty.pt", "text.pt", "zip.pt"],
+              "list": ["list.pt"],
               "named": ["numbered.pt"], "any code": ["object.pt"], "epoch": ["value.pt"], "conv1.weight": ["resnet.pt"],
               "truncated|pip install": ["text.safetensors"], "no such file.*ViT-B/16": ["missing.pt"], "a folder": [""]}
     for expected, name in [(expected, name) for expected, names in faults.items() for name in names]:
@@ -381,7 +395,7 @@ def test_files_that_are_no_weights(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- downloads
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A real HTTP server of the files in `files`; a body of None is answered with 404, `cut` ones stop in the middle."""
+    """A real HTTP server of the files in `files`; a body of None is answered with 404, `cut` ones stop midway."""
     class Handler(http.server.BaseHTTPRequestHandler):
         files, cut, asked = {}, set(), []
 
@@ -431,7 +445,8 @@ def test_a_name_is_downloaded_once_and_then_used_offline(server, archive, capfd)
     assert load_clip("ViT-B/32").config["embed_dim"] == 24 and len(server.asked) == 1
 
 
-@pytest.mark.parametrize("fault, says", [("other", "invalid hash"), ("cut", "invalid hash"), ("gone", "404"), ("offline", "refused")])
+@pytest.mark.parametrize("fault, says", [("other", "invalid hash"), ("cut", "invalid hash"), ("gone", "404"),
+                                         ("offline", "refused")])
 def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(fault, says, server, archive, monkeypatch):
     body, path = archive
     if fault == "other":
@@ -490,7 +505,8 @@ def test_preprocessing_is_pils_bicubic_pipeline_within_two_levels():
     g = torch.Generator().manual_seed(0)
     for H, W in ((240, 320), (360, 203), (480, 854), (120, 160), (224, 224)):
         waves = torch.nn.functional.interpolate(torch.rand(2, 3, 9, 12, generator=g), size=(H, W), mode="bicubic")
-        edges = (torch.rand(2, 3, H // 16 + 1, W // 16 + 1, generator=g) < 0.2).float().repeat_interleave(16, 2).repeat_interleave(16, 3)
+        edges = (torch.rand(2, 3, H // 16 + 1, W // 16 + 1, generator=g) < 0.2).float()
+        edges = edges.repeat_interleave(16, 2).repeat_interleave(16, 3)
         frames = ((waves + edges[..., :H, :W] + 0.05 * torch.randn(2, 3, H, W, generator=g)) * 160).clamp(0, 255).byte()
         ours, theirs = test_transform(224)(frames), []
         for frame in frames:
@@ -498,12 +514,14 @@ def test_preprocessing_is_pils_bicubic_pipeline_within_two_levels():
             picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((w, h), Image.BICUBIC)
             left, top = round((w - 224) / 2), round((h - 224) / 2)
             picture = picture.crop((left, top, left + 224, top + 224))
-            theirs.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1))
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            theirs.append(pixels.view(224, 224, 3).permute(2, 0, 1))
         theirs = torch.stack(theirs)
         assert ours.dtype == torch.uint8 and ours.shape == theirs.shape == (2, 3, 224, 224)
         levels = (ours.float() - theirs.float()).abs()
         with torch.no_grad():
             a, b = clip.encode_image(ours), clip.encode_image((theirs / 255 - mean) / std)
         moved = ((a - b).norm(dim=-1) / b.norm(dim=-1)).max()
-        print(f"{H}x{W}: off by {levels.mean():.3f} levels of 255 on average, {levels.max():.0f} at most; embedding by {moved:.1e}")
+        print(f"{H}x{W}: off by {levels.mean():.3f} levels of 255 on average, {levels.max():.0f} at most; "
+              f"embedding by {moved:.1e}")
         assert levels.mean() <= 2 and moved < 0.01

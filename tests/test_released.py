@@ -1,4 +1,4 @@
-"""The released code's side: its evaluation protocol, literally, and its checkpoints, whose tensors must give the same through us."""
+"""The released code's evaluation protocol, literally, and its checkpoints: their tensors must give the same here."""
 import csv
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ D, T = 64, 12
 
 @torch.no_grad()
 def literal_released(model, t, f, caption_of, trials):
-    """The sample is picked with the honestly pooled video and scored with the video pooled by its own caption; pair by pair."""
+    """The honestly pooled video picks the sample; it is scored with the one pooled by its own caption; pair by pair."""
     out = torch.empty(len(t), len(f))
     for i in range(len(t)):
         for j in range(len(f)):
@@ -31,9 +31,10 @@ def literal_released(model, t, f, caption_of, trials):
 
 
 @pytest.mark.parametrize("method", [
-    dict(prior=prior, radius=radius, heads=heads, frames=frames, pooling=pooling) for prior, radius, heads, frames, pooling in (
+    dict(zip(("prior", "radius", "heads", "frames", "pooling"), values)) for values in (
         ("normal", "linear", 1, 4, "xpool"), ("uniform", "linear", 4, 12, "xpool"), ("normal", "scaled", 2, 3, "xpool"),
-        ("uniform", "mean", 1, 4, "xpool"), ("normal", "none", 1, 7, "xpool"), ("normal", "linear", 1, 5, "query"))], ids=str)
+        ("uniform", "mean", 1, 4, "xpool"), ("normal", "none", 1, 7, "xpool"),
+        ("normal", "linear", 1, 5, "query"))], ids=str)
 @pytest.mark.parametrize("trials", [0, 1, 8])
 def test_released_scores_equal_the_literal_protocol(method, trials):
     """More texts than videos, captions of the videos in any order among them."""
@@ -44,7 +45,8 @@ def test_released_scores_equal_the_literal_protocol(method, trials):
     assert (got - want).abs().max() < 5e-6
     honest = model.score(t, f, trials)
     own = got[caption_of, torch.arange(6)]
-    assert (own - honest[caption_of, torch.arange(6)]).abs().max() < 5e-6 and (got - honest).abs().max() > 1e-3  # they differ elsewhere
+    assert (own - honest[caption_of, torch.arange(6)]).abs().max() < 5e-6
+    assert (got - honest).abs().max() > 1e-3  # elsewhere they differ
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +63,18 @@ def released(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1, projection_dim=D)
-    hf = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=D, text_config=dict(size, vocab_size=49408, eos_token_id=49407),
+    hf = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=D,
+                                                        text_config=dict(size, vocab_size=49408, eos_token_id=49407),
                                                         vision_config=dict(size, image_size=32, patch_size=16)))
     state = {f"clip.{k}": x for k, x in hf.state_dict().items()}
     for name in ("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.out_proj", "linear_proj"):
-        state[f"pool_frames.{name}.weight"], state[f"pool_frames.{name}.bias"] = torch.eye(D) + 0.1 * torch.randn(D, D), 0.1 * torch.randn(D)
+        state[f"pool_frames.{name}.weight"] = torch.eye(D) + 0.1 * torch.randn(D, D)
+        state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
     for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
-        state[f"pool_frames.{name}.weight"], state[f"pool_frames.{name}.bias"] = 1 + 0.1 * torch.randn(D), 0.1 * torch.randn(D)
-    state["stochastic.std_branch.linear_proj.weight"], state["stochastic.std_branch.linear_proj.bias"] = 0.3 * torch.randn(D, T), 0.1 * torch.randn(D)
+        state[f"pool_frames.{name}.weight"] = 1 + 0.1 * torch.randn(D)
+        state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
+    state["stochastic.std_branch.linear_proj.weight"] = 0.3 * torch.randn(D, T)
+    state["stochastic.std_branch.linear_proj.bias"] = 0.1 * torch.randn(D)
     state["stochastic.std_branch.learnable_scalar"] = torch.tensor([float("nan")])  # uninitialised there
     path = tmp_path_factory.mktemp("released") / "model_best.pth"
     torch.save(dict(epoch=5, state_dict=state, optimizer={"param_groups": []}), path)
@@ -79,15 +85,19 @@ def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     path, state, hf = released
     model, tokenizer, config = load_checkpoint(path)
-    assert config["released"] and model.config["radius"] == "linear" and model.config["prior"] == "uniform" and model.frames == T
+    assert config["released"] and model.config["radius"] == "linear" and model.config["prior"] == "uniform"
+    assert model.frames == T
     assert tokenizer.vocab_size == 49408
     get = lambda name: state[f"pool_frames.{name}"]  # noqa: E731
-    for ours, theirs in (("q", "cross_attn.q_proj"), ("out", "cross_attn.out_proj"), ("linear", "linear_proj"), ("ln2", "layer_norm2")):
-        assert torch.equal(getattr(model.pool, ours).weight, get(theirs + ".weight")) and torch.equal(getattr(model.pool, ours).bias, get(theirs + ".bias"))
+    for ours, theirs in (("q", "cross_attn.q_proj"), ("out", "cross_attn.out_proj"), ("linear", "linear_proj"),
+                         ("ln2", "layer_norm2")):
+        assert torch.equal(getattr(model.pool, ours).weight, get(theirs + ".weight"))
+        assert torch.equal(getattr(model.pool, ours).bias, get(theirs + ".bias"))
     g = torch.Generator().manual_seed(1)
     t, f = torch.randn(3, D, generator=g), torch.randn(2, T, D, generator=g)
     S = torch.nn.functional.cosine_similarity(t[0], f[0], dim=-1)
-    literal = torch.exp(S @ state["stochastic.std_branch.linear_proj.weight"].T + state["stochastic.std_branch.linear_proj.bias"])
+    W, b = (state[f"stochastic.std_branch.linear_proj.{x}"] for x in ("weight", "bias"))
+    literal = torch.exp(S @ W.T + b)
     torch.testing.assert_close(literal_radius(model, S), literal)
     torch.testing.assert_close(model.radius(S), literal)
     torch.testing.assert_close(model.pool(t, f)[0, 1], literal_pool(model, t[0], f[1]), atol=2e-5, rtol=1e-4)
@@ -97,13 +107,15 @@ def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
         theirs = hf.eval().get_text_features(ids)
         pixels = torch.randn(2, 3, 32, 32, generator=g)
         torch.testing.assert_close(model.encode_text(ids), theirs, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(model.encode_video(pixels[:, None])[:, 0], hf.get_image_features(pixels), atol=1e-5, rtol=1e-4)
+        f = model.encode_video(pixels[:, None])[:, 0]
+        torch.testing.assert_close(f, hf.get_image_features(pixels), atol=1e-5, rtol=1e-4)
 
 
 def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     _, state, _ = released
-    torch.save(dict(state_dict={k: x for k, x in state.items() if not k.startswith("stochastic.")}), tmp_path / "xpool.pth")
+    torch.save(dict(state_dict={k: x for k, x in state.items() if not k.startswith("stochastic.")}),
+               tmp_path / "xpool.pth")
     model, _, _ = load_checkpoint(tmp_path / "xpool.pth")
     assert model.config["radius"] == "none"
     t, f = torch.randn(2, D), torch.randn(2, T, D)
@@ -112,7 +124,8 @@ def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("change, named", [(lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
                                            (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool.extra"),
-                                           (lambda s: s.update({"stochastic.other": torch.ones(1)}), "stochastic.other")])
+                                           (lambda s: s.update({"stochastic.other": torch.ones(1)}),
+                                            "stochastic.other")])
 def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, change, named):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     state = dict(released[1])
@@ -125,7 +138,8 @@ def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, ch
 def archive(clip, path):
     """A CLIP as OpenAI's files hold it: TorchScript, half precision, three size entries. -> its SHA-256"""
     holder = torch.nn.Module()
-    for name, x in (*clip.state_dict().items(), ("input_resolution", torch.tensor(32)), ("context_length", torch.tensor(77)),
+    for name, x in (*clip.state_dict().items(),
+                    ("input_resolution", torch.tensor(32)), ("context_length", torch.tensor(77)),
                     ("vocab_size", torch.tensor(49408))):
         *modules, last = name.split(".")
         at = holder
@@ -143,7 +157,8 @@ def archive(clip, path):
 def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, form):
     """Nothing trained further: query pooling, no radius, CLIP's vocabulary; the file is read once."""
     monkeypatch.setenv("TMASS_CACHE", str(cache))
-    hf, path = released[2], tmp_path / {"safetensors": "clip.safetensors", "open_clip": "openai.bin"}.get(form, "clip.pt")
+    names = {"safetensors": "clip.safetensors", "open_clip": "openai.bin"}
+    hf, path = released[2], tmp_path / names.get(form, "clip.pt")
     clip = clip_model.CLIP.from_state_dict(clip_model.to_openai_names(hf.state_dict()))
     if form == "HF":
         torch.save(hf.state_dict(), path)
@@ -183,7 +198,8 @@ def test_the_activation_of_a_trained_checkpoint_can_be_put_right(released, cache
 
 def test_what_is_neither_a_file_nor_a_name_and_a_clip_of_other_words(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
-    with pytest.raises(WeightsError, match="ViT-B/31: no such file, and none of the names ViT-B/32, ViT-B/16, ViT-L/14"):
+    with pytest.raises(WeightsError,
+                       match="ViT-B/31: no such file, and none of the names ViT-B/32, ViT-B/16, ViT-L/14"):
         load_checkpoint("ViT-B/31")
     torch.save(make().clip.state_dict(), tmp_path / "small.pt")
     with pytest.raises(WeightsError, match="small.pt: a CLIP of 514 tokens, and CLIP's vocabulary has 49408"):
@@ -197,14 +213,16 @@ def test_evaluating_a_released_checkpoint_shows_both_numbers(released, cache, ru
         for i in range(4):
             write_video(tmp_path / f"{i}.mp4", numbered(16)[i * 4:i * 4 + 4])
             rows.writerow((f"{i}.mp4", f"picture number {i}"))
-    done = run("eval.py", "--ckpt", released[0], "--data", tmp_path / "my.csv", "--released-protocol", env={"TMASS_CACHE": str(cache)})
+    done = run("eval.py", "--ckpt", released[0], "--data", tmp_path / "my.csv", "--released-protocol",
+               env={"TMASS_CACHE": str(cache)})
     assert done.returncode == 0, done.stderr
     assert "4 texts, 4 videos" in done.stdout and done.stdout.count("t2v") == 2 and "LEAKING" in done.stdout
 
 
 def test_without_the_vocabulary_the_message_says_what_goes_where(released, tmp_path, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", str(tmp_path))
-    monkeypatch.setattr(clip_model, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")  # nothing listens there
+    # nothing listens there
+    monkeypatch.setattr(clip_model, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")
     with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz") as error:
         load_checkpoint(released[0])
     assert str(tmp_path) in str(error.value)

@@ -1,4 +1,4 @@
-"""The method piece by piece against literal loops, the exact scorer against the literal formula, and the leak invariants of the scorer."""
+"""The method piece by piece against literal loops, the scorer against the literal formula, and its leak invariants."""
 import inspect
 import math
 import os
@@ -27,7 +27,8 @@ D, T = 64, 4
 
 
 def tiny_clip():
-    return CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16, vocab_size=514, text_width=64, text_layers=1)
+    return CLIP(embed_dim=D, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16,
+                vocab_size=514, text_width=64, text_layers=1)
 
 
 def make(seed=0, shake=0.1, **method):
@@ -42,7 +43,8 @@ def make(seed=0, shake=0.1, **method):
 
 def features(N, V, seed=1, frames=T):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(N, D, generator=g), torch.randn(V, 1, D, generator=g) + 0.7 * torch.randn(V, frames, D, generator=g)
+    t, v = torch.randn(N, D, generator=g), torch.randn(V, 1, D, generator=g)
+    return t, v + 0.7 * torch.randn(V, frames, D, generator=g)
 
 
 def layer_norm(x, ln):
@@ -99,9 +101,10 @@ def literal_score(model, t, f, trials, seed=24):
     return out
 
 
-METHODS = [dict(), dict(heads=4), dict(pooling="mean"), dict(radius="none"), dict(radius="mean"), dict(radius="scaled"), dict(prior="uniform"),
-           dict(radius="scaled", heads=2, prior_std=0.3), dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none"),
-           dict(pooling="query"), dict(pooling="query", radius="none"), dict(pooling="query", radius="scaled", prior="uniform")]
+METHODS = [dict(), dict(heads=4), dict(pooling="mean"), dict(radius="none"), dict(radius="mean"),
+           dict(radius="scaled"), dict(prior="uniform"), dict(radius="scaled", heads=2, prior_std=0.3),
+           dict(pooling="mean", radius="mean"), dict(pooling="mean", radius="none"), dict(pooling="query"),
+           dict(pooling="query", radius="none"), dict(pooling="query", radius="scaled", prior="uniform")]
 NAMES = [",".join(f"{k}={v}" for k, v in m.items()) or "default" for m in METHODS]
 
 
@@ -172,8 +175,10 @@ def test_radius_of_another_T_is_refused():
 
 def test_stochastic_and_support_text():
     t, v = torch.tensor([3.0, 0.0]), torch.tensor([3.0, 2.0])
-    assert torch.equal(stochastic_text(t, torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 0.5])), torch.tensor([2.0, 1.0]))
-    torch.testing.assert_close(support_text(t, v, torch.tensor([9.0, 0.25])), torch.tensor([3.0, 0.25]))  # direction (0, 1)
+    t_s = stochastic_text(t, torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 0.5]))
+    assert torch.equal(t_s, torch.tensor([2.0, 1.0]))
+    t_sup = support_text(t, v, torch.tensor([9.0, 0.25]))
+    torch.testing.assert_close(t_sup, torch.tensor([3.0, 0.25]))  # direction (0, 1)
     assert torch.isfinite(support_text(t, t, torch.ones(2))).all()  # v = t has no direction, and must not give nan
 
 
@@ -201,7 +206,10 @@ def test_losses_equal_literal(radius, support_video):
         z["stochastic"].append(t[i] + r * eps[i])
         z["support"].append(t[i] + (look - t[i]) / (look - t[i]).norm() * r)
     scale = float(model.clip.logit_scale.detach().exp())
-    want = {name: float(symmetric_cross_entropy(torch.tensor([[cos(x[i], v[i][j]) for j in range(N)] for i in range(N)]), scale)) for name, x in z.items()}
+    want = {}
+    for name, x in z.items():
+        sims = [[cos(x[i], v[i][j]) for j in range(N)] for i in range(N)]
+        want[name] = float(symmetric_cross_entropy(torch.tensor(sims), scale))
     got = model.losses(t, f, torch.Generator().manual_seed(5))
     for name in want:
         assert float(got[name]) == pytest.approx(want[name], abs=1e-4)
@@ -215,7 +223,8 @@ def test_radius_none_is_xpool():
     out = model.losses(t, f)
     assert torch.equal(out["loss"], out["ce"]) and torch.equal(out["stochastic"], out["ce"])
     assert torch.equal(model.score(t, f, 20), model.score(t, f, 0))
-    torch.testing.assert_close(model.score(t, f, 20), torch.cosine_similarity(t[:, None], model.pool(t, f), dim=-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.score(t, f, 20), torch.cosine_similarity(t[:, None], model.pool(t, f), dim=-1),
+                               atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -228,12 +237,14 @@ def test_gradient_reaches_every_parameter(method):
     out["loss"].backward()
     for name, p in model.named_parameters():
         dead = p.grad is None or not p.grad.abs().sum() > 0
-        assert not dead or name == "pool.k.bias", name  # a key bias moves all frames' logits alike, and softmax does not see it
+        # a key bias moves the logits of all frames alike, and softmax does not see it
+        assert not dead or name == "pool.k.bias", name
 
 
 def test_forward_is_repeatable_from_its_generator():
     model = make(dropout=0.4).train()
-    ids, video = torch.tensor([[512, 5, 513], [512, 7, 513]]), torch.randint(0, 256, (2, T, 3, 16, 16), dtype=torch.uint8)
+    ids = torch.tensor([[512, 5, 513], [512, 7, 513]])
+    video = torch.randint(0, 256, (2, T, 3, 16, 16), dtype=torch.uint8)
     a, b, c = (float(model(ids, video, torch.Generator().manual_seed(s))["loss"]) for s in (1, 1, 2))
     assert a == b != c
 
@@ -252,7 +263,8 @@ def test_prior(prior, std, mean, spread):
     eps = make(prior=prior, prior_std=std).noise(2000, 3)
     assert eps.shape == (2000, D)
     assert float(eps.mean()) == pytest.approx(mean, abs=0.01) and float(eps.std()) == pytest.approx(spread, rel=0.02)
-    assert torch.equal(eps, make(prior=prior, prior_std=std).noise(2000, 3)) and not torch.equal(eps, make(prior=prior).noise(2000, 4))
+    assert torch.equal(eps, make(prior=prior, prior_std=std).noise(2000, 3))
+    assert not torch.equal(eps, make(prior=prior).noise(2000, 4))
 
 
 # ---- leak invariants ----
@@ -282,8 +294,9 @@ def test_chunked_equals_whole(method, expected):
 
 
 def test_score_has_no_way_to_receive_the_owner():
-    """Its inputs are the two sides' features and numbers; it reads no attribute that training or evaluation could have left behind."""
-    assert list(inspect.signature(TMASS.score).parameters) == ["self", "t", "f", "trials", "seed", "expected", "chunk_mb"]
+    """Its inputs are the two sides' features and numbers; it reads nothing that training could have left behind."""
+    inputs = list(inspect.signature(TMASS.score).parameters)
+    assert inputs == ["self", "t", "f", "trials", "seed", "expected", "chunk_mb"]
     model = make()
     before = set(vars(model)) | set(model.state_dict())
     t, f = features(5, 5)
@@ -295,9 +308,10 @@ def test_score_has_no_way_to_receive_the_owner():
 def test_null_honest_is_at_chance_and_released_protocol_is_not():
     """Unpaired random features, sharpened attention: whoever finds 'the right' video has seen the ground truth.
 
-    Under the null hypothesis a text's rank is uniform on 1..V, so the mean of N ranks has mean (V+1)/2 and standard deviation at most
-    sqrt((V²-1)/12) (ranks of texts that share a gallery are correlated, hence one seed of the features per draw and the mean over 5 draws).
-    Honest must lie within 4 standard errors over draws; the released protocol must be better than chance by more than 6.
+    Under the null hypothesis a text's rank is uniform on 1..V, so the mean of N ranks has mean (V+1)/2 and standard
+    deviation at most sqrt((V²-1)/12) (ranks of texts that share a gallery are correlated, hence one seed of the
+    features per draw and the mean over 5 draws). Honest must lie within 4 standard errors over draws; the released
+    protocol must be better than chance by more than 6.
     """
     N, honest, leaking = 60, [], []
     for draw in range(5):
@@ -305,7 +319,8 @@ def test_null_honest_is_at_chance_and_released_protocol_is_not():
         model.pool.q.weight.data *= 6  # a trained model attends sharply; an untrained one takes nearly the mean
         t, f = features(N, N, seed=100 + draw)
         f = torch.randn(N, T, D, generator=torch.Generator().manual_seed(draw))  # diverse frames, unrelated to t
-        for sims, ranks in ((model.score(t, f, 10), honest), (released_scores(model, t, f, torch.arange(N), 10), leaking)):
+        released = released_scores(model, t, f, torch.arange(N), 10)
+        for sims, ranks in ((model.score(t, f, 10), honest), (released, leaking)):
             ranks.append(float((sims > sims.diagonal()[:, None]).sum(1).float().mean() + 1))
     chance, error = (N + 1) / 2, math.sqrt((N * N - 1) / 12 / N / 5)
     assert abs(sum(honest) / 5 - chance) < 4 * error, honest
@@ -326,7 +341,8 @@ def test_sample_cosines_equal_literal():
 def test_largest_of_normals():
     """By integrals known in closed form, and by counting."""
     root = math.sqrt(math.pi)
-    known = {1: 0, 2: 1 / root, 3: 1.5 / root, 4: 3 / root * (1 - 2 * math.acos(1 / 3) / (2 * math.pi)), 20: 1.86747505979832}
+    of_four = 3 / root * (1 - math.acos(1 / 3) / math.pi)
+    known = {1: 0, 2: 1 / root, 3: 1.5 / root, 4: of_four, 20: 1.86747505979832}
     for M, value in known.items():
         assert abs(largest_of_normals(M) - value) < 1e-9, M
     drawn = torch.randn(200_000, 7, generator=torch.Generator().manual_seed(0)).amax(1)
@@ -363,16 +379,17 @@ def test_expected_equals_its_formula(method):
     assert torch.equal(model.score(t, f, 9, seed=1, expected=True), model.score(t, f, 9, seed=2, expected=True))
 
 
-@pytest.mark.parametrize("method", [dict(), dict(prior_std=0.1), dict(prior="uniform"), dict(radius="mean", prior="uniform", heads=4)], ids=str)
+@pytest.mark.parametrize("method", [dict(), dict(prior_std=0.1), dict(prior="uniform"),
+                                    dict(radius="mean", prior="uniform", heads=4)], ids=str)
 def test_expected_is_nearer_to_the_mean_of_sampling_than_sampling_is(method):
-    """D = 512, M = 20, the mean over 1,000 independent sets of noise: the closed form errs at most a tenth as much as one set does."""
+    """D = 512, M = 20, 1,000 independent sets of noise: the closed form errs at most a tenth as much as one set."""
     torch.manual_seed(0)
-    clip = CLIP(embed_dim=512, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16, vocab_size=514,
-                text_width=64, text_layers=1)
+    clip = CLIP(embed_dim=512, image_size=16, patch_size=8, vision_width=64, vision_layers=1, context_length=16,
+                vocab_size=514, text_width=64, text_layers=1)
     model = TMASS(clip, frames=T, **method).eval()
     g = torch.Generator().manual_seed(1)
-    t, f = torch.randn(8, 512, generator=g), torch.randn(8, 1, 512, generator=g) + 0.7 * torch.randn(8, T, 512, generator=g)
-    f = f + 0.5 * t[:, None]  # cosines of up to about a half on the diagonal
+    t, v = torch.randn(8, 512, generator=g), torch.randn(8, 1, 512, generator=g)
+    f = v + 0.7 * torch.randn(8, T, 512, generator=g) + 0.5 * t[:, None]  # cosines of about a half on the diagonal
     with torch.no_grad():
         r = model.radius(tmass.cosine(t[:, None, None], f))
         samples = sample_cosines(t[:, None], model.pool(t, f), r, model.noise(20_000)).double()  # (8,8,20000)
@@ -380,11 +397,12 @@ def test_expected_is_nearer_to_the_mean_of_sampling_than_sampling_is(method):
     mean = sets.mean(-1)
     of_one, closed = (sets - mean[..., None]).abs().mean(), (model.score(t, f, 20, expected=True) - mean).abs().mean()
     assert closed < of_one / 10, (closed, of_one)
-    assert (model.score(t, f, 1, expected=True) - samples.mean(-1)).abs().mean() < of_one / 10  # M = 1: the mean of one sample
+    single = model.score(t, f, 1, expected=True)
+    assert (single - samples.mean(-1)).abs().mean() < of_one / 10  # the mean of one sample
 
 
 def test_score_memory_stays_within_its_budget():
-    """1,000 x 300 pairs, M = 20, width 256: the (pairs, M, D) tensor would take 6 GB; a fresh process may grow by the budget and little more."""
+    """1,000 x 300 pairs, M = 20, D = 256: (pairs, M, D) would take 6 GB; a process may grow by little over 64 MB."""
     code = f"""
 import resource, sys, torch
 sys.path[:0] = [{os.getcwd()!r}, {os.path.dirname(tmass.__file__)!r}]
@@ -408,7 +426,8 @@ def test_checkpoint_round_trip(tmp_path):
     model, tok, path = make(radius="scaled", heads=2), Tokenizer(["a b", "c d"], 16), tmp_path / "m.pt"
     save_checkpoint(path, model, tok, dict(data="shapes", seed=3), step=7)
     again, tok2, config = load_checkpoint(path)
-    assert config == dict(data="shapes", seed=3) and tok2.merges == tok.merges and tok2.context_length == 16 and again.config == model.config
+    assert config == dict(data="shapes", seed=3) and tok2.merges == tok.merges and tok2.context_length == 16
+    assert again.config == model.config
     t, f = features(3, 3)
     assert torch.equal(again.score(t, f), model.score(t, f)) and not again.training
     assert torch.load(path, weights_only=True)["step"] == 7
@@ -488,8 +507,10 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
     for make_bad, message in ((lambda: None, "m.pt: no such file, and none of the names ViT-B/32"),
                               (lambda: path.write_bytes(b""), "m.pt: no readable weights"),
                               (lambda: path.write_text("hello\n"), "m.pt: no readable weights"),
-                              (lambda: torch.save({"weight": torch.ones(2)}, path), "m.pt: not a CLIP.*nor is it a checkpoint of train.py"),
-                              (lambda: torch.save({"state_dict": 5}, path), "m.pt: .*none: state_dict; nor is it a checkpoint")):
+                              (lambda: torch.save({"weight": torch.ones(2)}, path),
+                               "m.pt: not a CLIP.*nor is it a checkpoint of train.py"),
+                              (lambda: torch.save({"state_dict": 5}, path),
+                               "m.pt: .*none: state_dict; nor is it a checkpoint")):
         make_bad()
         with pytest.raises(WeightsError, match=message) as error:
             load_checkpoint(path)
@@ -502,14 +523,18 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     (lambda c: c.pop("merges"), "it has no 'merges'"), (lambda c: c.pop("config"), "it has no 'config'"),
-    (lambda c: c.pop("version"), "it has no 'version'"), (lambda c: c.update(version=99), "version 99.* reads version 1"),
-    (lambda c: c.update(clip={}), "embed_dim"), (lambda c: c.update(clip=7), "m.pt"), (lambda c: c["clip"].update(shape=3), "shape"),
+    (lambda c: c.pop("version"), "it has no 'version'"),
+    (lambda c: c.update(version=99), "version 99.* reads version 1"), (lambda c: c.update(clip={}), "embed_dim"),
+    (lambda c: c.update(clip=7), "m.pt"), (lambda c: c["clip"].update(shape=3), "shape"),
     (lambda c: c["clip"].update(patch_size=0), "m.pt"), (lambda c: c["tmass"].update(temperature=3), "temperature"),
-    (lambda c: c["tmass"].update(pooling="max"), "unknown pooling 'max': choose"), (lambda c: c["tmass"].update(heads=0), "heads=0"),
-    (lambda c: c["tmass"].update(frames="four"), "m.pt"), (lambda c: c["tmass"].update(frames=9), "another size: radius.linear.weight"),
-    (lambda c: c["model"].pop("pool.ln1.bias"), "missing: pool.ln1.bias"), (lambda c: c["model"].update(new=torch.ones(1)), "unknown: new"),
+    (lambda c: c["tmass"].update(pooling="max"), "unknown pooling 'max': choose"),
+    (lambda c: c["tmass"].update(heads=0), "heads=0"), (lambda c: c["tmass"].update(frames="four"), "m.pt"),
+    (lambda c: c["tmass"].update(frames=9), "another size: radius.linear.weight"),
+    (lambda c: c["model"].pop("pool.ln1.bias"), "missing: pool.ln1.bias"),
+    (lambda c: c["model"].update(new=torch.ones(1)), "unknown: new"),
     (lambda c: c.update(model=5), "m.pt"), (lambda c: c["model"].update({"pool.ln1.bias": "x"}), "m.pt"),
-    (lambda c: c.update(merges=["a"]), "'a' is no merge"), (lambda c: c.update(merges=5), "m.pt"), (lambda c: c.update(config=5), "m.pt")])
+    (lambda c: c.update(merges=["a"]), "'a' is no merge"), (lambda c: c.update(merges=5), "m.pt"),
+    (lambda c: c.update(config=5), "m.pt")])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, change, says):
     path = tmp_path / "m.pt"
     save_checkpoint(path, make(), Tokenizer(), {})
@@ -524,6 +549,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, change, says):
 
 
 def test_unknown_choices_are_refused():
-    for wrong in (dict(radius="big"), dict(pooling="max"), dict(prior="cauchy"), dict(support_video="all"), dict(heads=7), dict(heads=0)):
+    for wrong in (dict(radius="big"), dict(pooling="max"), dict(prior="cauchy"), dict(support_video="all"),
+                  dict(heads=7), dict(heads=0)):
         with pytest.raises(WeightsError, match=str(next(iter(wrong.values())))):
             TMASS(tiny_clip(), **wrong)
