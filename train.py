@@ -73,7 +73,7 @@ def parser():
     g.add_argument("--videos", metavar="DIR", help="folder of the videos, where they lie apart from the annotations")
     g.add_argument("--val-videos", type=whole, help="msrvtt, charades: held out of train to choose the checkpoint (0)")
     g.add_argument("--skip-bad", action="store_true", help="leave out and list videos that are missing or broken")
-    g.add_argument("--cache", metavar="DIR", help="keep frames there as JPEG, so that a video is decoded once; advised")
+    g.add_argument("--cache", metavar="DIR", help="keep frames there, decoded once (none; for shapes ROOT/frames)")
     g.add_argument("--augment", choices=("crop-flip", "none"), help="one random crop and flip per video (recipe)")
     g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
                    help="processes that decode videos (default: %(default)s)")
