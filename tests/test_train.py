@@ -555,12 +555,14 @@ def test_one_run_per_out_at_a_time(here, start, monkeypatch, capsys):
 
 def test_ten_steps_that_are_not_finite_stop(here, monkeypatch, capsys):
     diverging = "--epochs", 20, "--head-lr", 10, "--weight-decay", 0, "--warmup", 0, "--save-every", 1
-    status, out, err = call(monkeypatch, capsys, *SMALL, *diverging)
+    Path("no-val.csv").write_text(Path("set/my.csv").read_text().replace(",val", ",train"))
+    status, out, err = call(monkeypatch, capsys, *SMALL, *diverging, "--data", "no-val.csv", "--root", "set")
     refused(status, out, err, "10 steps in a row, to ", "logit scale", "model.pt keeps the last good state, step")
     content = read_weights(here / "model.pt")
     assert f"keeps the last good state, step {content['step']};" in err and content["step"] < 26
     assert out.count("step skipped") >= 10
-    for kept in (content["model"], content["training"]["model"]):
+    refused(*call(monkeypatch, capsys, *SMALL, *diverging, "--out", "val.pt"), "scores are not finite numbers")
+    for kept in (content["model"], weights("val.pt"), read_weights("val.pt")["training"]["model"]):
         assert all(torch.isfinite(x).all() for x in kept.values())
 
 
