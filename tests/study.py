@@ -22,7 +22,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
 from shapes import ShapesVideos, shapes_of  # noqa: E402
-from tmass import cosine, load_checkpoint  # noqa: E402
+from tmass import cosine, largest_of_normals, load_checkpoint  # noqa: E402
 
 RESULTS, SHAPES = ROOT / "tests" / "study.jsonl", ROOT / "data" / "shapes"
 NORMAL = "--radius {} --prior normal --prior-std {} --support-weight {}"
@@ -111,7 +111,8 @@ def closed_form(model, t, f):
     s = cos·h + shift + bonus: the point text's cosine, shrunk by h = |t|/τ; what the prior's mean adds; E_M b. Beside
     them the mean of R, and the length of the noise over that of the text, σ|R|/|t|.
     """
-    mean, std, largest = model._noise(20, 24, True, "cpu")[1:]
+    mean, std = (0.5, 12 ** -0.5) if model.prior == "uniform" else (0, model.prior_std)
+    largest = largest_of_normals(20)
     out = {k: torch.empty(len(t), len(f)) for k in ("cos", "h", "shift", "bonus", "radius", "noise")}
     for rows in torch.arange(len(t)).split(25):
         t_i, v = t[rows, None], model.pool(t[rows], f)
