@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def escaped(text, keep=""):
-    """Names come from anywhere: what could move a terminal's cursor, or turn the direction of writing, is shown as \\x1b."""
+    """Names come from anywhere: what could move a terminal's cursor, or turn the writing round, is shown as \\x1b."""
     odd = lambda c: c not in keep and (unicodedata.category(c)[0] == "C" or c in "\u2028\u2029")
     return "".join(c.encode("unicode_escape").decode() if odd(c) else c for c in text)
 
