@@ -139,7 +139,7 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """The checkpoint in --out that --resume wants. Only a run without a step, or with --overwrite a finished one, goes."""
+    """What --resume wants of --out. Only a run without a step, or with --overwrite a finished one, may go."""
     out, old = args.out, {}
     if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
         raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
