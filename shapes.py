@@ -40,16 +40,16 @@ def escaped(text, keep=""):
     return "".join(c.encode("unicode_escape").decode() if odd(c) else c for c in text)
 
 
-def numeric(kind, least, most=2 ** 31 - 1, above=False):
-    """The type of a numeric option: int or float from least (or `above` it) to most; NaN and infinity are neither."""
+def numeric(kind, least, most=2 ** 31 - 1):
+    """The type of a numeric option: int or float from least to most; NaN and infinity are neither."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least < value if above else least <= value) or not value <= most:
-            says = f"a {'whole ' if kind is int else ''}number {'above' if above else 'from'}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {says} {least:g} to {most:g}")
+        if not least <= value <= most:
+            says = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {says} from {least:g} to {most:g}")
         return value
     return parse
 
