@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from test_eval import ENV, D, T, called, folder, make, noise_video, one_error  # noqa: F401
+from test_released import archive, cache, released  # noqa: F401
 from videos import numbered, numbers, write_video
 
+import clip_model
 import data
 import decode
 import eval as ev
@@ -161,7 +163,7 @@ def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # n
             (["x", "--videos", tmp_path / "nowhere"], "nowhere", "no such folder"), (["x", "--videos", videos, "--window", "nan"], "nan"),
             (["x", "--videos", tmp_path / "empty"], "empty", "no videos"), (["x", "--videos", videos, "--top", 0], "--top", "0"),
             (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
-            (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt")):
+            (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt", "ViT-B/32")):
         status, out, err = called(capsys, monkeypatch, "--ckpt", good, "--workers", 0, "--device", "cpu", *arguments, room=se)
         err = "".join(line for line in err.splitlines(True) if not line.startswith((str(good), "encoded 0")))
         assert one_error(status, out, err, *words), (arguments, status, err)
@@ -410,6 +412,63 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
     assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
 
 
+@pytest.mark.parametrize("form", ["HF", "OpenAI"])
+def test_a_plain_clip_is_a_checkpoint(form, released, cache, ask, monkeypatch, tmp_path):  # noqa: F811
+    """Nothing trained: frames weighted by their nearness to the text, of CLIP's own embeddings."""
+    monkeypatch.setenv("TMASS_CACHE", str(cache))
+    clip = clip_model.CLIP.from_state_dict(clip_model.to_openai_names(released[2].state_dict()))
+    if form == "HF":
+        torch.save(released[2].state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        archive(clip, tmp_path / "pytorch_model.bin")
+    for v in range(4):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    _, err = ask("a dog runs", "--videos", tmp_path, "--json", tmp_path / "x.json", ckpt=tmp_path / "pytorch_model.bin")
+    assert "encoded 4 videos, 4 in the index" in err
+    tokenizer, transform = clip_model.load_vocabulary(), data.test_transform(32)
+    t = clip.encode_text(tokenizer(["a dog runs"]))
+    for x in answers(tmp_path / "x.json", "a dog runs"):
+        f = clip.encode_image(transform(decode.read_frames(data.Clip(x["file"]), 12)))
+        weights = (F.cosine_similarity(t, f) / 0.1).softmax(0)
+        v = (weights[:, None] * F.normalize(f, dim=-1)).sum(0)
+        assert x["score"] == pytest.approx(F.cosine_similarity(t[0], v, dim=0).item(), abs=5e-3)
+
+
+def test_without_a_checkpoint_and_without_a_network(ask, folder, monkeypatch, tmp_path):  # noqa: F811
+    """--ckpt is CLIP ViT-B/32; where it can't be downloaded the one line says which file to put where."""
+    monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(clip_model, "OPENAI_URL", "http://127.0.0.1:9")
+    _, err = ask("a dog", "--videos", folder / "videos", ckpt=se.parse_args(["a dog", "--videos", "x"]).ckpt, expect=2)
+    sha256, last = clip_model.MODELS["ViT-B/32"][1], err.splitlines()[-1]
+    assert last.startswith("error: ") and f"put the file with SHA-256 {sha256} at {tmp_path / 'cache' / 'ViT-B-32.pt'}" in last
+
+
+def test_sampling_and_bfloat16_on_request(ask, folder, tmp_path):  # noqa: F811
+    runs = dict(closed=[], again=["--seed", 5], sampled=["--no-expected"], other=["--no-expected", "--seed", 5],
+                point=["--trials", 0], bf16=["--amp", "bf16", "--index", tmp_path / "i"])
+    scores = {}
+    for name, options in runs.items():
+        ask("a red dog", "--videos", folder / "videos", "--top", 7, "--json", tmp_path / f"{name}.json", *options)
+        found = {x["file"]: x["score"] for x in answers(tmp_path / f"{name}.json", "a red dog")}
+        scores[name] = torch.tensor([found[file] for file in sorted(found)])
+    assert torch.equal(scores["closed"], scores["again"]) and not torch.equal(scores["sampled"], scores["other"])
+    for name in ("sampled", "other", "point"):
+        assert 1e-4 < (scores[name] - scores["closed"]).abs().max() < 0.3
+    assert 0 < (scores["bf16"] - scores["closed"]).abs().max() < 0.02
+
+
+def test_progress_and_shards_that_are_old(ask, folder, monkeypatch, tmp_path, capsys):  # noqa: F811
+    se.tell_progress(30, 120, 60, ev.ALONE)
+    assert capsys.readouterr() == ("", f"{'encoding: 30 of 120 files, 0.5 files/s, 0:03:00 left':78s}\n")
+    se.tell_progress(30, 120, 60, ev.Job(0, 4))
+    assert "120 of 480 files, 2.0 files/s, 0:03:00 left" in capsys.readouterr().err
+    monkeypatch.setattr(se, "OLD", 0)
+    for v in range(4):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    ask("x", "--videos", tmp_path, "--batch", 1)
+    assert len(shards(tmp_path)) >= 3
+
+
 # ---- kills, and many at once ----
 
 def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F811
@@ -481,6 +540,23 @@ def test_two_processes_are_one(folder, tmp_path, ask, monkeypatch, saved):  # no
     ask(*arguments, "--json", tmp_path / "one.json")
     for query in ("noise", "more"):
         assert same(answers(tmp_path / "one.json", query), answers(tmp_path / "two.json", query))
+
+
+@pytest.mark.slow
+def test_torchrun(folder, run, tmp_path, ask):  # noqa: F811
+    (tmp_path / "v").mkdir()
+    for k in range(6):
+        noise_video(tmp_path / "v" / f"{k}.mp4", k)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "search.py"), "noise", "--videos",
+               str(tmp_path / "v"), "--ckpt", str(folder / "model.pt"), "--device", "cpu", "--workers", "1"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "two.json")], capture_output=True, text=True, timeout=170,
+                          env={**os.environ, **ENV})
+    assert done.returncode == 0 and done.stdout.count(" rank   score") == 1 and len(shards(tmp_path / "v")) == 2, done.stderr
+    ask("noise", "--videos", tmp_path / "v", "--json", tmp_path / "one.json")
+    assert same(answers(tmp_path / "one.json"), answers(tmp_path / "two.json"))
+    piped = subprocess.run([x for x in command if x != "noise"] + ["-f", "-n"], input="noise\nnoise\n", capture_output=True,
+                           text=True, timeout=170, env={**os.environ, **ENV})
+    assert piped.stdout.splitlines() == 2 * [x["file"] for x in answers(tmp_path / "one.json")], piped.stderr
 
 
 # ---- the two stages ----
