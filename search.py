@@ -476,7 +476,7 @@ def parse_args(argv=None):
     p.add_argument("-n", "--no-new", action="store_true", help="search what the index holds: don't look for new files")
     p.add_argument("--index", metavar="DIR", help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
     add_common(p, batch=16)
-    p.set_defaults(amp="off", expected=True)
+    p.set_defaults(expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if not all(q.strip() for q in args.query):
         p.error("the query is empty: say what to look for")

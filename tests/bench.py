@@ -169,7 +169,8 @@ def scoring(D=512, T=12, M=20):
 def index(pieces=1_000_000, a_file=10, D=512, T=12):
     """Search's index of random features: making it, what that writes and holds, adding to it, opening and asking it.
 
-    All by search.py's own code on real (empty) files; only decoding and the image tower are left out. 13.3 GB for 1,000,000 pieces.
+    All by search.py's own code on real (empty) files; only decoding and the image tower are left out. 1,000,000 pieces
+    take 13.3 GB.
     """
     import tempfile
 
@@ -183,7 +184,8 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
     data.test_transform = lambda size: lambda x: x
     times, nothing, threads = [k / 2 for k in range(T)], torch.zeros(1), torch.get_num_threads()
     torch.set_num_threads(1)  # until queries: there is little to compute
-    decode.read_pieces = lambda path, T, window: (decode.Piece(10. * k, 10. * k + 10, times, nothing) for k in range(a_file))
+    a_video = [decode.Piece(10. * k, 10. * k + 10, times, nothing) for k in range(a_file)]
+    decode.read_pieces = lambda path, T, window: iter(a_video)
     written = lambda: int(next(line for line in open("/proc/self/io") if line.startswith("wchar")).split()[1])
 
     def seconds_of(function):
@@ -200,22 +202,25 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
         before, start = written(), time.perf_counter()
         memory = peak_memory(build)
         took, wrote = time.perf_counter() - start, written() - before
-        size = sum(file.stat().st_size for file in Path(folder, se.INDEX).iterdir())
+        shards = list(Path(folder, se.INDEX).iterdir())
+        size = sum(file.stat().st_size for file in shards)
         print(f"{files} files, {pieces} pieces, T={T} D={D}: made in {took:.0f} s; "
-              f"{size / 1e9:.2f} GB in {len(list(Path(folder, se.INDEX).iterdir()))} shards; written {wrote / size:.3f} times that; "
+              f"{size / 1e9:.2f} GB in {len(shards)} shards; written {wrote / size:.3f} times that; "
               f"peak memory {memory:.2f} GB", flush=True)
         for k in range(1000 // a_file):
             Path(folder, f"new {k:03d}.mp4").touch()
-        print(f"adding 1,000 pieces: {seconds_of(build):.1f} s; opening it with nothing new: {seconds_of(build):.1f} s, "
-              f"with -n: {seconds_of(lambda: build(False)):.1f} s", flush=True)
+        print(f"adding 1,000 pieces: {seconds_of(build):.1f} s; opening it with nothing new: {seconds_of(build):.1f} "
+              f"s, with -n: {seconds_of(lambda: build(False)):.1f} s", flush=True)
         torch.set_num_threads(threads)
         gallery, one = build(False), t[:1]
         memory = peak_memory(lambda: se.search(model, one, gallery, expected=True))
         rows = se.best_rows(se.point_scores(one, gallery)[0], gallery, 1000, 5)
-        s = seconds({"both": lambda: se.search(model, one, gallery, expected=True), "points": lambda: se.point_scores(one, gallery),
+        s = seconds({"both": lambda: se.search(model, one, gallery, expected=True),
+                     "points": lambda: se.point_scores(one, gallery),
                      "exact": lambda: se.score_rows(model, one, gallery, rows, 5, expected=True)}, repeat=5)
-        print(f"a query, {threads} threads, shortlist 1,000: {s['both'] * 1e3:.0f} ms: {s['points'] * 1e3:.0f} ms for the point scores, "
-              f"{s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages included", flush=True)
+        print(f"a query, {threads} threads, shortlist 1,000: {s['both'] * 1e3:.0f} ms: {s['points'] * 1e3:.0f} ms for "
+              f"the point scores, {s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages "
+              "included", flush=True)
         part = gallery._replace(file=gallery.file.where(torch.arange(len(gallery.file)) < 10_000, -1))
         exact = seconds({"exact": lambda: se.search(model, one, part, 0, expected=True)}, repeat=2)["exact"]
         print(f"exact scores of everything (--shortlist 0): {exact:.2f} s per 10,000 pieces")
@@ -246,12 +251,14 @@ def shortlist(ckpt="model.pt"):
         if K < V:
             found = se.search(model, split.t, gallery, K, 10)
             kept = [len({x.file for x in a} & {x.file for x in b}) / 10 for a, b in zip(exact, found)]
-            print(f"shortlist of {K:4d} of {V} videos keeps {100 * statistics.mean(kept):.1f} % of the exact top 10 ({len(kept)} queries)")
+            print(f"shortlist of {K:4d} of {V} videos keeps {100 * statistics.mean(kept):.1f} % of the exact top 10 "
+                  f"({len(kept)} queries)")
 
 
 @torch.no_grad()
 def moment(ckpt="model.pt"):
-    """How often the time that search gives lies in a shot that the caption tells of: every test caption of shapes with its own video."""
+    """How often the time that search gives lies in a shot that the caption tells of: shapes' test captions, each with
+    its own video."""
     import json
     import tempfile
 
@@ -277,12 +284,12 @@ def moment(ckpt="model.pt"):
     for text, caption, owner in zip(t.split(1), ann.captions, ann.owner):
         path = ann.clips[owner].path
         facts, says = truth[path]
-        told = ((facts == says[caption]) | (says[caption] < 0)).all(1)  # frames of a shot that the caption fits  (FRAMES,)
+        told = ((facts == says[caption]) | (says[caption] < 0)).all(1)  # frames of shots that the caption fits
         (hit,) = se.score_rows(model, text, gallery, torch.tensor([row[path]]), 1)
         hits.append(told[round(hit.at * shapes.RATE)].item())
         chance.append(told.double().mean().item())
-    print(f"{len(hits)} captions of {len(ann.clips)} videos: the moment lies in a described shot for {100 * statistics.mean(hits):.1f} % "
-          f"(chance {100 * statistics.mean(chance):.1f} %)")
+    print(f"{len(hits)} captions of {len(ann.clips)} videos: the moment lies in a described shot for "
+          f"{100 * statistics.mean(hits):.1f} % (chance {100 * statistics.mean(chance):.1f} %)")
 
 
 def pieces(minutes=20, T=12, window=10):
@@ -296,11 +303,13 @@ def pieces(minutes=20, T=12, window=10):
     torch.set_num_threads(1)  # as a DataLoader's worker
     g = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        scenes = torch.nn.functional.interpolate(torch.rand(6, 3, 60, 80, generator=g) * 255, (480, 640), mode="bicubic")
+        scenes = torch.rand(6, 3, 60, 80, generator=g) * 255
+        scenes = torch.nn.functional.interpolate(scenes, (480, 640), mode="bicubic")
         frames = []
         for i in range(60 * 25):  # textures that drift, and grain: what a camera gives
             x = scenes[i // 250][:, i % 250 // 2:i % 250 // 2 + 240, i % 250 // 3:i % 250 // 3 + 320]
-            frames.append((x + torch.randn(240, 320, generator=g) * 4).clamp(0, 255).byte().permute(1, 2, 0).contiguous())
+            x = x + torch.randn(240, 320, generator=g) * 4
+            frames.append(x.clamp(0, 255).byte().permute(1, 2, 0).contiguous())
         write_video(f"{folder}/minute.mp4", frames, fps=25, preset="fast")
         with av.open(f"{folder}/long.mp4", "w") as out:  # the same minute again and again, without decoding it
             with av.open(f"{folder}/minute.mp4") as source:
@@ -319,9 +328,11 @@ def pieces(minutes=20, T=12, window=10):
             with file:
                 return sum(1 for packet in file.demux(stream) for _ in packet.decode())
         read = lambda: sum(1 for _ in decode.read_pieces(f"{folder}/long.mp4", T, window))
-        n, size, s = sequentially(), Path(folder, "long.mp4").stat().st_size, seconds({"decode": sequentially, "pieces": read}, repeat=3)
-        print(f"{n} frames of 320x240 H.264, {size / 1e6:.0f} MB: {read()} pieces of {window} s, T={T}, in {s['pieces']:.2f} s; "
-              f"one sequential decode {s['decode']:.2f} s: {s['pieces'] / s['decode']:.2f} times that")
+        n, size = sequentially(), Path(folder, "long.mp4").stat().st_size
+        s = seconds({"decode": sequentially, "pieces": read}, repeat=3)
+        print(f"{n} frames of 320x240 H.264, {size / 1e6:.0f} MB: {read()} pieces of {window} s, T={T}, in "
+              f"{s['pieces']:.2f} s; one sequential decode {s['decode']:.2f} s: {s['pieces'] / s['decode']:.2f} times "
+              "that")
 
 
 def data_(videos=8, T=12):
