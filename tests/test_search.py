@@ -32,7 +32,8 @@ from tmass import load_checkpoint, save_checkpoint
 def ask(folder, capsys, monkeypatch):  # noqa: F811
     """ask("a dog", "--videos", DIR) -> what stands on standard output, and on standard error."""
     def ask(*args, ckpt=folder / "model.pt", expect=0):
-        status, out, err = called(capsys, monkeypatch, *args, "--ckpt", ckpt, "--workers", 0, "--device", "cpu", room=se)
+        args = [*args, "--ckpt", ckpt, "--workers", 0, "--device", "cpu"]
+        status, out, err = called(capsys, monkeypatch, *args, room=se)
         assert status == expect, (out, err)
         return out, err
     return ask
@@ -74,13 +75,14 @@ def shards(videos):
 
 def held(videos):
     """Files in the shards of a folder, each counted as often as it is there."""
-    return [name for shard in shards(videos) for name, *_ in torch.load(videos / se.INDEX / shard, weights_only=True)["files"]]
+    files = [torch.load(videos / se.INDEX / shard, weights_only=True)["files"] for shard in shards(videos)]
+    return [name for part in files for name, *_ in part]
 
 
 # ---- pieces ----
 
-@pytest.mark.parametrize("name, options", [("x.mp4", dict(bf=2, g=25)), ("x.mkv", dict(bf=3, g=40)), ("x.ts", dict(bf=2, g=25)),
-                                           ("x.avi", dict(codec="mpeg4", bf=2))])
+@pytest.mark.parametrize("name, options", [("x.mp4", dict(bf=2, g=25)), ("x.mkv", dict(bf=3, g=40)),
+                                           ("x.ts", dict(bf=2, g=25)), ("x.avi", dict(codec="mpeg4", bf=2))])
 def test_pieces_are_equal_and_exact(tmp_path, name, options):
     write_video(tmp_path / name, numbered(230), fps=10, **options)
     for window, n in ((0, 1), (20, 1), (15.4, 1), (15, 2), (10, 2), (5, 5), (1, 23)):
@@ -97,7 +99,8 @@ def test_pieces_of_one_file_open_it_once(tmp_path, monkeypatch):
     write_video(tmp_path / "x.mp4", numbered(200), fps=10, g=25, bf=2)
     opened, packets, plain_open, plain_packets = [], [], decode._open, decode._packets
     monkeypatch.setattr(decode, "_open", lambda path: opened.append(path) or plain_open(path))
-    monkeypatch.setattr(decode, "_packets", lambda file, stream: map(lambda p: packets.append(p) or p, plain_packets(file, stream)))
+    counted = lambda p: packets.append(p) or p
+    monkeypatch.setattr(decode, "_packets", lambda file, stream: map(counted, plain_packets(file, stream)))
     assert len(list(read_pieces(tmp_path / "x.mp4", 4, 1))) == 20 and len(opened) == 1
     assert len(packets) < 2.2 * 200 + 40  # the table, then every packet once
 
@@ -130,10 +133,13 @@ PLAYLISTS = {
     "list.ts": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{other}\n#EXT-X-ENDLIST\n",
     "concat.mp4": "ffconcat version 1.0\nfile {other}\n",
     "concat.ts": "ffconcat version 1.0\nfile {other}\n",
-    "dash.mp4": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT4S" '
+    "dash.mp4": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+                'mediaPresentationDuration="PT4S" '
                 'profiles="urn:mpeg:dash:profile:isoff-main:2011"><Period><AdaptationSet mimeType="video/mp4">'
-                '<Representation id="1" bandwidth="1000"><BaseURL>{other}</BaseURL></Representation></AdaptationSet></Period></MPD>',
-    "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+                '<Representation id="1" bandwidth="1000"><BaseURL>{other}</BaseURL></Representation>'
+                '</AdaptationSet></Period></MPD>',
+    "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+               "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
 }
 
 
@@ -157,16 +163,22 @@ def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # n
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.mp4").write_text("nothing")
     for arguments, *words in (
-            (["x"], "--videos"), ([" ", "--videos", videos], "query"), (["--videos", videos, "a dog"], "a dog", "before --videos"),
-            (["x", "--videos", tmp_path / "nowhere"], "nowhere", "no such folder"), (["x", "--videos", videos, "--window", "nan"], "nan"),
-            (["x", "--videos", tmp_path / "empty"], "empty", "no videos"), (["x", "--videos", videos, "--top", 0], "--top", "0"),
+            (["x"], "--videos"), ([" ", "--videos", videos], "query"),
+            (["--videos", videos, "a dog"], "a dog", "before --videos"),
+            (["x", "--videos", tmp_path / "nowhere"], "nowhere", "no such folder"),
+            (["x", "--videos", tmp_path / "empty"], "empty", "no videos"),
+            (["x", "--videos", videos, "--window", "nan"], "nan"),
+            (["x", "--videos", videos, "--top", 0], "--top", "0"),
             (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
             (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt")):
-        status, out, err = called(capsys, monkeypatch, "--ckpt", good, "--workers", 0, "--device", "cpu", *arguments, room=se)
+        arguments = ["--ckpt", good, "--workers", 0, "--device", "cpu", *arguments]
+        status, out, err = called(capsys, monkeypatch, *arguments, room=se)
         err = "".join(line for line in err.splitlines(True) if not line.startswith((str(good), "encoded 0")))
         assert one_error(status, out, err, *words), (arguments, status, err)
-    status, out, err = called(capsys, monkeypatch, "x", "--ckpt", good, "--videos", tmp_path / "bad", "--workers", 0, room=se)
-    assert status == 2 and "1 unreadable left out" in err and "nothing to search" in err.splitlines()[-1] and "x.mp4" in err
+    arguments = ["x", "--ckpt", good, "--videos", tmp_path / "bad", "--workers", 0]
+    status, out, err = called(capsys, monkeypatch, *arguments, room=se)
+    assert status == 2 and "1 unreadable left out" in err and "x.mp4" in err
+    assert "nothing to search" in err.splitlines()[-1]
 
 
 def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
@@ -178,7 +190,8 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     (tmp_path / "notes.txt").write_text("not a video")
     query = lambda *more, **options: ask("a red dog", *more, "--videos", tmp_path, **options)
     out, err = query("--top", 3, "a cat", "--json", tmp_path / "hits.json")
-    assert "encoded 4 videos, 4 in the index, 4 pieces" in err and "\na cat\n rank   score  at       file\n    1 " in out
+    assert "encoded 4 videos, 4 in the index, 4 pieces" in err
+    assert "\na cat\n rank   score  at       file\n    1 " in out
     hits = json.loads((tmp_path / "hits.json").read_text())
     assert list(hits) == ["a red dog", "a cat"] and [h["rank"] for h in hits["a red dog"]] == [1, 2, 3]
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
@@ -188,7 +201,8 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in scores.argsort(descending=True)[:3]]
     for h, (score, file) in zip(hits["a red dog"], expected):
-        assert abs(h["score"] - score) < 1e-3 and h["file"] == file and (h["start"], h["end"]) == (0, 0.75)  # float16 in the index
+        assert abs(h["score"] - score) < 1e-3 and h["file"] == file  # float16 in the index
+        assert (h["start"], h["end"]) == (0, 0.75)
         assert f"{h['score']:.4f}  0:00:00  {os.path.relpath(file, tmp_path)}\n" in out  # one piece: no span
 
     first = shards(tmp_path)
@@ -219,7 +233,8 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     save_checkpoint(tmp_path / "other.pt", model, tokenizer, {})
     assert "encoded 5 videos, 5 in the index" in query(ckpt=tmp_path / "other.pt")[1]
     assert "encoded 5 videos, 5 in the index, 15 pieces" in query("--window", .25)[1]
-    for more, ckpt in (([], folder / "model.pt"), ([], tmp_path / "other.pt"), (["--window", .25], folder / "model.pt")):
+    for more, ckpt in (([], folder / "model.pt"), ([], tmp_path / "other.pt"),
+                       (["--window", .25], folder / "model.pt")):
         assert "encoded 0 videos, 5 in the index" in query(*more, ckpt=ckpt)[1]
     assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".part")]
 
@@ -228,7 +243,8 @@ def test_damaged_shards_are_left_out(ask, tmp_path):
     for v in range(2):
         noise_video(tmp_path / f"{v}.mp4", v)
     before = ask("noise", "--videos", tmp_path)[0]
-    for damage in (lambda body: body[:3000], lambda body: b"", lambda body: b"\0" * len(body), lambda body: body[:-700] + bytes(700)):
+    for damage in (lambda body: body[:3000], lambda body: b"", lambda body: b"\0" * len(body),
+                   lambda body: body[:-700] + bytes(700)):
         path = tmp_path / se.INDEX / shards(tmp_path)[0]
         path.write_bytes(damage(path.read_bytes()))
         out, err = ask("noise", "--videos", tmp_path)
@@ -258,7 +274,8 @@ def test_mostly_empty_shards_are_repacked(ask, tmp_path, monkeypatch):
         noise_video(tmp_path / f"{v}.mp4", v)
         out = ask("noise", "--videos", tmp_path)[0]
     assert len(shards(tmp_path)) == 2 and sorted(held(tmp_path)) == [f"{v}.mp4" for v in range(3, 8)]
-    assert ask("noise", "--videos", tmp_path)[0] == out and set(before.split()) - {str(r) for r in range(9)} <= set(out.split())
+    assert ask("noise", "--videos", tmp_path)[0] == out
+    assert set(before.split()) - {str(r) for r in range(9)} <= set(out.split())
 
 
 def test_pieces_and_the_moment(folder, ask, tmp_path):  # noqa: F811
@@ -309,13 +326,15 @@ def test_bad_videos_and_odd_names(ask, run, folder, tmp_path):  # noqa: F811
 
     odd = tmp_path / "odd"
     odd.mkdir()
-    for name in (b"caf\xe9.mp4", b"\x1b]0;owned\x07\x1b[31m.mp4", b"new\nline.mp4", b"\x7f\xc2\x9b.mp4", "\u202egpj.mp4".encode(), b"<b>.mp4"):
+    for name in (b"caf\xe9.mp4", b"\x1b]0;owned\x07\x1b[31m.mp4", b"new\nline.mp4", b"\x7f\xc2\x9b.mp4",
+                 "\u202egpj.mp4".encode(), b"<b>.mp4"):
         os.link(tmp_path / "good.mp4", os.fsencode(odd) + b"/" + name)
     (odd / "\x1b[2Jbad.mp4").write_text("")
-    done = run("search.py", "x", "--ckpt", folder / "model.pt", "--videos", odd, "--workers", 1, "--top", 9, "--report", tmp_path / "r.html",
-               env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
+    done = run("search.py", "x", "--ckpt", folder / "model.pt", "--videos", odd, "--workers", 1, "--top", 9,
+               "--report", tmp_path / "r.html", env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
-    for text in (r"caf\udce9.mp4", r"\x1b]0;owned\x07\x1b[31m.mp4", r"new\nline.mp4", r"\x7f\x9b.mp4", r"\u202egpj.mp4", "<b>.mp4"):
+    for text in (r"caf\udce9.mp4", r"\x1b]0;owned\x07\x1b[31m.mp4", r"new\nline.mp4", r"\x7f\x9b.mp4",
+                 r"\u202egpj.mp4", "<b>.mp4"):
         assert text in done.stdout
     assert r"\x1b[2Jbad.mp4" in done.stderr
     page = (tmp_path / "r.html").read_text()
@@ -369,8 +388,10 @@ def test_queries_from_a_pipe_and_output_for_programs(ask, run, folder, monkeypat
     lines(b"\n")
     out, err = ask("--videos", videos, expect=2)
     assert "error: no query" in err and out == ""
-    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(videos), "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
-    job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **ENV})
+    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(videos),
+               "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
+    pipe = subprocess.PIPE
+    job = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, **ENV})
     job.stdin.write(b"a dog\n" * 5000)
     job.stdin.flush()
     job.stdout.readline()
@@ -388,7 +409,8 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         try:
             torch.set_num_threads(1)
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-            sys.argv = ["search.py", "--videos", str(folder / "videos"), "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
+            sys.argv = ["search.py", "--videos", str(folder / "videos"),
+                        "--ckpt", str(folder / "model.pt"), "--device", "cpu"]
             status = ev.run(se.main)
         finally:
             os._exit(status)
@@ -413,7 +435,8 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
 # ---- kills, and many at once ----
 
 def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F811
-    """kill -9 at five random moments: at most what is younger than the last shard is lost, and the results are the same."""
+    """kill -9 at five random moments: at most what is younger than the last shard is lost, and nothing
+    is found otherwise than in peace."""
     monkeypatch.setattr(se, "FULL", 3)
     ckpt, peace = folder / "model.pt", tmp_path / "peace"
     peace.mkdir()
@@ -437,7 +460,8 @@ def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F
     assert had < 40
     _, err = ask(*arguments, "--videos", tmp_path / "war", "--json", tmp_path / "war.json")
     assert f"encoded {40 - had} videos, 40 in the index, 120 pieces" in err
-    assert same([dict(x, file=x["file"].replace("/war/", "/peace/")) for x in answers(tmp_path / "war.json")], answers(tmp_path / "peace.json"))
+    war = [dict(x, file=x["file"].replace("/war/", "/peace/")) for x in answers(tmp_path / "war.json")]
+    assert same(war, answers(tmp_path / "peace.json"))
 
 
 def test_two_searches_at_once(folder, tmp_path, ask, monkeypatch):  # noqa: F811
@@ -451,7 +475,8 @@ def test_two_searches_at_once(folder, tmp_path, ask, monkeypatch):  # noqa: F811
     _, err = ask(*arguments, "--json", tmp_path / "after.json")
     assert "encoded 0 videos, 20 in the index, 20 pieces" in err
     for k in range(2):
-        assert same(answers(tmp_path / f"{k}.json"), answers(tmp_path / "after.json")) and len(answers(tmp_path / f"{k}.json")) == 20
+        assert same(answers(tmp_path / f"{k}.json"), answers(tmp_path / "after.json"))
+        assert len(answers(tmp_path / f"{k}.json")) == 20
 
 
 def free_port():
@@ -462,7 +487,8 @@ def free_port():
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_two_processes_are_one(folder, tmp_path, ask, monkeypatch, saved):  # noqa: F811
-    """Each encodes its share into its own shards and searches its share of the shards; also where nothing can be saved."""
+    """Each encodes its share into its own shards and searches its share of the shards; also where nothing can be
+    saved."""
     monkeypatch.setattr(se, "FULL", 3)
     (tmp_path / "v").mkdir()
     for k in range(11):
@@ -472,7 +498,8 @@ def test_two_processes_are_one(folder, tmp_path, ask, monkeypatch, saved):  # no
     if not saved:
         (tmp_path / "v" / se.INDEX).write_text("")
     job = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    pids = [forked(*arguments, "--json", tmp_path / "two.json", ckpt=folder / "model.pt", RANK=str(k), LOCAL_RANK=str(k), **job) for k in range(2)]
+    two = [*arguments, "--json", tmp_path / "two.json"]
+    pids = [forked(*two, ckpt=folder / "model.pt", RANK=str(k), LOCAL_RANK=str(k), **job) for k in range(2)]
     assert [ended(pid) for pid in pids] == [0, 0]
     if saved:
         assert len(held(tmp_path / "v")) == 12 and len(shards(tmp_path / "v")) > 2
@@ -500,10 +527,12 @@ def gallery(f, sizes, pieces_of=1):
 
 
 @pytest.mark.parametrize("trials, method", [
-    (0, {}), (5, {}), (5, dict(heads=4, radius="scaled")), (5, dict(pooling="mean")), (5, dict(pooling="query")), (5, dict(radius="none"))])
+    (0, {}), (5, {}), (5, dict(heads=4, radius="scaled")), (5, dict(pooling="mean")), (5, dict(pooling="query")),
+    (5, dict(radius="none"))])
 @pytest.mark.parametrize("expected", [False, True])
 def test_search_is_exact(trials, method, expected):
-    """Over everything: the order of `score`. A shortlist as long as the gallery: the same. However it is cut into shards."""
+    """Over everything: the order of `score`. A shortlist as long as the gallery: the same. However it is cut into
+    shards."""
     model, g = make(**method), torch.Generator().manual_seed(1)
     t, f = torch.randn(3, D, generator=g), torch.randn(50, 1, D, generator=g) + 0.7 * torch.randn(50, T, D, generator=g)
     scoring = dict(trials=trials, expected=expected)
@@ -524,7 +553,8 @@ def test_search_is_exact(trials, method, expected):
 
 
 def test_one_row_per_file_however_many_pieces_it_has():
-    """The shortlist grows until it holds enough files; rows that don't count never show; scores that aren't numbers neither."""
+    """The shortlist grows until it holds enough files; rows that don't count never show; scores that aren't numbers
+    neither."""
     model, g = make(), torch.Generator().manual_seed(1)
     t, f = torch.randn(1, D, generator=g), torch.randn(60, T, D, generator=g)
     f[:20] = t + 0.1 * f[:20]  # all pieces of two files are nearer to the text than those of the others
@@ -532,12 +562,14 @@ def test_one_row_per_file_however_many_pieces_it_has():
     (hits,) = se.search(model, t, index, shortlist=3, top=5)
     assert len(hits) == 5 and sorted(x.file for x in hits[:2]) == [0, 1] and len({x.file for x in hits}) == 5
     scores = model.score(t, f.half().float())[0]
-    assert [x.score for x in hits] == pytest.approx([scores[10 * x.file:10 * x.file + 10].max().item() for x in hits], abs=1e-6)
+    best = [scores[10 * x.file:10 * x.file + 10].max().item() for x in hits]
+    assert [x.score for x in hits] == pytest.approx(best, abs=1e-6)
     (hits,) = se.search(model, t, index, shortlist=3, top=3, pieces=True)
     assert len(hits) == 3 and all(x.file < 2 for x in hits)
     index.file[:10] = -1  # a file that is gone
     for shortlist in (0, 3):
-        assert se.search(model, t, index, shortlist, top=6)[0][0].file == 1 and len(se.search(model, t, index, shortlist, top=6)[0]) == 5
+        (hits,) = se.search(model, t, index, shortlist, top=6)
+        assert hits[0].file == 1 and len(hits) == 5
     index.shards[0].frames[15] = torch.nan
     assert len(se.search(model, t, index, 0, top=60, pieces=True)[0]) == 49
 
@@ -545,5 +577,6 @@ def test_one_row_per_file_however_many_pieces_it_has():
 def test_equal_scores_stand_in_the_order_of_names():
     model = make()
     f = torch.randn(1, T, D, generator=torch.Generator().manual_seed(1)).expand(12, T, D)
-    (hits,) = se.search(model, torch.randn(1, D), gallery(f, [5, 7], pieces_of=2)._replace(paths=list("fedcba")), 0, top=3)
+    index = gallery(f, [5, 7], pieces_of=2)._replace(paths=list("fedcba"))
+    (hits,) = se.search(model, torch.randn(1, D), index, 0, top=3)
     assert [x.file for x in hits] == [5, 4, 3] and [x.start for x in hits] == [5, 3, 1]
