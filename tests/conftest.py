@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on sys.path, the optional folder of real annotation files, and a way to run our scripts."""
+"""Shared by all tests: our modules on sys.path, real annotation files where there are any, how to run our scripts."""
 import os
 import subprocess
 import sys
@@ -14,7 +14,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(scope="session")
 def shared():
-    """Real annotation files and CLIP's vocabulary, beside the project; they are not ours, so tests pass without them."""
+    """Real annotation files and CLIP's vocabulary, beside the project; not ours, so tests pass without them."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data")
@@ -23,8 +23,9 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run():
-    """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the return code is for the test to judge."""
+    """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the test judges the return code."""
     def run(script, *args, cwd=None, env=None, timeout=300):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, capture_output=True, text=True)
+        env = {**os.environ, **(env or {})}
+        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
     return run

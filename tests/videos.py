@@ -4,7 +4,7 @@ import torch
 
 
 def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="yuv420p", **options):
-    """Write frames uint8 (n,H,W,3) to path (container by its suffix or by name). options: of the codec, e.g. bf="2", g="12"."""
+    """Write frames uint8 (n,H,W,3) to path (container by suffix or by name). options: of the codec, e.g. g="12"."""
     with av.open(str(path), "w", format=container) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2]
