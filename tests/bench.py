@@ -231,8 +231,8 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
                      "points": lambda: se.point_scores(one, gallery),
                      "exact": lambda: se.score_rows(model, one, gallery, rows, 5, expected=True)}, repeat=5)
         print(f"a query, {threads} threads, shortlist 1,000: {s['both'] * 1e3:.0f} ms: {s['points'] * 1e3:.0f} ms for "
-              f"the point scores, {s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped pages "
-              "included", flush=True)
+              f"the point scores, {s['exact'] * 1e3:.0f} ms for the exact ones; peak memory {memory:.2f} GB, mapped "
+              "pages included", flush=True)
         part = gallery._replace(file=gallery.file.where(torch.arange(len(gallery.file)) < 10_000, -1))
         exact = seconds({"exact": lambda: se.search(model, one, part, 0, expected=True)}, repeat=2)["exact"]
         print(f"exact scores of everything (--shortlist 0): {exact:.2f} s per 10,000 pieces")
