@@ -24,8 +24,8 @@ def shared():
 @pytest.fixture(scope="session")
 def run():
     """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the test judges the return code."""
-    def run(script, *args, cwd=None, env=None, timeout=300):
+    def run(script, *args, cwd=None, env=None, timeout=300, stdin=None):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         env = {**os.environ, **(env or {})}
-        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
     return run
