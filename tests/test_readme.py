@@ -14,7 +14,7 @@ import data
 import tmass
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.S | re.M)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 COMMANDS = [re.split(r"\s+#\s", line)[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS += [code for code in INLINE if re.match(r"(pip|python|torchrun) ", code)]
