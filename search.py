@@ -547,15 +547,11 @@ def main(argv=None):
         model, tokenizer, _ = load_model(args, job)
         index = build_index(model, args.videos, args.window, args.index, not args.no_new, job, args.workers, args.batch,
                             args.amp)
-    try:
-        found = run_search(model, tokenizer, index, args, job)
-        if job.rank == 0 and args.json == "-":
-            print(json.dumps(found, indent=1), flush=True)
-    except BrokenPipeError:  # | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    found = run_search(model, tokenizer, index, args, job)
     if job.rank == 0:
-        if args.json and args.json != "-":
+        if args.json == "-":
+            print(json.dumps(found, indent=1), flush=True)
+        elif args.json:
             write_json(args.json, found)
         if args.report:
             settings = dict(ckpt=args.ckpt, videos=" ".join(args.videos), window=args.window, shortlist=args.shortlist)

@@ -57,7 +57,12 @@ def numeric(kind, least, most=2 ** 31 - 1):
 def program(main, *mistakes):
     """The one way that a program ends: a mistake of the user (DataError, `mistakes`): one line, status 2."""
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (DataError, *mistakes) as e:
         print(f"error: {escaped(str(e))}", file=sys.stderr)  # stderr escapes what it can't encode
         return 2

@@ -8,6 +8,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import av
@@ -1007,3 +1009,12 @@ def test_render_never_passes_off_another_data_set(tmp_path, capsys):
     assert command(3) == 2 and "holds another data set already" in capsys.readouterr().err
     table(tmp_path / "captions.csv", ["video", "caption"], ["mine.mp4", "x"])  # somebody's own
     assert data.program(lambda: shapes.main(["--root", str(tmp_path), "--videos", "2", "1", "1"])) == 2
+
+
+def test_a_closed_pipe_ends_it_quietly(tmp_path):
+    """python data.py check ... | head: who reads no further has no use for an error."""
+    name = table(tmp_path / "my.csv", ["video", "caption"], *([f"{k}.mp4", "x"] for k in range(30)))
+    command = [sys.executable, data.__file__, "check", "--data", name]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job.stdout.close()
+    assert job.stderr.read() == "" and job.wait(60) == 0
