@@ -369,6 +369,8 @@ class TMASS(nn.Module):
             for j in range(0, V, v):
                 fj = f[j:j + v].to(t.device).float()
                 unit, span = F.normalize(fj, dim=-1), None if few else self.pool.span(fj)
+                if not few and self.radius.kind != "linear":
+                    unit = unit.mean(1, keepdim=True)  # mean_j cos(t, f_j) = t/|t| · mean_j f_j/|f_j| is all it needs
                 for i in range(0, N, n):
                     ti, unit_ti, q = (x[i:i + n] for x in texts)
                     S = None if noise is None else torch.einsum("nd,vtd->vnt", unit_ti, unit)  # cos(t, f_j)

@@ -55,9 +55,8 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 START_ONLY = ("resume", "overwrite")
 RUN_ONLY = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint",
             "root", "videos")
-# What TMASS is made with.
 METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight",
-          "support_video")
+          "support_video")  # what TMASS is made with
 
 
 def parser():
