@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -440,7 +441,8 @@ def test_a_name_is_downloaded_once_and_then_used_offline(server, archive, capfd)
     assert load_clip("ViT-B/32").config == TINY | {"quick_gelu": True}
     assert path.read_bytes() == body and os.listdir(path.parent) == ["ViT-B-32.pt"]
     said = capfd.readouterr()
-    assert f"downloading {clip_model.OPENAI_URL}{server.place} to {path}" in said.out and "100%" in said.err
+    assert f"downloading {clip_model.OPENAI_URL}{server.place} to {path}" in said.out
+    assert re.search(r"100(\.0)?%", said.err)  # as tqdm writes it, or torch where tqdm is not installed
     server.files.clear()
     assert load_clip("ViT-B/32").config["embed_dim"] == 24 and len(server.asked) == 1
 
