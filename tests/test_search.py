@@ -501,10 +501,10 @@ def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F
     monkeypatch.setattr(se, "FULL", 3)
     ckpt, peace = folder / "model.pt", tmp_path / "peace"
     peace.mkdir()
-    for k in range(40):
+    for k in range(80):
         noise_video(peace / f"{k:02d}.mp4", k)
     shutil.copytree(peace, tmp_path / "war")
-    arguments = ["noise", "--window", .25, "--top", 40, "--batch", 4]
+    arguments = ["noise", "--window", .25, "--top", 80, "--batch", 4]
     assert ended(forked(*arguments, "--videos", peace, "--json", tmp_path / "peace.json", ckpt=ckpt)) == 0
     moments, had, index = random.Random(0), 0, tmp_path / "war" / se.INDEX
     for k in range(5):
@@ -512,15 +512,17 @@ def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F
         deadline = time.time() + 60
         while time.time() < deadline and not (index.exists() and len(list(index.glob("*.shard"))) > had):
             time.sleep(0.002)
-        time.sleep(0.03 * moments.random())  # anywhere between two shards, or within one
+        time.sleep(0.005 * moments.random())  # anywhere between two shards, or within one
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) in (-signal.SIGKILL, 0)
         now = held(tmp_path / "war")
         assert len(now) == len(set(now)) > had  # nothing twice, nothing lost
-        had = len(now)
-    assert had < 40
+        had, before = len(now), had
+        if had == 80:  # a slow observer: all but the last start was killed
+            break
+    assert before
     _, err = ask(*arguments, "--videos", tmp_path / "war", "--json", tmp_path / "war.json")
-    assert f"encoded {40 - had} videos, 40 in the index, 120 pieces" in err
+    assert f"encoded {80 - had} videos, 80 in the index, 240 pieces" in err
     war = [dict(x, file=x["file"].replace("/war/", "/peace/")) for x in answers(tmp_path / "war.json")]
     assert same(war, answers(tmp_path / "peace.json"))
 
