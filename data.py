@@ -8,7 +8,6 @@ Order of reading: Annotations, the datasets that training and evaluation iterate
 import bisect
 import contextlib
 import csv
-import datetime
 import functools
 import io
 import json
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from decode import Clip, FrameCache, read_frames
-from shapes import DataError, Parser, escaped, numeric, program, shapes_table, written_whole
+from shapes import DataError, Parser, clock, escaped, numeric, program, shapes_table, written_whole
 
 
 @dataclass
@@ -516,7 +515,7 @@ def decode_all(clips, frames, cache, workers):
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()
                 rate = done / (told - began)
-                left = datetime.timedelta(seconds=round((len(clips) - done) / rate))
+                left = clock(round((len(clips) - done) / rate))
                 print(f"      {done}/{len(clips)} videos, {rate:.1f}/s, {left} left", file=sys.stderr)
     return bad
 

@@ -153,7 +153,7 @@ def encode_videos(model, clips, job=ALONE, cache=None, workers=0, batch=16, bad=
     f = torch.zeros(V, T, model.clip.config["embed_dim"], device=device)
     transform = data.test_transform(model.clip.config["image_size"])
     dataset = data.VideoDataset(clips, T, transform, cache=data.FrameCache(cache, T) if cache else None)
-    mine = [list(range(V))[rows] for rows in blocks(V, batch)[job.rank::job.world]]
+    mine = [range(V)[rows] for rows in blocks(V, batch)[job.rank::job.world]]
     failed, told = {}, time.time()
     with data.loading(dataset, mine, collate, min(workers, len(mine)), pin=device.type == "cuda") as loader:
         for rows, (frames, errors) in zip(mine, loader):
@@ -279,8 +279,11 @@ def dsl(sims, dim=0):
 
 def measure(t2v_sims, owner, v2t_sims=None):
     """All metrics of a similarity matrix. (N,V), owner (N,) -> dict(t2v, v2t, v2t_strict)."""
-    v2t_sims = t2v_sims if v2t_sims is None else v2t_sims
-    t2v, v2t = ranks(t2v_sims, owner)[0], ranks(v2t_sims, owner)[1]
+    t2v, v2t = ranks(t2v_sims, owner)
+    if v2t_sims is None:
+        v2t_sims = t2v_sims
+    else:
+        v2t = ranks(v2t_sims, owner)[1]
     return dict(t2v=metrics(t2v), v2t=metrics(v2t), v2t_strict=metrics(strict_v2t_ranks(v2t_sims, owner)))
 
 
@@ -534,9 +537,10 @@ def main(argv=None):
     result = summarise(model, ranked, **scoring, with_dsl=args.dsl, released=args.released_protocol)
     result.update(ckpt=args.ckpt, data=name, split=split, missing=len(missing), amp=args.amp)
     job.say(f"{name}, split {split}: {report(result)}")
-    if name == "shapes" and split == "test" and shapes_ceiling(root) is not None:
-        result["ceiling"] = shapes_ceiling(root)
-        job.say(f"oracle ceiling of t2v R@1: {result['ceiling']:.1f} (captions leave things out, fit several videos)")
+    ceiling = shapes_ceiling(root) if name == "shapes" and split == "test" else None
+    if ceiling is not None:
+        result["ceiling"] = ceiling
+        job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (captions leave things out, fit several videos)")
     if job.rank == 0:
         write_results(args, model, ranked, result, job)
     return 0
@@ -545,7 +549,7 @@ def main(argv=None):
 def write_results(args, model, split, result, job):
     """--analyze, --report, --json and --save, of a Split and its result, which the analysis joins."""
     t, f, sims, ann, _ = split
-    places = ranks(sims, ann.owner)
+    places = ranks(sims, ann.owner) if args.analyze or args.report or args.save else None
     if args.analyze or args.report:
         analysis = analyze(model, t, f, ann.captions, ann.owner, sims, places, args.trials, args.seed)
         if args.analyze:

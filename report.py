@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 import data
 import decode
-from shapes import escaped, output
+from shapes import clock, escaped, output
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs looked at; more are sampled
@@ -187,12 +187,6 @@ W, H, LEFT, RIGHT, TOP, BOTTOM = 480, 270, 46, 14, 12, 44
 
 def esc(x):
     return html.escape(escaped(str(x), keep="\n\t"), quote=True)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def ticks(low, high, about=5):

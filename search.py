@@ -29,8 +29,8 @@ import data
 import decode
 from clip_model import WeightsError
 from eval import ALONE, add_common, encode_texts, load_model, lowest_if_nan, run, start_processes, write_json
-from report import clock, write_search_report
-from shapes import escaped, numeric, written_whole
+from report import write_search_report
+from shapes import clock, escaped, numeric, written_whole
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
 INDEX, FORMAT = ".tmass-index", "tmass index 2"

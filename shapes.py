@@ -40,6 +40,12 @@ def escaped(text, keep=""):
     return "".join(c.encode("unicode_escape").decode() if odd(c) else c for c in text)
 
 
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
 def numeric(kind, least, most=2 ** 31 - 1):
     """The type of a numeric option: int or float from least to most; NaN and infinity are neither."""
     def parse(text):

@@ -430,7 +430,7 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
                    model=model.state_dict() if weights is None else weights,
                    merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
-    if broken := not_finite(model.state_dict()) or not_finite(content["model"]):
+    if broken := not_finite(content["model"]) or weights is not None and not_finite(model.state_dict()):
         raise WeightsError(f"checkpoint {path} not written: weights that are not finite ({listed(broken)}); {kept}")
     part = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
     try:

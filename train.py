@@ -27,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_strictly, read_weights
 from eval import evaluate, format_metrics, run, start_processes
-from report import clock
-from shapes import numeric, render_shapes, shapes_pictures, write_text
+from shapes import clock, numeric, render_shapes, shapes_pictures, write_text
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
 
 RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
