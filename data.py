@@ -6,7 +6,6 @@
 Order of reading: Annotations, the datasets that training and evaluation iterate over, the readers, the check.
 """
 import bisect
-import contextlib
 import csv
 import functools
 import io
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 import zlib
@@ -23,11 +21,13 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from decode import Clip, FrameCache, read_frames
-from shapes import DataError, Parser, clock, escaped, numeric, program, shapes_table, written_whole
+from lib.common import DataError, Parser, clock, escaped, numeric, program, written_whole
+from lib.processes import loading
+from lib.shapes import shapes_table
+from lib.video import FrameCache, Segment, read_frames
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Annotations:
         new = {v: k for k, v in enumerate(sorted(videos))}
         kept = [i for i, o in enumerate(self.owner) if o in new]
         where = self.where and [self.where[v] for v in new]
-        return Annotations([self.clips[v] for v in new], [self.captions[i] for i in kept],
+        return Annotations([self.segments[v] for v in new], [self.captions[i] for i in kept],
                            [new[self.owner[i]] for i in kept], where)
 
 
@@ -64,12 +64,12 @@ class VideoDataset(Dataset):
     """Each clip once. Item v -> uint8 (T,3,R,R), or a bad video's DataError as a value: a worker that raises dies."""
 
     def __init__(self, clips, frames, transform, cache=None):
-        self.clips, self.transform = clips, transform
+        self.segments, self.transform = clips, transform
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)  # a lambda can't be spawned
         self.reading = torch.zeros(256, 2, dtype=torch.long).share_memory_()  # per worker: its pid, clip + 1
 
     def __len__(self):
-        return len(self.clips)
+        return len(self.segments)
 
     def note(self, v):
         worker = torch.utils.data.get_worker_info()
@@ -78,7 +78,7 @@ class VideoDataset(Dataset):
 
     def video(self, v):
         self.note(v)
-        return self.transform(self.read(self.clips[v]))
+        return self.transform(self.read(self.segments[v]))
 
     item = video
 
@@ -90,7 +90,7 @@ class VideoDataset(Dataset):
 
     def was_reading(self, pid):
         """What a worker that died was decoding, for the error message."""
-        paths = (str(self.clips[v - 1].path) for p, v in self.reading.tolist() if p == pid and v)
+        paths = (str(self.segments[v - 1].path) for p, v in self.reading.tolist() if p == pid and v)
         return next(paths, "an unknown video")
 
 
@@ -101,7 +101,7 @@ class PairDataset(VideoDataset):
     """
 
     def __init__(self, ann, frames, transform, seed=0, cache=None):
-        super().__init__(ann.clips, frames, transform, cache)
+        super().__init__(ann.segments, frames, transform, cache)
         self.ann, self.seed = ann, seed
 
     def __len__(self):
@@ -115,57 +115,9 @@ class PairDataset(VideoDataset):
             return self.video(self.ann.owner[i]), self.ann.captions[i], i
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _ignore_signals(worker):
-    """In a worker: a Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may still want its batch."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-@contextlib.contextmanager
-def loading(dataset, batches=None, collate=None, workers=0, pin=False):
-    """`with loading(...) as batches:` what collate makes of each list of items, read by worker processes, in order.
-
-    Without batches the dataset is a stream that makes its own, and they come as they are ready.
-
-    Signals are held back while workers start, so that none dies before it ignores them. A worker that dies all the same
-    (out of memory, a crash in a codec) ends the block with a DataError that names the video it was reading.
-    """
-    order = dict(batch_sampler=batches, collate_fn=collate)
-    if batches is None:
-        order = dict(batch_size=None, in_order=False)
-    loader = DataLoader(dataset, **order, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_signals)
-    try:
-        try:
-            hold = workers and hasattr(signal, "pthread_sigmask")
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hold else None
-            try:
-                iterator = iter(loader)
-            finally:
-                if hold:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            yield iterator
-        except (EOFError, ConnectionError):  # it died while handing a batch over
-            time.sleep(1)                    # in a moment torch's SIGCHLD handler raises what says more
-            raise
-    except Exception as e:
-        told = e
-        while told and not (pid := re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(told))):
-            told = told.__context__  # torch raises it at any moment: while a file is written, another error comes of it
-        if not told:
-            raise
-        video, why = dataset.was_reading(int(pid[1])), str(told).splitlines()[0]
-        raise DataError(f"a decoding process died while it read {video} ({why}): check that video, or the machine's "
-                        "memory (fewer --workers)") from e
-
-
 # ---- the data sets' own files ----
 # A reader gets the folder of the annotation files, a split, and the folders that may hold the videos. It yields
-# (Clip, caption, where) per caption; `where` names the line for messages.
+# (Segment, caption, where) per caption; `where` names the line for messages.
 
 UNPACKED = ("videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
             "Charades_v1_480")
@@ -255,17 +207,17 @@ def read_csv(path, root, split):
             raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must be seconds") from None
         if not 0 <= (start or 0) < (math.inf if end is None else end):
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be negative")
-        yield Clip(str(Path(root) / row["video"].strip()), start, end), row["caption"], where
+        yield Segment(str(Path(root) / row["video"].strip()), start, end), row["caption"], where
 
 
 def read_msrvtt(root, split, folders, size="9k"):
     if split == "test":
         name = "MSRVTT_JSFUSION_test.csv"
         for number, row in read_table(root / name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
-            yield Clip(video_file(folders, row["video_id"] + ".mp4")), row["sentence"], f"{name}, row {number}"
+            yield Segment(video_file(folders, row["video_id"] + ".mp4")), row["sentence"], f"{name}, row {number}"
         return
     rows = read_table(root / f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"])
-    clips = {row["video_id"]: Clip(video_file(folders, row["video_id"] + ".mp4")) for _, row in rows}
+    clips = {row["video_id"]: Segment(video_file(folders, row["video_id"] + ".mp4")) for _, row in rows}
     content = read_json(root / "MSRVTT_data.json", "msrvtt", dict)
     for k, sentence in enumerate(_field(content, "sentences", "MSRVTT_data.json", list), 1):
         where = f"MSRVTT_data.json, sentence {k}"
@@ -306,7 +258,7 @@ def read_lsmdc(root, split, folders):
         if not movie:
             raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; fetch the file again")
         if clip != LSMDC_BAD:  # known to be broken
-            yield Clip(video_file(folders, f"{movie}/{clip}.avi")), fields[5], where
+            yield Segment(video_file(folders, f"{movie}/{clip}.avi")), fields[5], where
 
 
 def read_didemo(root, split, folders):
@@ -324,7 +276,7 @@ def read_didemo(root, split, folders):
         if start >= end:  # swapped as in the released code
             start, end = end, start
             turned.append(where)
-        yield Clip(video_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
+        yield Segment(video_file(folders, row["video_path"].rsplit("/", 1)[-1]), start, end), row["text"], where
     if turned:
         more = f" and {len(turned) - 1} more" if turned[1:] else ""
         warn_once(f"{turned[0]}{more}: the end is not after the start; the two are swapped, as in the released code")
@@ -339,7 +291,7 @@ def read_didemo_json(root, name, folders):
         _, paragraph = videos.setdefault(_field(item, "video", where), (where, []))
         paragraph += [text] if isinstance(text, str) else _sentences(item, "description", where)
     for video, (where, paragraph) in videos.items():
-        yield Clip(video_file(folders, video)), " ".join(paragraph), where
+        yield Segment(video_file(folders, video)), " ".join(paragraph), where
 
 
 @functools.cache
@@ -360,10 +312,10 @@ def read_vatex(root, split, folders):
             raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; fetch the file again")
         if listed is not None and video not in listed:
             continue
-        clip = Clip(video_file(folders, video + ".mp4"))
+        clip = Segment(video_file(folders, video + ".mp4"))
         if not os.path.isfile(clip.path):
             uncut = video_file(folders, match[1] + ".mp4")  # the YouTube video
-            clip = Clip(uncut, float(match[2]), float(match[3])) if os.path.isfile(uncut) else clip
+            clip = Segment(uncut, float(match[2]), float(match[3])) if os.path.isfile(uncut) else clip
         for caption in _sentences(item, "enCap", where):
             yield clip, caption, where
 
@@ -372,13 +324,13 @@ def read_charades(root, split, folders):
     name = f"Charades_v1_{split}.csv"
     for number, row in read_table(root / name, "charades", ["id", "script"]):
         if row["script"].strip():
-            yield Clip(video_file(folders, row["id"] + ".mp4")), row["script"], f"{name}, row {number}"
+            yield Segment(video_file(folders, row["id"] + ".mp4")), row["script"], f"{name}, row {number}"
 
 
 def read_msvd(root, split, folders):
     captions = read_json(root / "captions_msvd.json", "msvd", dict)
     for number, video in enumerate(read_text(root / f"{split}_list.txt", "msvd").split(), 1):
-        clip = Clip(video_file(folders, video + ".avi"))
+        clip = Segment(video_file(folders, video + ".avi"))
         for caption in _sentences(captions, video, "captions_msvd.json"):
             yield clip, caption, f"{split}_list.txt, row {number}"
 
@@ -438,17 +390,17 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
         ann = load_annotations(name, root, "all", videos)
-        chosen = split_by_name([os.path.relpath(c.path, videos or root or Path(name).parent) for c in ann.clips])
-        ann = ann.take([v for v in range(len(ann.clips)) if chosen[v] == split])
-        if not ann.clips and split != "val":
+        chosen = split_by_name([os.path.relpath(c.path, videos or root or Path(name).parent) for c in ann.segments])
+        ann = ann.take([v for v in range(len(ann.segments)) if chosen[v] == split])
+        if not ann.segments and split != "val":
             raise DataError(f"{name} has one video and no split column: to train and test, add videos or the column")
         return ann
     if name in NO_VAL and split in ("train", "val"):
         ann = load_annotations(name, root, "train", videos)
-        if val_videos >= len(ann.clips):
-            raise DataError(f"--val-videos {val_videos}: {name} has {len(ann.clips)} training videos in all")
-        held = set(torch.randperm(len(ann.clips), generator=torch.Generator().manual_seed(seed))[:val_videos].tolist())
-        return ann.take([v for v in range(len(ann.clips)) if (v in held) == (split == "val")])
+        if val_videos >= len(ann.segments):
+            raise DataError(f"--val-videos {val_videos}: {name} has {len(ann.segments)} training videos in all")
+        held = set(torch.randperm(len(ann.segments), generator=torch.Generator().manual_seed(seed))[:val_videos].tolist())
+        return ann.take([v for v in range(len(ann.segments)) if (v in held) == (split == "val")])
     return load_annotations(name, root, split, videos)
 
 
@@ -481,12 +433,12 @@ def ten(lines):
 
 def present(ann, skip_bad=False):
     """Are the videos there? Asked before anything long starts. -> (annotations of those, lines about the others)."""
-    gone = [v for v, clip in enumerate(ann.clips) if not os.path.isfile(clip.path)]
-    lines = [f"{ann.clips[v].path} ({ann.where[v]})" if ann.where else str(ann.clips[v].path) for v in gone]
+    gone = [v for v, clip in enumerate(ann.segments) if not os.path.isfile(clip.path)]
+    lines = [f"{ann.segments[v].path} ({ann.where[v]})" if ann.where else str(ann.segments[v].path) for v in gone]
     if gone and not skip_bad:
-        raise DataError(f"{len(gone)} of {len(ann.clips)} videos are missing: {'; '.join(ten(lines))}: put them there, "
+        raise DataError(f"{len(gone)} of {len(ann.segments)} videos are missing: {'; '.join(ten(lines))}: put them there, "
                         "name their folder with --videos, or leave them out with --skip-bad")
-    return (ann.take(set(range(len(ann.clips))) - set(gone)) if gone else ann), lines
+    return (ann.take(set(range(len(ann.segments))) - set(gone)) if gone else ann), lines
 
 
 # ---- command line ----
@@ -546,10 +498,10 @@ def check(args):
             problems.append(("", f"{split}: {e}"))
             print(escaped(f"{split:5s} {e}"))
             continue
-        found = present(ann, skip_bad=True)[0].clips
+        found = present(ann, skip_bad=True)[0].segments
         there = set(found)
-        gone = [(c.path, f"missing {c.path} ({line})") for c, line in zip(ann.clips, ann.where) if c not in there]
-        counts = [f"{len(ann.captions)} texts", f"{len(ann.clips)} videos"]
+        gone = [(c.path, f"missing {c.path} ({line})") for c, line in zip(ann.segments, ann.where) if c not in there]
+        counts = [f"{len(ann.captions)} texts", f"{len(ann.segments)} videos"]
         for k, n in enumerate(PUBLISHED.get(args.data, {}).get(split, ())):
             counts[k] += f" (published {n})" if n else ""
         print(f"{split:5s} {', '.join(counts)}, {len(gone)} of them missing")

@@ -9,7 +9,6 @@
 In the order of the data: what stands above `ranks` never sees `owner`, which video a caption describes.
 """
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -17,103 +16,18 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 from clip_model import WeightsError
-from report import analysis_text, analyze, write_report
-from shapes import check_output, numeric, output, program, shapes_ceiling
-from tmass import POOLINGS, PRIORS, MeanPool, QueryPool, load_checkpoint, sample_cosines
+from lib.common import check_output, numeric, output
+from lib.processes import ALONE, run, start_processes
+from lib.report import analysis_text, analyze, write_report
+from lib.shapes import shapes_ceiling
+from lib.weights import load_checkpoint
+from tmass import POOLINGS, PRIORS, MeanPool, QueryPool, sample_cosines
 
 CUTOFFS = (1, 5, 10, 50)
-
-
-# ---- this process among several ----
-
-class Job(NamedTuple):
-    """This process among those that torchrun started, and its device. Alone, every method does nothing but its name."""
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-
-    def say(self, text):
-        """Print, as one process of all; a file name that is not Unicode must not end a run."""
-        if self.rank == 0:
-            encoding = sys.stdout.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-    def sum(self, x):
-        """Join what the processes computed, each in its own rows of zeros. (...) -> (...), the same on all."""
-        if self.world > 1:
-            dist.all_reduce(x)  # x + 0: exact
-        return x
-
-    def join(self, lines):
-        """The lists of all processes in one, each entry once."""
-        return list(dict.fromkeys(x for part in self.gather(lines) for x in part))
-
-    def gather(self, thing):
-        """What each process has, by rank: any plain object or tensors of the CPU. -> list, the same on all."""
-        parts = [thing] * self.world
-        if self.world > 1:
-            dist.all_gather_object(parts, thing)
-        return parts
-
-    def largest(self, number):
-        """Of all processes' numbers (an int)."""
-        if self.world > 1:
-            number = torch.tensor(number, device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-    @contextlib.contextmanager
-    def first_alone(self):
-        """Process 0 does what is inside, then the others: it may download or render."""
-        if self.world > 1 and self.rank:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.rank == 0:
-            dist.barrier()
-
-
-ALONE = Job()
-
-
-def start_processes(device):
-    """Join the job that torchrun started, if it did. -> Job. Raises DataError where device or job can't be had."""
-    parallel = "RANK" in os.environ
-    if parallel and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=device).item()
-        if parallel and device.startswith("cuda"):
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as e:  # torch's ways to say so
-        raise data.DataError(f"--device {device} can't be used ({str(e).splitlines()[0]}): try --device cpu") from e
-    if not parallel:
-        return Job(device=torch.device(device))
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        except (RuntimeError, ValueError) as e:
-            raise data.DataError(f"process {os.environ['RANK']} can't join the others ({str(e).splitlines()[0]}): "
-                                 "start them with torchrun, or unset RANK to run alone") from e
-    return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
-
-
-def run(main):
-    """A program that torchrun may have started in several processes: `program`, and the processes part at its end."""
-    try:
-        return program(main, WeightsError)
-    except RuntimeError as e:
-        if not dist.is_initialized() or "peer" not in str(e).lower() and not isinstance(e, dist.DistError):
-            raise
-        print(f"error: another process of this job died ({str(e).splitlines()[0]})", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # ---- encode ----
@@ -303,12 +217,12 @@ def rank_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cach
     """Encode and score: Annotations -> Split. scoring: the arguments of `score_all`; name: of the model, for errors."""
     training, bad = model.training, {}
     model.eval()
-    f = encode_videos(model, ann.clips, job, cache, workers, batch, bad if skip_bad else None, amp)
+    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad if skip_bad else None, amp)
     if bad:
-        keep = [v for v in range(len(ann.clips)) if v not in bad]
+        keep = [v for v in range(len(ann.segments)) if v not in bad]
         ann, f = ann.take(keep), f[keep]
         job.say(f"--skip-bad: {len(bad)} unreadable videos left out; {len(ann.captions)} texts, "
-                f"{len(ann.clips)} videos remain")
+                f"{len(ann.segments)} videos remain")
     if not ann.captions:
         raise data.DataError(f"nothing to evaluate: no caption with a readable video ({len(bad)} videos left out)")
     distinct = {c: i for i, c in enumerate(dict.fromkeys(ann.captions))}  # equal captions tie exactly, and cost once
@@ -335,7 +249,7 @@ def evaluate(model, tokenizer, ann, job=ALONE, trials=20, seed=24, expected=Fals
 def summarise(model, split, trials=20, seed=24, expected=False, with_dsl=False, released=False):
     """Split -> dict(t2v, v2t, v2t_strict: metrics; texts, videos, ...; if wanted, dsl and released_protocol alike)."""
     owner, sims = split.ann.owner, split.sims
-    out = dict(measure(sims, owner), texts=len(owner), videos=len(split.ann.clips), left_out=split.left_out)
+    out = dict(measure(sims, owner), texts=len(owner), videos=len(split.ann.segments), left_out=split.left_out)
     out.update(model.config, prior=model.prior, prior_std=model.prior_std, trials=trials, seed=seed, expected=expected)
     if with_dsl:
         out["dsl"] = measure(dsl(sims, 0), owner, dsl(sims, 1))
@@ -514,7 +428,7 @@ def load_data(args, config):
 
 def save_scores(path, split, places, result):
     """Everything that the metrics are computed from, and they, as plain tensors and lists."""
-    ann, clips = split.ann, [list(clip) for clip in split.ann.clips]  # path, start, end
+    ann, clips = split.ann, [list(clip) for clip in split.ann.segments]  # path, start, end
     tensors = dict(sims=split.sims.cpu(), t=split.t.cpu(), f=split.f.cpu(), owner=torch.tensor(ann.owner),
                    t2v_ranks=places[0], v2t_ranks=places[1])
     content = dict(format="tmass scores", **tensors, captions=ann.captions, clips=clips, result=result)
@@ -530,7 +444,7 @@ def main(argv=None):
     ann, missing = data.present(ann, args.skip_bad)
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out; {len(ann.captions)} texts, "
-                f"{len(ann.clips)} videos remain")
+                f"{len(ann.segments)} videos remain")
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     ranked = rank_split(model, tokenizer, ann, job, args.workers, args.skip_bad, args.cache, args.batch, args.amp,
                         args.ckpt, **scoring)

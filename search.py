@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
 import data
-import decode
 from clip_model import WeightsError
-from eval import ALONE, add_common, encode_texts, load_model, lowest_if_nan, run, start_processes, write_json
-from report import write_search_report
-from shapes import clock, escaped, numeric, written_whole
+from eval import add_common, encode_texts, load_model, lowest_if_nan, write_json
+from lib import video as decode
+from lib.common import clock, escaped, numeric, written_whole
+from lib.processes import ALONE, run, start_processes
+from lib.report import write_search_report
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
 INDEX, FORMAT = ".tmass-index", "tmass index 2"
@@ -220,10 +221,10 @@ class PieceDataset(data.VideoDataset, IterableDataset):
 
     def __iter__(self):
         worker, rows, frames = get_worker_info(), [], []
-        for v in range(worker.id if worker else 0, len(self.clips), worker.num_workers if worker else 1):
+        for v in range(worker.id if worker else 0, len(self.segments), worker.num_workers if worker else 1):
             self.note(v)
             try:
-                for piece in decode.read_pieces(self.clips[v].path, self.frames, self.window):
+                for piece in decode.read_pieces(self.segments[v].path, self.frames, self.window):
                     rows.append((v, piece._replace(frames=None)))
                     frames.append(self.transform(piece.frames))
                     if len(frames) == self.batch:
@@ -251,7 +252,7 @@ def encode_files(model, place, todo, save, window, job=ALONE, workers=0, batch=1
     """Encode this process' share of the files. save(Shard) is called when a shard is full, or old, and at the end."""
     mine, T, D = todo[job.rank::job.world], model.frames, model.clip.config["embed_dim"]
     device = model.clip.logit_scale.device
-    clips = [data.Clip(os.path.join(place.folder, name)) for name in mine]
+    clips = [data.Segment(os.path.join(place.folder, name)) for name in mine]
     dataset = PieceDataset(clips, T, data.test_transform(model.clip.config["image_size"]), window, batch)
     nothing = [x.half() for x in (torch.zeros(0, T, D), torch.zeros(0, D))] + [torch.zeros(0, T), torch.zeros(0, 2)]
     nothing = Shard(*nothing, torch.zeros(0, dtype=torch.int32), [])

@@ -12,27 +12,13 @@ Read in this order: XPool (the fusion psi), Radius (R), stochastic_text, support
 TMASS.forward (the training objective), TMASS.score (what evaluation and search rank by). Nothing here knows which video
 a text belongs to, except that `forward` takes matched pairs: the scorer cannot see the ground truth.
 """
-import errno
 import math
-import os
-import secrets
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import (
-    CLIP,
-    Tokenizer,
-    WeightsError,
-    clip_from,
-    find_weights,
-    listed,
-    load_strictly,
-    load_vocabulary,
-    read_weights,
-    state_dict_in,
-)
+from clip_model import WeightsError
 
 RADII = ("none", "mean", "scaled", "linear")
 POOLINGS = ("xpool", "mean", "query")
@@ -415,108 +401,3 @@ class TMASS(nn.Module):
         k = cv / tau2
         g = r * (vv - 2 * k * cv + k.square() * cc).clamp_min(0).sqrt()   # |R(v - k c)|
         return (cv + largest * std * g) / (vv * tau2).sqrt()
-
-
-# ---- checkpoints ----
-
-def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
-    """Write one self-contained file: config, weights (the model's, unless others are given), tokenizer, state.
-
-    state: tensors and plain values only. Written beside the target under a name of its own, flushed to disk, renamed:
-    a kill at any moment leaves the old file or the new one. Refuses weights that are not finite. Raises WeightsError.
-    """
-    path = os.fspath(path)
-    kept = f"an earlier {path}, if any, is intact"
-    content = dict(format="tmass", version=1, config=config, clip=model.clip.config, tmass=model.config,
-                   model=model.state_dict() if weights is None else weights,
-                   merges=list(tokenizer.merges), context_length=tokenizer.context_length, **state)
-    if broken := not_finite(content["model"]) or weights is not None and not_finite(model.state_dict()):
-        raise WeightsError(f"checkpoint {path} not written: weights that are not finite ({listed(broken)}); {kept}")
-    part = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
-    try:
-        with open(part, "xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(f"cannot write checkpoint {path}: {cause(error)}; {kept}") from error
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
-
-
-def cause(error):
-    """Why a file could not be written; torch raises a RuntimeError of its own, with the system's error behind it."""
-    while not isinstance(error, OSError) and error.__context__:
-        error = error.__context__
-    return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else str(error).splitlines()[0]
-
-
-def not_finite(state):
-    """The names of tensors with a value that is no number or infinite."""
-    suspects = {name: x for name, x in state.items() if not x.sum().isfinite()}  # 10 times faster than isfinite()
-    return [name for name, x in suspects.items() if not x.isfinite().all()]
-
-
-def load_checkpoint(name_or_path, activation=None):
-    """A name or file of weights -> (model in eval mode on the CPU, tokenizer, config dict).
-
-    A checkpoint of ours, or a released T-MASS or X-Pool one; or any CLIP that `load_clip` takes, by name or file: then
-    nothing was trained further, frames are pooled by `query`, and radius is none (config: zero_shot=True).
-    activation: quickgelu or gelu, where what the file says of it is wrong.
-    """
-    path, quick_gelu = find_weights(name_or_path), None if activation is None else activation == "quickgelu"
-    content = read_weights(path)
-    load = _load_ours if content.get("format") == "tmass" else _load_foreign
-    model, tokenizer, config = load(content, path, quick_gelu)
-    if broken := not_finite(model.state_dict()):
-        print(f"warning: {path}: weights that are not finite ({listed(broken)}): its scores mean nothing")
-    return model.eval(), tokenizer, config
-
-
-def _load_ours(content, path, quick_gelu):
-    """What save_checkpoint wrote -> (model, tokenizer, config)."""
-    try:
-        if content["version"] != 1:
-            raise WeightsError(f"it is of version {content['version']}, and this program reads version 1")
-        sizes = content["clip"] if quick_gelu is None else dict(content["clip"], quick_gelu=quick_gelu)
-        with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            model = TMASS(CLIP(**sizes), **content["tmass"])
-        load_strictly(model, {k: x.float() for k, x in content["model"].items()}, "its own settings")
-        return model, Tokenizer(content["merges"], content["context_length"]), dict(content["config"])
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {why}; "
-                           "use the program that wrote it, or train again") from None
-
-
-RELEASED_NAMES = {"pool_frames.": "pool.", "stochastic.std_branch.": "radius.", "cross_attn.": "", "_proj.": ".",
-                  "layer_norm": "ln"}  # part of a name there -> here
-
-
-def _load_foreign(content, path, quick_gelu):
-    """A released checkpoint (HF's CLIP, pool_frames, stochastic), or a CLIP alone -> (model, tokenizer, config)."""
-    state, head = state_dict_in(content), {}
-    released = any(key.startswith("pool_frames.") for key in state)
-    try:
-        clip = clip_from(content, path, quick_gelu)
-    except WeightsError as error:
-        also = "" if released else "; nor is it a checkpoint of train.py or of the released code"
-        raise WeightsError(f"{error}{also}") from None
-    for key, x in state.items() if released else ():
-        if not key.startswith("clip.") and key != "stochastic.std_branch.learnable_scalar":  # never used
-            for theirs, ours in RELEASED_NAMES.items():
-                key = key.replace(theirs, ours)
-            head[key] = x.float()
-    if "radius.linear.weight" in head:
-        method = dict(frames=head["radius.linear.weight"].shape[1], prior="uniform", support_video="batch")
-    else:  # X-Pool, or nothing trained at all
-        method = dict(radius="none", support_weight=0.0, pooling="xpool" if released else "query")
-    model, tokenizer = TMASS(clip, **method), load_vocabulary()
-    load_strictly(model, {**{"clip." + k: x for k, x in clip.state_dict().items()}, **head}, f"the model of {path}")
-    if tokenizer.vocab_size != clip.config["vocab_size"]:
-        raise WeightsError(f"{path}: a CLIP of {clip.config['vocab_size']} tokens, and CLIP's vocabulary has "
-                           f"{tokenizer.vocab_size}: without training, only CLIPs with that vocabulary can be used")
-    tokenizer.context_length = clip.config["context_length"]
-    return model, tokenizer, dict({"released" if released else "zero_shot": True}, frames=model.frames)

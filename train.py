@@ -9,13 +9,11 @@ Data order, augmentation, noise and learning rate are pure functions of (seed, s
 """
 import argparse
 import contextlib
-import csv
 import functools
 import math
 import os
 import shlex
 import signal
-import stat
 import sys
 import time
 
@@ -25,10 +23,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from clip_model import CLIP, Tokenizer, WeightsError, load_strictly, read_weights
-from eval import evaluate, format_metrics, run, start_processes
-from shapes import clock, numeric, render_shapes, shapes_pictures, write_text
-from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, load_checkpoint, save_checkpoint, symmetric_cross_entropy
+from clip_model import CLIP, Tokenizer, WeightsError, load_strictly
+from eval import evaluate, format_metrics
+from lib.common import clock, numeric
+from lib.processes import noting_signals, run, start_processes
+from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
+from lib.shapes import render_shapes, shapes_pictures
+from lib.weights import load_checkpoint
+from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
 RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
                "(msrvtt-7k and msvd with X-Pool's rates and dropout). Every value can be overridden.")
@@ -50,8 +52,7 @@ TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision
             text_width=128, text_layers=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of this start alone; and free to change on --resume, because the result stays the same.
-START_ONLY = ("resume", "overwrite")
+# Free to change on --resume, because the result stays the same.
 RUN_ONLY = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint",
             "root", "videos")
 METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight",
@@ -112,54 +113,6 @@ def parser():
 
 
 # ---- settings, and the run that is there already ----
-
-@contextlib.contextmanager
-def only_run(out):
-    """One run at a time writes --out: a lock beside it, which dies with the process."""
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        lock = open(out + ".lock", "a+")
-    except OSError as e:
-        raise WeightsError(f"--out {out} cannot be written: {e.strerror}; choose another --out") from None
-    with lock, contextlib.ExitStack() as end:
-        try:
-            import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            raise WeightsError(f"{out} is being written by process {lock.read()}: choose another --out") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
-        lock.truncate(0)
-        print(os.getpid(), end="", file=lock, flush=True)
-        end.callback(os.unlink, lock.name)
-        yield
-
-
-def earlier_run(args):
-    """What --resume wants of --out. Only a run without a step, or with --overwrite a finished one, may go."""
-    out, old = args.out, {}
-    if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
-        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
-    if not os.path.lexists(out):
-        for path in (os.path.splitext(out)[0] + ending for ending in (".log.csv", ".bad.txt")):
-            if os.path.lexists(path):
-                raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or choose another --out")
-        return None
-    if not stat.S_ISREG(os.lstat(out).st_mode):
-        raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain file, new or old")
-    with contextlib.suppress(WeightsError):
-        old = read_weights(out)
-    if old.get("format") != "tmass":
-        raise WeightsError(f"--out {out} is not a checkpoint of ours, and stays as it is: choose another --out")
-    if args.resume:
-        return old
-    if not old.get("finished", True) and old["step"]:
-        raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: --resume it, or choose another --out")
-    if old.get("finished", True) and not args.overwrite:
-        raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with --overwrite")
-    return None
-
 
 def settle(args):
     """What is not given, from the run to resume or else from the recipe. -> the checkpoint to resume, or None."""
@@ -337,93 +290,6 @@ def pretrain(clip, tokenizer, args, scaler, job):
 
 # ---- what is kept ----
 
-class Log:
-    """NAME.log.csv: one row per logged step. Resuming drops the rows after the step it starts from."""
-    TERMS = ("loss", "stochastic", "support", "ce")
-    FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
-
-    def __init__(self, out, start):
-        path, rows = os.path.splitext(out)[0] + ".log.csv", []
-        if start and os.path.isfile(path):
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-
-    def step(self, done, args, batches, out, factor, speed, **more):
-        """After `done` steps: a line on the screen and a row. speed in pairs/s."""
-        row = dict(step=done, epoch=(done - 1) // batches.per_epoch + 1, **{k: out[k].item() for k in self.TERMS},
-                   head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor, pairs_per_s=speed, **more)
-        terms = "  ".join(f"{k} {row[k]:.3f}" for k in self.TERMS)
-        left = clock((batches.total - done) * batches.batch / speed)
-        print(f"step {done:5d}/{batches.total}  epoch {row['epoch']}/{args.epochs}  {terms}  lr {row['head_lr']:.1e}/"
-              f"{row['clip_lr']:.1e}  {speed:.{0 if speed >= 10 else 2}f} pairs/s  {left} left", flush=True)
-        self.row(**row)
-
-    def row(self, **values):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self.file.flush()
-
-
-class Checkpoint:
-    """One file: the result (the best epoch on the validation split, or the latest weights) and what resuming needs."""
-
-    def __init__(self, args, model, tokenizer, optimizer, scaler, saved, job):
-        self.out, self.model, self.tokenizer, self.optimizer, self.job = args.out, model, tokenizer, optimizer, job
-        self.scaler, self.config = scaler, {k: v for k, v in vars(args).items() if k not in START_ONLY}
-        self.step, self.best, self.bad_videos, self.best_weights = 0, None, [], None
-        if saved:
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved.get("scaler", {}))
-            self.step, self.best, self.bad_videos = saved["step"], saved["best"], saved["bad_videos"]
-            if "training" in saved:
-                self.best_weights = saved["model"]
-
-    def validated(self, step, R1):
-        """Keep the weights if they are the best so far. R1 in percent."""
-        if self.best is None or R1 > self.best[1]:
-            self.best = [step, R1]
-            self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in self.model.state_dict().items()}
-
-    def save(self, step, finished=False):
-        """For all processes to call; process 0 writes. Once finished, the model holds the result."""
-        self.step, self.bad_videos = step, self.job.join(self.bad_videos)
-        state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
-        if not finished:
-            state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-            if self.best_weights is not None:
-                state["training"] = dict(model=self.model.state_dict())
-        if self.job.rank == 0:
-            save_checkpoint(self.out, self.model, self.tokenizer, self.config, weights=self.best_weights, **state)
-        if finished and self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
-
-    def list_bad(self, missing):
-        """What --skip-bad left out, in a file beside the checkpoint."""
-        lines = self.job.join(missing + self.bad_videos)
-        if lines and self.job.rank == 0:
-            path = os.path.splitext(self.out)[0] + ".bad.txt"
-            write_text(path, "".join(line + "\n" for line in lines))
-            print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
-
-
-@contextlib.contextmanager
-def noting_signals():
-    """-> the SIGINT and SIGTERM that came while this is open, for the loop to look at; asked twice, it ends at once."""
-    def note(number, frame):
-        if number in noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-    noted, before = [], [signal.signal(number, note) for number in data.SIGNALS]
-    try:
-        yield noted
-    finally:
-        for number, handler in zip(data.SIGNALS, before):
-            signal.signal(number, handler)
-
-
 # ---- the run ----
 
 def main(argv=None):
@@ -478,7 +344,7 @@ def train(args, job):
         return 128 + stopped
     if checkpoint.best:
         job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation split")
-    if splits["test"].clips:
+    if splits["test"].segments:
         job.say(f"test: {format_metrics(test_on(splits['test']))}")
     job.say(f"checkpoint: {args.out}   evaluate it again: {evaluation(args)}")
     return 0
@@ -518,7 +384,7 @@ def fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, 
             done, seen, end_of_epoch = step + 1, seen + args.batch, (step + 1) % batches.per_epoch == 0
             if log and (done % args.log_every == 0 or end_of_epoch):
                 log.step(done, args, batches, out, factor, seen / (time.time() - started), scale=scale, grad_norm=norm)
-            if end_of_epoch and splits["val"].clips:
+            if end_of_epoch and splits["val"].segments:
                 paused, epoch = time.time(), done // batches.per_epoch
                 val = test_on(splits["val"])
                 job.say(f"validation after epoch {epoch}: {format_metrics(val)}")
@@ -554,7 +420,7 @@ def announce(args, splits, missing, optimizer, batches, job):
     """The resolved truth, at the start."""
     job.say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k not in START_ONLY))
     for split, ann in splits.items():
-        job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.clips)} videos")
+        job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.segments)} videos")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
     for name, group in zip(("CLIP", "head"), optimizer.param_groups):
@@ -563,7 +429,7 @@ def announce(args, splits, missing, optimizer, batches, job):
     job.say(f"{batches.total} steps of {args.batch} pairs, over {job.world} processes on {job.device}, {precision}")
     if not batches.total:
         job.say("no step: the starting point is the result")
-    elif not splits["val"].clips:
+    elif not splits["val"].segments:
         hint = "; --val-videos 500 would hold some out of train" if args.data in data.NO_VAL else ""
         job.say("no validation split: the last epoch is the result" + hint)
 

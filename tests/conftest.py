@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -25,7 +25,11 @@ def shared():
 def run():
     """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the test judges the return code."""
     def run(script, *args, cwd=None, env=None, timeout=300, stdin=None):
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        program = [str(ROOT / script)]
         env = {**os.environ, **(env or {})}
+        if script.startswith("lib/"):  # a module of the package
+            program = ["-m", script.removesuffix(".py").replace("/", ".")]
+            env["PYTHONPATH"] = str(ROOT)
+        command = [sys.executable, *program, *map(str, args)]
         return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
     return run

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import clip_model
-from clip_model import CLIP, Tokenizer, WeightsError, load_clip, read_weights, to_openai_names
+from clip_model import CLIP, Tokenizer, WeightsError
+from lib import weights
+from lib.weights import load_clip, read_weights, to_openai_names
 
 TEXTS = ["a red circle on black", "", "  TWO   dogs,\tplaying!  ", "it's 2024: we're the BEST", "!!!...???",
          "x" * 300, "word " * 500,
@@ -418,8 +420,8 @@ def server(monkeypatch, tmp_path):
         url = f"http://127.0.0.1:{httpd.server_port}"
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "cache" / "tmass"))
-        monkeypatch.setattr(clip_model, "OPENAI_URL", url)
-        monkeypatch.setattr(clip_model, "VOCABULARY_URL", f"{url}/bpe_simple_vocab_16e6.txt.gz")
+        monkeypatch.setattr(weights, "OPENAI_URL", url)
+        monkeypatch.setattr(weights, "VOCABULARY_URL", f"{url}/bpe_simple_vocab_16e6.txt.gz")
         yield Handler
         httpd.shutdown()
 
@@ -430,7 +432,7 @@ def archive(server, monkeypatch, tmp_path):
     save_archive(tmp_path / "served.pt")
     body = (tmp_path / "served.pt").read_bytes()
     sha256 = hashlib.sha256(body).hexdigest()
-    monkeypatch.setitem(clip_model.MODELS, "ViT-B/32", ("ViT-B-32.pt", sha256))
+    monkeypatch.setitem(weights.MODELS, "ViT-B/32", ("ViT-B-32.pt", sha256))
     server.place = f"/{sha256}/ViT-B-32.pt"
     server.files[server.place] = body
     return body, tmp_path / "cache" / "tmass" / "ViT-B-32.pt"
@@ -441,7 +443,7 @@ def test_a_name_is_downloaded_once_and_then_used_offline(server, archive, capfd)
     assert load_clip("ViT-B/32").config == TINY | {"quick_gelu": True}
     assert path.read_bytes() == body and os.listdir(path.parent) == ["ViT-B-32.pt"]
     said = capfd.readouterr()
-    assert f"downloading {clip_model.OPENAI_URL}{server.place} to {path}" in said.out
+    assert f"downloading {weights.OPENAI_URL}{server.place} to {path}" in said.out
     assert re.search(r"100(\.0)?%", said.err)  # as tqdm writes it, or torch where tqdm is not installed
     server.files.clear()
     assert load_clip("ViT-B/32").config["embed_dim"] == 24 and len(server.asked) == 1
@@ -458,10 +460,10 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(fault, says, s
     elif fault == "gone":
         server.files.clear()
     else:
-        monkeypatch.setattr(clip_model, "OPENAI_URL", "http://127.0.0.1:1")
+        monkeypatch.setattr(weights, "OPENAI_URL", "http://127.0.0.1:1")
     with pytest.raises(WeightsError, match=says) as caught:
         load_clip("ViT-B/32")
-    assert f"put the file with SHA-256 {clip_model.MODELS['ViT-B/32'][1]} at {path}" in str(caught.value)
+    assert f"put the file with SHA-256 {weights.MODELS['ViT-B/32'][1]} at {path}" in str(caught.value)
     assert os.listdir(path.parent) == []
 
 
@@ -481,11 +483,11 @@ def test_the_vocabulary_is_downloaded_and_checked(server, shared, tmp_path):
     body = (shared / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
     server.files["/bpe_simple_vocab_16e6.txt.gz"] = body[:-1]
     with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz"):
-        clip_model.load_vocabulary()
+        weights.load_vocabulary()
     server.files["/bpe_simple_vocab_16e6.txt.gz"] = body
-    assert clip_model.load_vocabulary().vocab_size == 49408
+    assert weights.load_vocabulary().vocab_size == 49408
     server.files.clear()
-    assert clip_model.load_vocabulary().encode("a diagram") == [320, 22697]
+    assert weights.load_vocabulary().encode("a diagram") == [320, 22697]
 
 
 def test_a_cache_folder_that_cannot_be_written(server, archive, monkeypatch, tmp_path):

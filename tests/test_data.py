@@ -19,20 +19,20 @@ from torch.utils.data import DataLoader
 from videos import numbered, numbers, write_video
 
 import data
-import decode
-import shapes
 from data import (
-    Clip,
     DataError,
     FrameCache,
     PairDataset,
+    Segment,
     VideoDataset,
     load_annotations,
     load_split,
     present,
     read_frames,
 )
-from decode import sample_indices
+from lib import shapes
+from lib import video as decode
+from lib.video import sample_indices
 
 
 def test_sampling_rule():
@@ -84,26 +84,26 @@ def make(folder, name, n=100):
 def test_exact_frames(folder, name):
     path = make(folder, name)
     for T in (1, 12, 110):
-        assert numbers(read_frames(Clip(path), T)) == sample_indices(100, T)
-    x = read_frames(Clip(str(path), 1.0, 2.0), 5)
+        assert numbers(read_frames(Segment(path), T)) == sample_indices(100, T)
+    x = read_frames(Segment(str(path), 1.0, 2.0), 5)
     assert x.dtype == torch.uint8 and x.shape == (5, 3, 64, 64) and x.is_contiguous()
     assert numbers(x) == [25 + i for i in sample_indices(25, 5)]
-    assert numbers(read_frames(Clip(path, 3.5), 4)) == [88 + i for i in sample_indices(12, 4)]
-    assert numbers(read_frames(Clip(path, None, 0.2), 8)) == [0, 1, 2, 3, 4, 4, 4, 4]
-    shorter = read_frames(Clip(path, 2.0, 31.0), 5)  # than its annotation says, as some of didemo
+    assert numbers(read_frames(Segment(path, 3.5), 4)) == [88 + i for i in sample_indices(12, 4)]
+    assert numbers(read_frames(Segment(path, None, 0.2), 8)) == [0, 1, 2, 3, 4, 4, 4, 4]
+    shorter = read_frames(Segment(path, 2.0, 31.0), 5)  # than its annotation says, as some of didemo
     assert numbers(shorter) == [50 + i for i in sample_indices(50, 5)]
     with pytest.raises(DataError, match=f"{name} ends after 4.0 s, before the clip's start at 9"):
-        read_frames(Clip(path, 9.0, 10.0), 4)
+        read_frames(Segment(path, 9.0, 10.0), 4)
 
 
 def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
     path = make(folder, "bframes.mp4")
-    fast = read_frames(Clip(path), 12)
+    fast = read_frames(Segment(path), 12)
     with monkeypatch.context() as m:
         m.setattr(decode, "_count_frames", None)  # would raise
-        assert torch.equal(read_frames(Clip(path), 12), fast)
+        assert torch.equal(read_frames(Segment(path), 12), fast)
     monkeypatch.setattr(decode, "_seek_frames", lambda *_: None)
-    assert torch.equal(read_frames(Clip(path), 12), fast)
+    assert torch.equal(read_frames(Segment(path), 12), fast)
 
 
 def test_variable_frame_rate(tmp_path):
@@ -117,8 +117,8 @@ def test_variable_frame_rate(tmp_path):
             frame.pts = i if i < 30 else 30 + 4 * (i - 30)  # slows down to a quarter
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    assert numbers(read_frames(Clip(path), 12)) == sample_indices(60, 12)  # by frames, not by time
-    assert numbers(read_frames(Clip(path, 1.2, None), 3)) == [30 + i for i in sample_indices(30, 3)]
+    assert numbers(read_frames(Segment(path), 12)) == sample_indices(60, 12)  # by frames, not by time
+    assert numbers(read_frames(Segment(path, 1.2, None), 3)) == [30 + i for i in sample_indices(30, 3)]
 
 
 @pytest.mark.parametrize("angle", [90, -90])
@@ -136,7 +136,7 @@ def test_rotation_and_odd_metadata(tmp_path, angle):
         file.mux(stream.encode())
     assert b"qqqqqqqq" in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(b"qqqqqqqq", b"caf\xe9 \xff\xfe\xe9"))  # a title that is not UTF-8
-    y = read_frames(Clip(path), 2)
+    y = read_frames(Segment(path), 2)
     assert y.shape == (2, 3, 64, 32)
     y = y if angle == 90 else y.flip(2)
     assert y[:, :, 36:].min() > 220 and y[:, :, :28].max() < 30  # left has become bottom, or top
@@ -161,17 +161,17 @@ def test_cover_picture_is_not_the_video(folder, tmp_path):
                         packet.stream = stream
                         out.mux(packet)
         if wanted:
-            assert numbers(read_frames(Clip(path), 12)) == sample_indices(100, 12)
+            assert numbers(read_frames(Segment(path), 12)) == sample_indices(100, 12)
         else:
             with pytest.raises(DataError, match="coverFalse.mp4"):
-                read_frames(Clip(path), 12)
+                read_frames(Segment(path), 12)
 
 
 def test_names_that_look_like_something_else(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("12:30.mp4", "concat:a.mp4", "%03d.mp4", "-i.mp4", "a #1?.mp4"):
         shutil.copy(make(folder, "bframes.mp4"), name)
-        assert numbers(read_frames(Clip(name), 4)) == sample_indices(100, 4), name
+        assert numbers(read_frames(Segment(name), 4)) == sample_indices(100, 4), name
 
 
 def bad_videos(folder, tmp_path):
@@ -201,7 +201,7 @@ def bad_videos(folder, tmp_path):
 def test_bad_videos_name_the_file(folder, tmp_path):
     for name in bad_videos(folder, tmp_path):
         with pytest.raises(DataError) as e:
-            read_frames(Clip(str(tmp_path / name)), 4)
+            read_frames(Segment(str(tmp_path / name)), 4)
         assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value), name
 
 
@@ -209,7 +209,7 @@ def test_damaged_videos_give_what_they_hold(folder, tmp_path):
     for name in ("x.mkv", "mpeg4.avi", "x.ts", "vp9.webm"):
         body = make(folder, name).read_bytes()
         (tmp_path / name).write_bytes(body[:len(body) * 6 // 10])
-        got = numbers(read_frames(Clip(tmp_path / name), 8))
+        got = numbers(read_frames(Segment(tmp_path / name), 8))
         assert len(got) == 8 and got == sorted(got) and 8 < got[-1] < 90, (name, got)
     g = torch.Generator().manual_seed(0)
     for name in FILES:  # noise in the middle: decoders raise, repair, or lose the frame
@@ -217,7 +217,7 @@ def test_damaged_videos_give_what_they_hold(folder, tmp_path):
         a = len(hole) * 4 // 10
         hole[a:a + 700] = bytes(torch.randint(0, 256, (700,), generator=g).tolist())
         (tmp_path / name).write_bytes(hole)
-        x = read_frames(Clip(str(tmp_path / name)), 8)
+        x = read_frames(Segment(str(tmp_path / name)), 8)
         assert x.shape == (8, 3, 64, 64) and len(set(numbers(x))) > 2, (name, numbers(x))
 
 
@@ -231,7 +231,7 @@ def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
         body[a:None if k % 3 == 0 else a + n] = bytes(0 if k % 3 == 0 else n)  # cut off, or a hole
         file.write_bytes(body)
         try:
-            assert read_frames(Clip(str(file)), 4).shape == (4, 3, 64, 64)
+            assert read_frames(Segment(str(file)), 4).shape == (4, 3, 64, 64)
             outcomes["read"] += 1
         except DataError as e:
             assert str(file) in str(e)
@@ -263,7 +263,7 @@ def pair_items(dataset, items, workers):
 
 
 def test_augmentation_depends_on_seed_epoch_and_item_only(folder):
-    clips = [Clip(str(make(folder, "bframes.mp4"))), Clip(str(make(folder, "mpeg4.avi")))]
+    clips = [Segment(str(make(folder, "bframes.mp4"))), Segment(str(make(folder, "mpeg4.avi")))]
     ann = data.Annotations(clips, ["a", "b", "c"], [0, 1, 1])
     dataset = PairDataset(ann, 4, data.train_transform(32), seed=3)
     items = [(0, 0), (0, 1), (1, 0), (0, 2), (0, 0)]
@@ -284,12 +284,12 @@ def test_augmentation_leaves_the_gpu_generator_alone(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     torch.manual_seed(1)
     assert seeded == [1]  # what the dataset must not do: with --workers 0 it runs in the process that trains
-    ann = data.Annotations([Clip(str(make(folder, "bframes.mp4")))], ["a"], [0])
+    ann = data.Annotations([Segment(str(make(folder, "bframes.mp4")))], ["a"], [0])
     assert PairDataset(ann, 4, data.train_transform(32))[0, 0][1] == "a" and seeded == [1]
 
 
 def test_bad_video_is_a_value(folder, tmp_path):
-    clips = [Clip(str(make(folder, "bframes.mp4"))), Clip(str(tmp_path / "gone.mp4"))]
+    clips = [Segment(str(make(folder, "bframes.mp4"))), Segment(str(tmp_path / "gone.mp4"))]
     pairs = PairDataset(data.Annotations(clips, ["a", "b"], [0, 1]), 4, data.test_transform(32))
     for workers in (0, 1):
         good, bad = pair_items(VideoDataset(clips, 4, data.test_transform(32)), [0, 1], workers)
@@ -304,7 +304,7 @@ def test_bad_video_is_a_value(folder, tmp_path):
 def film(folder, tmp_path):
     path = tmp_path / "film.mp4"
     shutil.copy(make(folder, "bframes.mp4"), path)
-    return Clip(str(path))
+    return Segment(str(path))
 
 
 def close(a, b):
@@ -324,7 +324,7 @@ def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
     with pytest.raises(DataError, match="film.mp4"):
         FrameCache(tmp_path / "c", 7).read(film)  # another T is another file
     with pytest.raises(DataError, match="film.mp4"):
-        cache.read(Clip(film.path, 1.0, None))  # another span too
+        cache.read(Segment(film.path, 1.0, None))  # another span too
     os.utime(film.path)
     with pytest.raises(DataError, match="film.mp4"):
         cache.read(film)  # a changed video is decoded again
@@ -343,7 +343,7 @@ def test_cache_sees_a_changed_video(film, folder, tmp_path):
 
 def test_large_videos_are_cached_small(tmp_path):
     write_video(tmp_path / "large.mp4", torch.full((4, 300, 400, 3), 90, dtype=torch.uint8), preset="ultrafast")
-    assert FrameCache(tmp_path / "c", 2).read(Clip(str(tmp_path / "large.mp4"))).shape == (2, 3, 256, 341)
+    assert FrameCache(tmp_path / "c", 2).read(Segment(str(tmp_path / "large.mp4"))).shape == (2, 3, 256, 341)
 
 
 def test_corrupt_cache_file_is_replaced(film, tmp_path):
@@ -365,7 +365,7 @@ def read_many(folder, clips, out):
 
 def test_two_processes_share_a_cache(film, tmp_path):
     context = multiprocessing.get_context("fork")
-    clips, out = [Clip(film.path, s / 10) for s in range(10)] * 2, context.Queue()
+    clips, out = [Segment(film.path, s / 10) for s in range(10)] * 2, context.Queue()
     people = [context.Process(target=read_many, args=(tmp_path / "c", clips, out)) for _ in range(2)]
     [p.start() for p in people]
     want = sum(sum(numbers(read_frames(clip, 4))) for clip in clips)
@@ -450,10 +450,10 @@ def test_csv(tmp_path):
     train = load_annotations(name, split="train")
     assert relative(train, tmp_path) == [("a.mp4", None, None), ("a.mp4", 1.5, 3.0)] and train.owner == [0, 0, 1]
     assert train.captions == ['Ein Café, "rot"\nund blau', "again", "a part"] and train.where[1] == f"{name}, row 5"
-    assert load_annotations(name, split="test").clips == [Clip("/abs/b.mp4", None, 2.0)]
-    assert load_annotations(name, split="test").captions == ["b"] and load_annotations(name, split="val").clips == []
+    assert load_annotations(name, split="test").segments == [Segment("/abs/b.mp4", None, 2.0)]
+    assert load_annotations(name, split="test").captions == ["b"] and load_annotations(name, split="val").segments == []
     assert len(load_annotations(name, split="all").captions) == 4
-    assert load_annotations(name, "/elsewhere").clips[0].path == "/elsewhere/a.mp4"
+    assert load_annotations(name, "/elsewhere").segments[0].path == "/elsewhere/a.mp4"
     assert load_split(name, split="train").captions == train.captions
 
 
@@ -503,7 +503,7 @@ def test_rows_are_named_by_the_line_they_begin_in(tmp_path):
                  ["c.mp4", "six"])
     ann = load_annotations(name)
     lines = open(name).read().splitlines()
-    for where, clip in zip(ann.where, ann.clips):
+    for where, clip in zip(ann.where, ann.segments):
         assert lines[int(where.split()[-1]) - 1].startswith(os.path.basename(clip.path))
 
 
@@ -530,18 +530,18 @@ def test_csv_without_split_column_is_divided_by_name(tmp_path):
     name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
     assert len(load_annotations(name, split="val").captions) == 400  # as the file says: every row in any split
     parts = {s: load_split(name, split=s) for s in data.SPLITS}
-    paths = {s: {c.path for c in ann.clips} for s, ann in parts.items()}
+    paths = {s: {c.path for c in ann.segments} for s, ann in parts.items()}
     assert sum(map(len, paths.values())) == len(set.union(*paths.values())) == 200
     assert 140 <= len(paths["train"]) <= 175 and len(paths["val"]) >= 10 and len(paths["test"]) >= 10
     for ann in parts.values():
-        number = [int(os.path.basename(c.path)[1:-4]) for c in ann.clips]
+        number = [int(os.path.basename(c.path)[1:-4]) for c in ann.segments]
         assert all(int(c.split()[1]) // 2 == number[o] for c, o in zip(ann.captions, ann.owner))
         assert [int(w.split()[-1]) for w in ann.where] == [2 + 2 * n for n in number]
     more = tmp_path / "elsewhere"
     more.mkdir()
     grown = table(more / "other.csv", ["video", "caption"], *[[f"new{i}.mp4", "x"] for i in range(50)], *reversed(rows))
     for split in data.SPLITS:  # more rows, in another order, in another folder: no video moves
-        now = {os.path.basename(c.path) for c in load_split(grown, split=split).clips}
+        now = {os.path.basename(c.path) for c in load_split(grown, split=split).segments}
         assert {os.path.basename(p) for p in paths[split]} <= now
 
 
@@ -551,7 +551,7 @@ def divided(tmp_path, files):
     name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
     parts = {s: load_split(name, split=s) for s in data.SPLITS}
     assert sum(len(ann.captions) for ann in parts.values()) == 2 * len(files)
-    names = {s: {os.path.basename(c.path) for c in ann.clips} for s, ann in parts.items()}
+    names = {s: {os.path.basename(c.path) for c in ann.segments} for s, ann in parts.items()}
     assert set.union(*names.values()) == set(files) and sum(map(len, names.values())) == len(files)
     return names
 
@@ -574,7 +574,7 @@ def test_a_small_csv_without_splits_can_train_and_test(tmp_path):
 def test_clips_of_one_file_stay_in_one_split(tmp_path):
     rows = [[f"v{i % 3}.mp4", "x", i] for i in range(30)]
     name = table(tmp_path / "my.csv", ["video", "caption", "start"], *rows)
-    paths = [{c.path for c in load_split(name, split=s).clips} for s in ("train", "test")]
+    paths = [{c.path for c in load_split(name, split=s).segments} for s in ("train", "test")]
     assert all(paths) and not set.intersection(*paths)
 
 
@@ -587,11 +587,11 @@ def touch(root, *names):
 
 
 def relative(ann, root):
-    return [(os.path.relpath(c.path, root), c.start, c.end) for c in ann.clips]
+    return [(os.path.relpath(c.path, root), c.start, c.end) for c in ann.segments]
 
 
 def paths(ann, root):
-    return [os.path.relpath(c.path, root) for c in ann.clips]
+    return [os.path.relpath(c.path, root) for c in ann.segments]
 
 
 def msrvtt(root):
@@ -611,19 +611,19 @@ def test_msrvtt(tmp_path):
     root = msrvtt(tmp_path)
     touch(root, "videos/all/video1.mp4", "video2.mp4")
     train = load_annotations("msrvtt", root)
-    assert len(train.clips) == 10 and len(train.captions) == 30
-    names = [os.path.basename(c.path) for c in train.clips]
+    assert len(train.segments) == 10 and len(train.captions) == 30
+    names = [os.path.basename(c.path) for c in train.segments]
     assert all(c.endswith(f"of {names[o][5:-4]}") for c, o in zip(train.captions, train.owner))
     assert paths(train, root)[:3] == ["videos/video0.mp4", "videos/all/video1.mp4", "video2.mp4"]
-    assert len(load_annotations("msrvtt-7k", root).clips) == 7 and load_annotations("msrvtt", root, "val").clips == []
+    assert len(load_annotations("msrvtt-7k", root).segments) == 7 and load_annotations("msrvtt", root, "val").segments == []
     test = load_split("msrvtt", root, "test")
     assert test.captions == ["a, b", "c"] and paths(test, root) == ["videos/video11.mp4", "videos/video10.mp4"]
     # val_videos: held out of train by a seeded choice
     held, kept = load_split("msrvtt", root, "val", 3, 5), load_split("msrvtt", root, "train", 3, 5)
-    assert len(held.clips) == 3 and len(held.captions) == 9
-    assert len(kept.clips) == 7 and not set(held.clips) & set(kept.clips)
+    assert len(held.segments) == 3 and len(held.captions) == 9
+    assert len(kept.segments) == 7 and not set(held.segments) & set(kept.segments)
     assert held == load_split("msrvtt", root, "val", 3, 5) != load_split("msrvtt", root, "val", 3, 6)
-    assert load_split("msrvtt", root, "val").clips == [] and load_split("msrvtt", root, "train") == train
+    assert load_split("msrvtt", root, "val").segments == [] and load_split("msrvtt", root, "train") == train
     with pytest.raises(DataError, match="--val-videos 10: msrvtt has 10"):
         load_split("msrvtt", root, "train", 10)
 
@@ -701,15 +701,15 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys, monkeypatch)
     data.warn_once.cache_clear()
     for _ in range(2):
         ann = load_annotations("didemo", tmp_path, "val")
-        assert [c[1:] for c in ann.clips] == [(0, 31), (1, 2), (5, 30), (3, 3)]
+        assert [c[1:] for c in ann.segments] == [(0, 31), (1, 2), (5, 30), (3, 3)]
     err = capsys.readouterr().err
     assert err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
     assert err.count("\n") == 1
     monkeypatch.setenv("RANK", "1")  # another process of the same job
     data.warn_once.cache_clear()
     assert load_annotations("didemo", tmp_path, "val") == ann and capsys.readouterr().err == ""
-    assert numbers(read_frames(ann.clips[1], 2)) == [25 + i for i in sample_indices(25, 2)]
-    assert numbers(read_frames(ann.clips[3], 2)) == [75, 75]  # no time at all: the one frame there
+    assert numbers(read_frames(ann.segments[1], 2)) == [25 + i for i in sample_indices(25, 2)]
+    assert numbers(read_frames(ann.segments[3], 2)) == [75, 75]  # no time at all: the one frame there
 
 
 def test_a_video_is_found_under_another_suffix(tmp_path):
@@ -719,7 +719,7 @@ def test_a_video_is_found_under_another_suffix(tmp_path):
     touch(tmp_path, "videos/46GP8.webm", f"videos/0001_American_Beauty/{GOOD}.mp4")
     for name in ("charades", "lsmdc"):
         ann = load_annotations(name, tmp_path, "test")
-        assert len(ann.clips) == 1 and present(ann) == (ann, [])
+        assert len(ann.segments) == 1 and present(ann) == (ann, [])
 
 
 def test_didemo(tmp_path):
@@ -728,7 +728,7 @@ def test_didemo(tmp_path):
     table(tmp_path / "didemo_test_label.csv", DIDEMO, *rows)
     ann = load_annotations("didemo", tmp_path, "test")
     assert paths(ann, tmp_path) == ["videos/12@N01_dot.avi", "videos/34@N02.mov", "videos/56@N03.mpg"]
-    assert all(c[1:] == (0, 31) for c in ann.clips)
+    assert all(c[1:] == (0, 31) for c in ann.segments)
     assert ann.captions == ["one. two, three"] * 3
     table(tmp_path / "didemo_val_label.csv", DIDEMO, didemo_row("a.mp4"), didemo_row("b.mp4", "tensor([[]])"))
     with pytest.raises(DataError, match="didemo_val_label.csv, row 3: .*no seconds"):
@@ -772,7 +772,7 @@ def test_charades(tmp_path):
           ["N11GT", "0KZ7"])
     train = load_annotations("charades", tmp_path)
     assert paths(train, tmp_path) == [f"videos/V{i}.mp4" for i in range(4)] and train.captions[2] == "A person, no 2"
-    assert [len(load_split("charades", tmp_path, split, 1).clips) for split in ("val", "train")] == [1, 3]
+    assert [len(load_split("charades", tmp_path, split, 1).segments) for split in ("val", "train")] == [1, 3]
     with pytest.raises(DataError, match="Charades_v1_test.csv, row 4: not as many fields"):
         load_annotations("charades", tmp_path, "test")
 
@@ -794,11 +794,11 @@ def test_videos_may_lie_elsewhere_as_their_site_packs_them(tmp_path, folder):
     (root / "test_list.txt").write_text("a_1_2\nb_3_4\n")
     touch(store, f"{folder}/a_1_2.avi")
     ann = load_split("msvd", root, "test", videos=store)
-    assert os.path.samefile(ann.clips[0].path, store / folder / "a_1_2.avi")
-    assert ann.clips[1].path.startswith(str(store)) and not os.path.exists(ann.clips[1].path)
+    assert os.path.samefile(ann.segments[0].path, store / folder / "a_1_2.avi")
+    assert ann.segments[1].path.startswith(str(store)) and not os.path.exists(ann.segments[1].path)
     touch(root, f"{folder}/b_3_4.avi")  # without --videos: the same names below the annotations
     ann = load_annotations("msvd", root, "test")
-    assert os.path.isfile(ann.clips[1].path) and not os.path.isfile(ann.clips[0].path)
+    assert os.path.isfile(ann.segments[1].path) and not os.path.isfile(ann.segments[0].path)
     with pytest.raises(DataError, match="1 of 2 videos are missing.*--videos"):
         present(ann)
     with pytest.raises(DataError, match="--videos .*nowhere: there is no such folder"):
@@ -818,10 +818,10 @@ def test_videos_of_a_csv_may_lie_elsewhere(tmp_path):
     (tmp_path / "clips").mkdir()
     name = table(tmp_path / "my.csv", ["video", "caption"], *[[f"v{i}.mp4", "x"] for i in range(200)])
     there = {s: load_split(name, None, s, videos=tmp_path / "clips") for s in data.SPLITS}
-    assert there["test"].clips[0].path.startswith(str(tmp_path / "clips" / "v"))
+    assert there["test"].segments[0].path.startswith(str(tmp_path / "clips" / "v"))
     for split in data.SPLITS:  # where they lie changes no split
         here = load_split(name, None, split)
-        assert [os.path.basename(c.path) for c in there[split].clips] == [os.path.basename(c.path) for c in here.clips]
+        assert [os.path.basename(c.path) for c in there[split].segments] == [os.path.basename(c.path) for c in here.segments]
     assert data.main(["check", "--data", name, "--videos", str(tmp_path)]) == 1
     touch(tmp_path / "clips", *[f"v{i}.mp4" for i in range(200)])
     assert data.main(["check", "--data", name, "--videos", str(tmp_path / "clips")]) == 0
@@ -847,10 +847,10 @@ def test_captions_of_another_kind(tmp_path, bad):
 def test_real_annotation_files(shared, tmp_path):
     for split, n in (("test", 1004), ("val", 1062)):
         ann = load_annotations("didemo", shared / "didemo", split)
-        assert len(ann.captions) == n and all(c[1:] == (0, 31) for c in ann.clips)
+        assert len(ann.captions) == n and all(c[1:] == (0, 31) for c in ann.segments)
     msvd = {s: load_annotations("msvd", shared / "msvd", s) for s in data.SPLITS}
-    assert len(set().union(*(a.clips for a in msvd.values()))) == 1970  # no video in two splits
-    assert [len(msvd[s].clips) for s in data.SPLITS] == [1200, 100, 670] and len(msvd["test"].captions) == 27763
+    assert len(set().union(*(a.segments for a in msvd.values()))) == 1970  # no video in two splits
+    assert [len(msvd[s].segments) for s in data.SPLITS] == [1200, 100, 670] and len(msvd["test"].captions) == 27763
     assert sorted(Counter(msvd["test"].owner).values())[::669] == [21, 81]
     for file in (shared / "msrvtt").iterdir():
         shutil.copy(file, tmp_path)
@@ -858,8 +858,8 @@ def test_real_annotation_files(shared, tmp_path):
         sentences=[dict(caption="x", video_id=f"video{i}", sen_id=i) for i in range(10000)])))
     train, test = (load_annotations("msrvtt", tmp_path, split) for split in ("train", "test"))
     small = load_annotations("msrvtt-7k", tmp_path)
-    assert [len(a.clips) for a in (train, small, test)] == [9000, 7010, 1000] and len(test.captions) == 1000
-    assert set(small.clips) < set(train.clips) and not set(test.clips) & set(train.clips)
+    assert [len(a.segments) for a in (train, small, test)] == [9000, 7010, 1000] and len(test.captions) == 1000
+    assert set(small.segments) < set(train.segments) and not set(test.segments) & set(train.segments)
     assert len(set(test.captions)) == 995
 
 
@@ -968,8 +968,8 @@ def test_check_fills_the_cache_of_training(folder, tmp_path, capsys):
     assert data.main([*options, "--frames", "5"]) == 0 and data.main(options) == 0
     assert len(os.listdir(cache)) == 4
     ann = load_split(name, split="all")
-    want = {T: read_frames(ann.clips[0], T) for T in (5, 12)}
-    for clip in ann.clips:  # now nothing can be decoded any more
+    want = {T: read_frames(ann.segments[0], T) for T in (5, 12)}
+    for clip in ann.segments:  # now nothing can be decoded any more
         stat = os.stat(clip.path)
         with open(clip.path, "wb") as file:
             file.write(bytes(stat.st_size))

@@ -12,7 +12,7 @@ from test_readme import COMMANDS
 def trained(run, tmp_path_factory):
     """A small `shapes` where README's commands look for it, and a model trained on it in half a minute of two cores."""
     folder = tmp_path_factory.mktemp("newcomer")
-    assert run("shapes.py", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
+    assert run("lib/shapes.py", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
     done = run("train.py", "--pretrain", 100, "--epochs", 2, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

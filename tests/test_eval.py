@@ -15,10 +15,10 @@ from videos import write_video
 import data
 import eval as ev
 import search
-import shapes
-import tmass
 from clip_model import CLIP, Tokenizer
-from tmass import TMASS, load_checkpoint, save_checkpoint
+from lib import common, weights
+from lib.weights import load_checkpoint, save_checkpoint
+from tmass import TMASS
 
 D, T, NAN = 64, 4, float("nan")
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -148,7 +148,7 @@ def literal_sims(model, tokenizer, ann, released=False):
     """
     t = [model.encode_text(tokenizer([c]))[0] for c in ann.captions]
     transform = data.test_transform(16)
-    f = [model.encode_video(transform(data.read_frames(clip, T))[None])[0] for clip in ann.clips]
+    f = [model.encode_video(transform(data.read_frames(clip, T))[None])[0] for clip in ann.segments]
     sims = torch.empty(len(t), len(f))
     for i in range(len(t)):
         for j in range(len(f)):
@@ -187,9 +187,9 @@ def test_the_released_protocol_takes_each_videos_first_caption(folder):
     """Of 15 captions for 7 videos seven are used, an eighth video without any is left out; honest rows are added."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     many = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
-    many = dataclasses.replace(many, clips=[many.clips[2], *many.clips], owner=[v + 1 for v in many.owner])
+    many = dataclasses.replace(many, clips=[many.segments[2], *many.segments], owner=[v + 1 for v in many.owner])
     first = [many.owner.index(v) for v in range(1, 8)]
-    one = data.Annotations(many.clips[1:], [many.captions[i] for i in first], list(range(7)))
+    one = data.Annotations(many.segments[1:], [many.captions[i] for i in first], list(range(7)))
     all_of_it, alone = (ev.evaluate(model, tokenizer, ann, trials=5, released=True) for ann in (many, one))
     leaking = dict(all_of_it["released_protocol"])
     assert (leaking["texts"], leaking["videos"]) == (7, 7) and leaking == alone["released_protocol"]
@@ -210,7 +210,7 @@ def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
     model.train()
     split = ev.rank_split(model, tokenizer, ann)
     assert model.training  # left as it was
-    assert sorted(seen) == sorted(ann.clips) and sum(texts) == len(set(ann.captions)) == len(ann.captions) - 1
+    assert sorted(seen) == sorted(ann.segments) and sum(texts) == len(set(ann.captions)) == len(ann.captions) - 1
     assert torch.equal(split.sims[-1], split.sims[-2]) and torch.equal(split.t[-1], split.t[-2])
 
 
@@ -218,7 +218,7 @@ def test_evaluation_cannot_see_the_owner(folder):
     """The scores stay whatever `owner` says, and follow texts and videos where these are put; 14 distinct texts."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
-    N, V, g = len(ann.captions), len(ann.clips), torch.Generator().manual_seed(0)
+    N, V, g = len(ann.captions), len(ann.segments), torch.Generator().manual_seed(0)
     whole = ev.rank_split(model, tokenizer, ann)
     swapped = dataclasses.replace(ann, owner=[(v + 3) % V for v in ann.owner])
     other = ev.rank_split(model, tokenizer, swapped)
@@ -227,7 +227,7 @@ def test_evaluation_cannot_see_the_owner(folder):
     assert not torch.equal(*places)  # there it does enter
     texts, videos = torch.randperm(N, generator=g).tolist(), torch.randperm(V, generator=g).tolist()
     owner = [videos.index(ann.owner[i]) for i in texts]
-    moved = data.Annotations([ann.clips[v] for v in videos], [ann.captions[i] for i in texts], owner)
+    moved = data.Annotations([ann.segments[v] for v in videos], [ann.captions[i] for i in texts], owner)
     there = ev.rank_split(model, tokenizer, moved)
     assert (there.sims - whole.sims[texts][:, videos]).abs().max() < 1e-6
 
@@ -235,7 +235,7 @@ def test_evaluation_cannot_see_the_owner(folder):
 def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", lambda clip, frames: os._exit(9))
     with pytest.raises(data.DataError, match="v3.mp4.*--workers"):
-        ev.encode_videos(make(), [data.Clip(str(folder / "videos" / "v3.mp4"), None, None)], workers=1)
+        ev.encode_videos(make(), [data.Segment(str(folder / "videos" / "v3.mp4"), None, None)], workers=1)
 
 
 def test_two_processes_report_what_one_does(folder, tmp_path):
@@ -384,7 +384,7 @@ def test_a_full_disk_is_called_so(folder, tmp_path, capsys, monkeypatch):
     @contextlib.contextmanager
     def full(path):
         yield "/dev/full"
-    monkeypatch.setattr(shapes, "written_whole", full)
+    monkeypatch.setattr(common, "written_whole", full)
     for option in ("--json", "--report", "--save"):
         status, out, err = called(capsys, monkeypatch, *on(folder), "--trials", 1, option, tmp_path / "out")
         assert one_error(status, out, err, option, "out", "disk is full"), err
@@ -403,7 +403,7 @@ def test_saved_scores(folder, tmp_path, capsys, monkeypatch):
     assert torch.equal(model.score(saved["t"], saved["f"], 3), saved["sims"])
     ann = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
     assert (saved["captions"], saved["owner"].tolist()) == (ann.captions, ann.owner)
-    assert [data.Clip(*clip) for clip in saved["clips"]] == ann.clips and saved["result"] == result
+    assert [data.Segment(*clip) for clip in saved["clips"]] == ann.segments and saved["result"] == result
 
 
 def test_the_samples_on_average(folder, tmp_path, capsys, monkeypatch):
@@ -467,7 +467,7 @@ def test_the_other_activation(folder, tmp_path, capsys, monkeypatch):
 
 def test_a_clip_that_nobody_trained_further(folder, tmp_path, capsys, monkeypatch):
     """--ckpt takes CLIP's own weights: pooled by nearness to the text, or by their mean; no radius, so no samples."""
-    monkeypatch.setattr(tmass, "load_vocabulary", lambda: Tokenizer((), 16))  # CLIP's is a download
+    monkeypatch.setattr(weights, "load_vocabulary", lambda: Tokenizer((), 16))  # CLIP's is a download
     clip = make().clip
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     args = ["--ckpt", tmp_path / "clip.pt", "--workers", 0, "--device", "cpu"]

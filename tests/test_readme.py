@@ -18,14 +18,14 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.S | re.M)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
 COMMANDS = [re.split(r"\s+#\s", line)[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS += [code for code in INLINE if re.match(r"(pip|python|torchrun) ", code)]
-SCRIPTS = ("train.py", "eval.py", "search.py", "data.py", "shapes.py")
+SCRIPTS = ("train.py", "eval.py", "search.py", "data.py", "lib/shapes.py")
 
 
 def test_it_is_read_in_five_minutes():
     assert len(README.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", ["README.md", "tests/STUDY.md"])
+@pytest.mark.parametrize("page", ["README.md", "study/STUDY.md"])
 def test_every_link_into_the_project_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
     ours = [link for link in links if not link.startswith("http")]

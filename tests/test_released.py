@@ -9,10 +9,10 @@ from test_tmass import cos, features, literal_pool, literal_radius, literal_scor
 from videos import numbered, write_video
 
 import clip_model
-import tmass
 from clip_model import WeightsError
 from eval import released_scores
-from tmass import load_checkpoint, save_checkpoint
+from lib import weights
+from lib.weights import load_checkpoint, save_checkpoint
 
 D, T = 64, 12
 
@@ -159,7 +159,7 @@ def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, f
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     names = {"safetensors": "clip.safetensors", "open_clip": "openai.bin"}
     hf, path = released[2], tmp_path / names.get(form, "clip.pt")
-    clip = clip_model.CLIP.from_state_dict(clip_model.to_openai_names(hf.state_dict()))
+    clip = clip_model.CLIP.from_state_dict(weights.to_openai_names(hf.state_dict()))
     if form == "HF":
         torch.save(hf.state_dict(), path)
     elif form == "safetensors":
@@ -170,9 +170,9 @@ def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, f
         archive(clip, path)
     else:
         sha256 = archive(clip, cache / "ViT-B-16.pt")  # as if downloaded before
-        monkeypatch.setitem(clip_model.MODELS, "ViT-B/16", ("ViT-B-16.pt", sha256))
-    reads, read = [], tmass.read_weights
-    monkeypatch.setattr(tmass, "read_weights", lambda path: reads.append(path) or read(path))
+        monkeypatch.setitem(weights.MODELS, "ViT-B/16", ("ViT-B-16.pt", sha256))
+    reads, read = [], weights.read_weights
+    monkeypatch.setattr(weights, "read_weights", lambda path: reads.append(path) or read(path))
     model, tokenizer, config = load_checkpoint("ViT-B/16" if form == "name" else path)
     assert len(reads) == 1 and config == dict(zero_shot=True, frames=12) and not model.training
     assert tokenizer.encode("a diagram") == [320, 22697] and tokenizer.context_length == 77
@@ -222,7 +222,7 @@ def test_evaluating_a_released_checkpoint_shows_both_numbers(released, cache, ru
 def test_without_the_vocabulary_the_message_says_what_goes_where(released, tmp_path, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", str(tmp_path))
     # nothing listens there
-    monkeypatch.setattr(clip_model, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")
+    monkeypatch.setattr(weights, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")
     with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz") as error:
         load_checkpoint(released[0])
     assert str(tmp_path) in str(error.value)

@@ -16,9 +16,10 @@ from videos import numbered, write_video
 
 import data
 import eval as ev
-import report
 from clip_model import CLIP, Tokenizer
-from tmass import TMASS, save_checkpoint
+from lib import report
+from lib.weights import save_checkpoint
+from tmass import TMASS
 
 D, T, M = 32, 3, 4
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
@@ -224,7 +225,7 @@ def written(tmp_path_factory):
         write_video(folder / name, x)
     captions = [EVIL, *(f"caption {i} {'W' * 150}" for i in range(1, 16))]
     owner = [i % 8 for i in range(16)]
-    clips = [data.Clip(str(folder / n), *((0, .5) if n.startswith("a_") else ())) for n in names]
+    clips = [data.Segment(str(folder / n), *((0, .5) if n.startswith("a_") else ())) for n in names]
     ann = data.Annotations(clips, captions, owner)
     model, (t, f, *_) = make_model(), features(16, 9)
     f = f[:8]
@@ -266,7 +267,7 @@ def test_the_right_video_and_its_rank(written):
         i = ann.captions.index(page.text.split("“")[1].split("”")[0])
         shown = sims[i].sort(descending=True)
         for n, (css, text) in enumerate(page.hits):
-            v = next(v for v, clip in enumerate(ann.clips) if report.clip_name(clip) in text)
+            v = next(v for v, clip in enumerate(ann.segments) if report.clip_name(clip) in text)
             assert ("right" in css) == (v == ann.owner[i]) and f"score {sims[i, v]:.4f}" in text
             assert v == shown.indices[n] if n < 3 else v == ann.owner[i]
             if "right" in css:
@@ -287,7 +288,7 @@ def test_queries_chosen():
 
 def test_search_report(written, tmp_path):
     _, ann, _ = written
-    files = [ann.clips[0].path, ann.clips[7].path, str(tmp_path / "gone<b>.mp4")]
+    files = [ann.segments[0].path, ann.segments[7].path, str(tmp_path / "gone<b>.mp4")]
     found = {EVIL: [dict(rank=n, score=.9 - n / 10, file=x, at=n / 10, start=0, end=9) for n, x in enumerate(files, 1)]}
     report.write_search_report(str(tmp_path / "s.html"), found, dict(ckpt="m.pt", trials=20))
     page = sound((tmp_path / "s.html").read_text(encoding="utf-8"))
@@ -298,7 +299,7 @@ def test_search_report(written, tmp_path):
 def test_the_matching_frame_is_framed(tmp_path):
     write_video(tmp_path / "x.mp4", numbered(240), fps=10)
     for at, T, shown, place in ((11.0, 12, 6, 0), (18.5, 12, 6, 5), (14.4, 4, 4, 1), (0.0, 12, 6, 0)):
-        img = report.moment(data.Clip(str(tmp_path / "x.mp4"), 10, 20), at, T)
+        img = report.moment(data.Segment(str(tmp_path / "x.mp4"), 10, 20), at, T)
         width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', img).groups())
         body = base64.b64decode(re.search(r"base64,([^\"]+)", img)[1])
         x = decode_jpeg(torch.frombuffer(bytearray(body), dtype=torch.uint8)).float()

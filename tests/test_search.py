@@ -23,11 +23,12 @@ from videos import numbered, numbers, write_video
 
 import clip_model
 import data
-import decode
 import eval as ev
 import search as se
-from decode import DataError, read_pieces, sample_indices
-from tmass import load_checkpoint, save_checkpoint
+from lib import processes, weights
+from lib import video as decode
+from lib.video import DataError, read_pieces, sample_indices
+from lib.weights import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_a_video_opens_nothing_but_itself(tmp_path, name):
     with pytest.raises(DataError, match=name):
         list(read_pieces(tmp_path / name, 4))
     with pytest.raises(DataError, match=name):
-        data.read_frames(data.Clip(tmp_path / name), 4)
+        data.read_frames(data.Segment(tmp_path / name), 4)
     assert os.stat(tmp_path / "other.ts").st_atime_ns == before
 
 
@@ -201,7 +202,7 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
-    f = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
+    f = ev.encode_videos(model, [data.Segment(str(tmp_path / name), None, None) for name in files])
     scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in scores.argsort(descending=True)[:3]]
     for h, (score, file) in zip(hits["a red dog"], expected):
@@ -221,7 +222,7 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert shards(tmp_path)[0] == first[0] and (tmp_path / se.INDEX / first[0]).read_bytes() == body  # never rewritten
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v4.mp4"]
     index = se.build_index(model, [str(tmp_path)])
-    fresh = ev.encode_videos(model, [data.Clip(str(tmp_path / name), None, None) for name in files])
+    fresh = ev.encode_videos(model, [data.Segment(str(tmp_path / name), None, None) for name in files])
     assert sorted(index.shown) == files and index.shards[0].frames.dtype == index.shards[0].mean.dtype == torch.float16
     for row, number in enumerate(index.file.tolist()):
         if number >= 0:
@@ -440,7 +441,7 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
 def test_a_plain_clip_is_a_checkpoint(form, released, cache, ask, monkeypatch, tmp_path):  # noqa: F811
     """Nothing trained: frames weighted by their nearness to the text, of CLIP's own embeddings."""
     monkeypatch.setenv("TMASS_CACHE", str(cache))
-    clip = clip_model.CLIP.from_state_dict(clip_model.to_openai_names(released[2].state_dict()))
+    clip = clip_model.CLIP.from_state_dict(weights.to_openai_names(released[2].state_dict()))
     if form == "HF":
         torch.save(released[2].state_dict(), tmp_path / "pytorch_model.bin")
     else:
@@ -449,21 +450,21 @@ def test_a_plain_clip_is_a_checkpoint(form, released, cache, ask, monkeypatch, t
         noise_video(tmp_path / f"{v}.mp4", v)
     _, err = ask("a dog runs", "--videos", tmp_path, "--json", tmp_path / "x.json", ckpt=tmp_path / "pytorch_model.bin")
     assert "encoded 4 videos, 4 in the index" in err
-    tokenizer, transform = clip_model.load_vocabulary(), data.test_transform(32)
+    tokenizer, transform = weights.load_vocabulary(), data.test_transform(32)
     t = clip.encode_text(tokenizer(["a dog runs"]))
     for x in answers(tmp_path / "x.json", "a dog runs"):
-        f = clip.encode_image(transform(decode.read_frames(data.Clip(x["file"]), 12)))
-        weights = (F.cosine_similarity(t, f) / 0.1).softmax(0)
-        v = (weights[:, None] * F.normalize(f, dim=-1)).sum(0)
+        f = clip.encode_image(transform(decode.read_frames(data.Segment(x["file"]), 12)))
+        a = (F.cosine_similarity(t, f) / 0.1).softmax(0)
+        v = (a[:, None] * F.normalize(f, dim=-1)).sum(0)
         assert x["score"] == pytest.approx(F.cosine_similarity(t[0], v, dim=0).item(), abs=5e-3)
 
 
 def test_without_a_checkpoint_and_without_a_network(ask, folder, monkeypatch, tmp_path):  # noqa: F811
     """--ckpt is CLIP ViT-B/32; where it can't be downloaded the one line says which file to put where."""
     monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(clip_model, "OPENAI_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(weights, "OPENAI_URL", "http://127.0.0.1:9")
     _, err = ask("a dog", "--videos", folder / "videos", ckpt=se.parse_args(["a dog", "--videos", "x"]).ckpt, expect=2)
-    sha256, last = clip_model.MODELS["ViT-B/32"][1], err.splitlines()[-1]
+    sha256, last = weights.MODELS["ViT-B/32"][1], err.splitlines()[-1]
     assert last.startswith("error: ")
     assert f"put the file with SHA-256 {sha256} at {tmp_path / 'cache' / 'ViT-B-32.pt'}" in last
 
@@ -485,7 +486,7 @@ def test_sampling_and_bfloat16_on_request(ask, folder, tmp_path):  # noqa: F811
 def test_progress_and_shards_that_are_old(ask, folder, monkeypatch, tmp_path, capsys):  # noqa: F811
     se.tell_progress(30, 120, 60, ev.ALONE)
     assert capsys.readouterr() == ("", f"{'encoding: 30 of 120 files, 0.5 files/s, 0:03:00 left':78s}\n")
-    se.tell_progress(30, 120, 60, ev.Job(0, 4))
+    se.tell_progress(30, 120, 60, processes.Job(0, 4))
     assert "120 of 480 files, 2.0 files/s, 0:03:00 left" in capsys.readouterr().err
     monkeypatch.setattr(se, "OLD", 0)
     for v in range(4):

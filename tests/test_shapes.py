@@ -14,15 +14,15 @@ import torch
 from conftest import ROOT
 
 import data
-import decode
-import shapes
 import train
 from eval import format_metrics
-from shapes import (
+from lib import shapes
+from lib import video as decode
+from lib.common import DataError
+from lib.shapes import (
     FRAMES,
     SIDE,
     WORDS,
-    DataError,
     ShapesVideos,
     draw_shots,
     oracle_ceiling,
@@ -30,7 +30,7 @@ from shapes import (
     render_shapes,
     shapes_pictures,
 )
-from tmass import load_checkpoint
+from lib.weights import load_checkpoint
 
 SMALL = dict(train=6, val=2, test=4, seed=5)
 
@@ -63,7 +63,7 @@ def test_there_already_means_nothing_to_do(root, capsys):
 def test_killed_while_rendering_goes_on(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     render_shapes(whole, train=60, val=0, test=3, seed=5, workers=0)
-    command = [sys.executable, "shapes.py", "--root", str(cut), "--videos", "60", "0", "3", "--seed", "5"]
+    command = [sys.executable, "lib/shapes.py", "--root", str(cut), "--videos", "60", "0", "3", "--seed", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while len(list(cut.glob("videos/*.mp4"))) < 5 and time.time() < deadline:
@@ -98,14 +98,14 @@ def test_what_a_user_made_is_never_replaced(tmp_path, run):
             render_shapes(mine, **SMALL)
         with pytest.raises(DataError, match="mine is neither empty"):
             data.load_annotations("shapes", mine, "test")
-        done = run("shapes.py", "--root", mine, "--videos", 1, 1, 1)
+        done = run("lib/shapes.py", "--root", mine, "--videos", 1, 1, 1)
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
         assert contents(mine) == before
     (tmp_path / "empty").mkdir()
     for folder, seen in (("empty", ["empty"]), ("mistyped", [])):
         for load in (data.load_annotations, data.load_split):
             with pytest.raises(DataError, match=f"{folder} holds no data set shapes: `python train.py` renders it, or "
-                                                f"python shapes.py --root .*{folder} --videos 1500 100 500"):
+                                                f"python -m lib.shapes --root .*{folder} --videos 1500 100 500"):
                 load("shapes", tmp_path / folder, "train")
         done = run("data.py", "check", "--data", "shapes", "--root", tmp_path / folder)
         assert done.returncode == 2 and "holds no data set shapes" in done.stderr
@@ -125,7 +125,7 @@ def test_an_old_version_is_recognised_and_kept(root, tmp_path):
         before = contents(old)
         for act in (lambda: render_shapes(old, **SMALL), lambda: data.load_annotations("shapes", old, "test")):
             with pytest.raises(DataError, match=f"holds version {version} of shapes, and this is version 2: delete it, "
-                                                r"then make it anew: python shapes.py --root \S*old --videos 6 2 4$"):
+                                                r"then make it anew: python -m lib.shapes --root \S*old --videos 6 2 4$"):
                 act()
         assert contents(old) == before
     (old / "shapes.json").write_text('{"settings": {"train": 6}}')  # damaged
@@ -230,9 +230,9 @@ def test_csv_reader_reads_it(root):
     for split, videos, texts in (("train", 6, 24), ("val", 2, 2), ("test", 4, 32)):
         for name, load in (("shapes", data.load_split), (str(root / "captions.csv"), data.load_annotations)):
             ann = load(name, root, split)
-            assert len(ann.clips) == videos and len(ann.captions) == len(ann.owner) == texts
+            assert len(ann.segments) == videos and len(ann.captions) == len(ann.owner) == texts
             assert data.present(ann)[1] == []
-    frames = data.read_frames(ann.clips[0], FRAMES + 5)
+    frames = data.read_frames(ann.segments[0], FRAMES + 5)
     assert frames.shape == (FRAMES + 5, 3, SIDE, SIDE) and frames.dtype == torch.uint8
     assert torch.equal(frames[-1], frames[FRAMES - 1]) and not torch.equal(frames[0], frames[1])  # 24, and they move
 
@@ -264,7 +264,7 @@ def test_training_keeps_the_frames_beside_the_videos(tmp_path, run):
     """Unasked on shapes, not on other data; what is kept gives the same numbers again."""
     root = tmp_path / "shapes"
     small = ("--root", root, "--pretrain", 2, "--epochs", 1, "--batch", 8, "--workers", 0)
-    assert run("shapes.py", "--root", root, "--videos", 6, 2, 4, cwd=tmp_path).returncode == 0
+    assert run("lib/shapes.py", "--root", root, "--videos", 6, 2, 4, cwd=tmp_path).returncode == 0
     done = run("train.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = {p.name: p.read_bytes() for p in (root / "frames").iterdir()}

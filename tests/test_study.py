@@ -2,10 +2,10 @@
 import json
 
 import pytest
-import study
 import torch
 from conftest import ROOT
 
+import study
 from clip_model import CLIP
 from tmass import TMASS
 

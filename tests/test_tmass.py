@@ -12,16 +12,9 @@ import torch
 import tmass
 from clip_model import CLIP, Tokenizer, WeightsError
 from eval import released_scores
-from tmass import (
-    TMASS,
-    largest_of_normals,
-    load_checkpoint,
-    sample_cosines,
-    save_checkpoint,
-    stochastic_text,
-    support_text,
-    symmetric_cross_entropy,
-)
+from lib import weights
+from lib.weights import load_checkpoint, save_checkpoint
+from tmass import TMASS, largest_of_normals, sample_cosines, stochastic_text, support_text, symmetric_cross_entropy
 
 D, T = 64, 4
 
@@ -471,7 +464,7 @@ def test_a_full_disk_is_called_one(saved, monkeypatch, tensors):
     """/dev/full answers every write as a full disk does; torch makes another error of it."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr(tmass, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
+    monkeypatch.setattr(weights, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
     with pytest.raises(WeightsError, match="no space left on the disk.* is intact"):
         save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2, **tensors)
     assert left_as_it_was(*saved)

@@ -29,8 +29,10 @@ from videos import write_video
 
 import data
 import train
-from clip_model import read_weights
-from eval import ALONE, format_metrics
+from eval import format_metrics
+from lib import processes
+from lib.processes import ALONE
+from lib.weights import read_weights
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = ["--data", "set/my.csv", "--clip", "tiny", "--frames", 2, "--batch", 4, "--epochs", 2, "--workers", 0,
@@ -90,8 +92,8 @@ def child(folder, args, file_limit, slow_workers):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if slow_workers:  # as on a busy machine
-        begin = data._ignore_signals
-        data._ignore_signals = lambda worker: (time.sleep(0.2), begin(worker))
+        begin = processes._ignore_signals
+        processes._ignore_signals = lambda worker: (time.sleep(0.2), begin(worker))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]

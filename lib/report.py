@@ -21,8 +21,8 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 import data
-import decode
-from shapes import clock, escaped, output
+from lib import video as decode
+from lib.common import clock, escaped, output
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs looked at; more are sampled
@@ -447,8 +447,8 @@ def query_cards(sims, ann, t2v, each, top, seed):
     sims, owner, strips = sims.cpu(), torch.as_tensor(ann.owner), {}
 
     def row(i, v, rank, gap=False):
-        strips[v] = strips.get(v) or strip(ann.clips[v])
-        return hit(strips[v], rank, sims[i, v].item(), clip_name(ann.clips[v]), v == ann.owner[i], gap)
+        strips[v] = strips.get(v) or strip(ann.segments[v])
+        return hit(strips[v], rank, sims[i, v].item(), clip_name(ann.segments[v]), v == ann.owner[i], gap)
     out = ""
     for title, chosen in choose_queries(sims, owner, t2v, each, seed):
         cards = ""
@@ -520,7 +520,7 @@ def write_report(path, result, a, ann, sims, ranks, log=None, each=2, top=5, see
     t2v, h = a["intervals"]["t2v"], a["histograms"]
     numbers = [(f"{x['value']:.1f}", f"t2v R@{k[1:]}") for k, x in t2v.items()]
     median = f"{result['t2v']['MdR']:g}"
-    numbers += [(median, "median rank"), (len(ann.captions), "captions"), (len(ann.clips), "videos")]
+    numbers += [(median, "median rank"), (len(ann.captions), "captions"), (len(ann.segments), "videos")]
     tiles = "".join(f"<div><b>{x}</b><span>{esc(label)}</span></div>" for x, label in numbers)
     charts = by = ""
     for title, what, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
@@ -545,7 +545,7 @@ embeddings. Diamonds: the point text alone, without samples
 (over all texts: R@1 {a['point_R1']:.1f}).</p><div class="cards">{by}</div></section>"""
     if curves:
         body += f'<section><h2>Training</h2><div class="cards">{curves}</div></section>'
-    lead = f"{result['data']}, split {result['split']}: {len(ann.captions)} captions, {len(ann.clips)} videos"
+    lead = f"{result['data']}, split {result['split']}: {len(ann.captions)} captions, {len(ann.segments)} videos"
     write(path, page("T-MASS: text-video retrieval", lead, body, plain(result)))
 
 
@@ -555,7 +555,7 @@ def write_search_report(path, found, settings):
     for query, results in found.items():
         rows = ""
         for x in results:
-            clip = data.Clip(x["file"], x["start"], x["end"])
+            clip = data.Segment(x["file"], x["start"], x["end"])
             frames = moment(clip, x["at"], settings.get("frames", 12))
             link = quote(os.fsencode(os.path.relpath(x["file"], folder))) + f"#t={x['at']:g}"
             rows += hit(frames, x["rank"], x["score"], f"{x['file']} at {clock(x['at'])}", link=link)

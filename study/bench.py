@@ -1,4 +1,4 @@
-"""Measurements, printed as ratios and asserted nowhere: python tests/bench.py encode (one function per subcommand)."""
+"""Measurements, printed as ratios and asserted nowhere: python study/bench.py encode (one function per subcommand)."""
 import argparse
 import csv
 import ctypes
@@ -34,7 +34,8 @@ def encode(images=16, texts=32):
     import open_clip
     import transformers
 
-    from clip_model import CLIP, Tokenizer, to_openai_names
+    from clip_model import CLIP, Tokenizer
+    from lib.weights import to_openai_names
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     # its defaults are ViT-B/32
@@ -187,8 +188,8 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
     import tempfile
 
     import data
-    import decode
     import search as se
+    from lib import video as decode
     g = torch.Generator().manual_seed(0)
     model, t = scoring_model(D, T), torch.randn(16, D, generator=g)
     noise = 0.7 * torch.randn(512, T, D, generator=g)
@@ -241,7 +242,7 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
 def test_split(ckpt):
     """The test split of what a checkpoint was trained on -> model, tokenizer, Annotations."""
     import data
-    from tmass import load_checkpoint
+    from lib.weights import load_checkpoint
     model, tokenizer, config = load_checkpoint(ckpt)
     root, held = config.get("root"), config.get("val_videos", 0)
     return model, tokenizer, data.load_split(config["data"], root, "test", held, config.get("seed", 24))
@@ -276,31 +277,31 @@ def moment(ckpt="model.pt"):
 
     import eval as eval_
     import search as se
-    import shapes
+    from lib import shapes
     model, tokenizer, ann = test_split(ckpt)
-    root = Path(ann.clips[0].path).parent.parent
+    root = Path(ann.segments[0].path).parent.parent
     settings = json.loads((root / "shapes.json").read_text())["settings"]
     seen, draw, write = [], shapes.draw_shots, shapes.write_video
     with tempfile.TemporaryDirectory() as folder:
         again = shapes.ShapesVideos(Path(folder), *(settings[key] for key in ("train", "val", "test", "seed")))
         shapes.draw_shots, shapes.write_video = lambda facts, *_: seen.append(facts), lambda *_: None
         truth = {}  # video -> facts of its frames (FRAMES,6), {caption: what it says (6,)}
-        for clip in ann.clips:
+        for clip in ann.segments:
             captions, _, says = again[int(Path(clip.path).stem)]
             truth[clip.path] = seen[-1], dict(zip(captions, torch.tensor(says)))
         shapes.draw_shots, shapes.write_video = draw, write
-        gallery = se.build_index(model, [clip.path for clip in ann.clips], index=folder, workers=1)
+        gallery = se.build_index(model, [clip.path for clip in ann.segments], index=folder, workers=1)
     row = {gallery.paths[number]: k for k, number in enumerate(gallery.file.tolist())}
     t = eval_.encode_texts(model, tokenizer, ann.captions)
     hits, chance = [], []
     for text, caption, owner in zip(t.split(1), ann.captions, ann.owner):
-        path = ann.clips[owner].path
+        path = ann.segments[owner].path
         facts, says = truth[path]
         told = ((facts == says[caption]) | (says[caption] < 0)).all(1)  # frames of shots that the caption fits
         (hit,) = se.score_rows(model, text, gallery, torch.tensor([row[path]]), 1)
         hits.append(told[round(hit.at * shapes.RATE)].item())
         chance.append(told.double().mean().item())
-    print(f"{len(hits)} captions of {len(ann.clips)} videos: the moment lies in a described shot for "
+    print(f"{len(hits)} captions of {len(ann.segments)} videos: the moment lies in a described shot for "
           f"{100 * statistics.mean(hits):.1f} % (chance {100 * statistics.mean(chance):.1f} %)")
 
 
@@ -311,7 +312,7 @@ def pieces(minutes=20, T=12, window=10):
     import av
     from videos import write_video
 
-    import decode
+    from lib import video as decode
     torch.set_num_threads(1)  # as a DataLoader's worker
     g = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -355,7 +356,7 @@ def data_(videos=8, T=12):
     from videos import write_video
 
     import data
-    import decode
+    from lib import video as decode
     torch.set_num_threads(1)  # as a DataLoader's worker
     with tempfile.TemporaryDirectory() as folder:
         clips, g = [], torch.Generator().manual_seed(0)
@@ -363,7 +364,7 @@ def data_(videos=8, T=12):
             scene = F.interpolate(torch.rand(1, 3, 60, 80, generator=g) * 255, (480, 640), mode="bicubic")[0]
             frames = [scene[:, i // 2:i // 2 + 240, i // 3:i // 3 + 320] + torch.randn(240, 320, generator=g) * 4
                       for i in range(375)]
-            clips.append(data.Clip(f"{folder}/{k}.mp4"))
+            clips.append(data.Segment(f"{folder}/{k}.mp4"))
             frames = [x.clamp(0, 255).byte().permute(1, 2, 0).contiguous() for x in frames]
             write_video(clips[-1].path, frames, fps=25, preset="fast")
         ann = data.Annotations(clips, ["-"] * videos, list(range(videos)))
@@ -453,7 +454,8 @@ def train_(batch=16, T=12, repeat=2):
     12 tokens per pair."""
     import transformers
 
-    from clip_model import CLIP, to_openai_names
+    from clip_model import CLIP
+    from lib.weights import to_openai_names
     from tmass import TMASS
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""What the text mass is worth, measured on `shapes`: python tests/study.py [--seeds 1 2 3] [--only xpool paper]
+"""What the text mass is worth, measured on `shapes`: python study/study.py [--seeds 1 2 3] [--only xpool paper]
 
 Trains what is not trained yet, evaluates what is not evaluated yet, prints the tables of STUDY.md. Stopped at any time,
 the same command goes on. Within a seed all variants start from the same warmed-up CLIP and see the same batches, so
 differences are paired. All is done in one process on one thread, seed by seed. Checkpoints stay in runs/study/; one
-that was evaluated is a line of tests/study.jsonl, and is not evaluated again.
+that was evaluated is a line of study/study.jsonl, and is not evaluated again.
 """
 import argparse
 import json
@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
-from shapes import ShapesVideos, shapes_of  # noqa: E402
-from tmass import cosine, largest_of_normals, load_checkpoint  # noqa: E402
+from lib.shapes import ShapesVideos, shapes_of  # noqa: E402
+from lib.weights import load_checkpoint  # noqa: E402
+from tmass import cosine, largest_of_normals  # noqa: E402
 
-RESULTS, SHAPES = ROOT / "tests" / "study.jsonl", ROOT / "data" / "shapes"
+RESULTS, SHAPES = ROOT / "study" / "study.jsonl", ROOT / "data" / "shapes"
 NORMAL = "--radius {} --prior normal --prior-std {} --support-weight {}"
 VARIANTS = {  # what it is, and the flags of train.py; the first one is the baseline
     "xpool": ("X-Pool (radius none)", "--radius none"),
@@ -49,9 +50,9 @@ def prepare():
     kept, video, load = {}, data.VideoDataset.video, train.load_splits
 
     def once(self, v):
-        if self.clips[v] not in kept:
-            kept[self.clips[v]] = video(self, v)
-        return kept[self.clips[v]]
+        if self.segments[v] not in kept:
+            kept[self.segments[v]] = video(self, v)
+        return kept[self.segments[v]]
 
     def without_test(args, job):
         splits, missing = load(args, job)
@@ -83,11 +84,11 @@ class Test:
     def __init__(self):
         self.ann = data.load_split("shapes", SHAPES, "test")
         self.owner = torch.tensor(self.ann.owner)
-        V, settings = len(self.ann.clips), dict(shapes_of(SHAPES)[0])
+        V, settings = len(self.ann.segments), dict(shapes_of(SHAPES)[0])
         self.first = torch.tensor([self.ann.owner.index(v) for v in range(V)])
         rendered = ShapesVideos(SHAPES / "videos", *(settings[k] for k in ("train", "val", "test", "seed")))
         shots = [len(rendered[len(rendered) - V + v][1]) for v in range(V)]
-        frames = data.VideoDataset(self.ann.clips, 6, data.test_transform(32), data.FrameCache(SHAPES / "frames", 6))
+        frames = data.VideoDataset(self.ann.segments, 6, data.test_transform(32), data.FrameCache(SHAPES / "frames", 6))
         apart = torch.tensor([colour_distance(frames.video(v)) for v in range(V)])
         third = torch.bucketize(apart, apart.quantile(torch.tensor([1 / 3, 2 / 3])))
         self.groups = dict(shots=torch.tensor(shots)[self.owner], colours=third[self.owner])
@@ -158,10 +159,10 @@ def what_moves(p, s):
 @torch.no_grad()
 def evaluated(runs, name, seed, test):
     """A line of the results: of one checkpoint every number of samples, the leak, pairs, ranking, groups of videos."""
-    path, owner, each = trained(runs, name, seed), test.owner, torch.arange(len(test.ann.clips))
+    path, owner, each = trained(runs, name, seed), test.owner, torch.arange(len(test.ann.segments))
     model, tokenizer, config = load_checkpoint(path)
     t = encode_texts(model, tokenizer, test.ann.captions)
-    f = encode_videos(model, test.ann.clips, cache=config["cache"])
+    f = encode_videos(model, test.ann.segments, cache=config["cache"])
     mass = model.radius.kind != "none"
     sims = {str(M): model.score(t, f, M) for M in (TRIALS if mass else (0,))}
     best = sims["20" if mass else "0"]

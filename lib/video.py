@@ -1,6 +1,6 @@
 """Frames of a video file: which ones, decoding them exactly, whole or by pieces, and a cache of them.
 
-In this order: Clip and sample_indices, read_frames and read_pieces, the fast way (seek) and the exact way (count),
+In this order: Segment and sample_indices, read_frames and read_pieces, the fast way (seek) and the exact way (count),
 FrameCache. A video opens no file but itself. All errors are DataErrors that name the file.
 """
 import bisect
@@ -19,10 +19,10 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
-from shapes import DataError, written_whole
+from lib.common import DataError, written_whole
 
 
-class Clip(NamedTuple):
+class Segment(NamedTuple):
     """A video file, or the seconds [start, end) of one; None means from the beginning or to the end."""
     path: str
     start: Optional[float] = None
