@@ -337,9 +337,8 @@ def add_common(p, batch):
     return g
 
 
-# How the files that an option writes begin, and what else stands in their first 1,000 bytes.
-OUTPUTS = {"--json": ((b'{\n "', b"{}"), b""), "--report": (b"<!DOCTYPE html>", b"<title>T-MASS"),
-           "--save": (b"PK", b"tmass scores")}
+# What stands near the start of the files that an option writes; --json of eval.py or of search.py.
+OUTPUTS = {"--json": (b'"R1"', b'"rank"'), "--report": (b"<title>T-MASS",), "--save": (b"tmass scores",)}
 
 
 def check_outputs(args):
@@ -352,7 +351,7 @@ def check_outputs(args):
         for other, file in named.items():
             if os.path.realpath(path) == os.path.realpath(file):
                 raise data.DataError(f"{option} {path} and {other} {file} are one file: give each its own")
-        check_output(option, path, *OUTPUTS[option])
+        check_output(option, path, OUTPUTS[option])
         named[option] = path
 
 

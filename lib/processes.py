@@ -104,8 +104,8 @@ def _place_in_job():
     with contextlib.suppress(TypeError, ValueError):
         if 0 <= int(rank) < int(world):
             return int(rank), int(world)
-    raise DataError(f"RANK={rank} and WORLD_SIZE={world} in the environment make no job: start several "
-                    "processes with torchrun, or unset both to run alone")
+    raise DataError(f"process {rank} of {world} (RANK, WORLD_SIZE in the environment): start a job with "
+                    "torchrun, or unset both to run alone")
 
 
 def _try_device(device, parallel):
