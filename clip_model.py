@@ -8,6 +8,7 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
     captions -> Tokenizer   ids (N,L)        -> encode_text    (N,D)
                             images (N,3,P,P) -> encode_image   (N,D)
 """
+import functools
 import gzip
 import html
 import math
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+WeightsError = ValueError  # until everybody has it from lib.common
 
 # Of RGB values in 0..1, over the images that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,7 +63,7 @@ def spell(word):
 
 
 def join(symbols, pair):
-    """Join each occurrence of a pair, from the left: ["a","b","a","b"], ("a","b") -> ["ab","ab"]."""
+    """Join each occurrence of a pair, from the left: ["a","b","a"], ("a","b") -> ["ab","a"]."""
     symbols = list(symbols)
     for i in range(len(symbols) - 1):  # too far once some are joined: nothing is left to match
         if tuple(symbols[i:i + 2]) == pair:
@@ -92,7 +95,6 @@ class Tokenizer:
         self.symbols += ["<|startoftext|>", "<|endoftext|>"]
         self.vocab_size = len(self.symbols)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.encoded = {}  # word -> ids: captions repeat their words
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -133,6 +135,7 @@ class Tokenizer:
             del count[best]
         return cls(learnt, context_length)
 
+    @functools.cache  # captions repeat their words
     def encode_word(self, word):
         """Join neighbours, the pair with the lowest rank first, until no pair has one. -> ids"""
         symbols = spell(word)
@@ -142,12 +145,7 @@ class Tokenizer:
 
     def encode(self, text):
         """A text -> its ids (list), without start and end."""
-        ids = []
-        for word in split_words(text):
-            if word not in self.encoded:
-                self.encoded[word] = self.encode_word(word)
-            ids += self.encoded[word]
-        return ids
+        return [i for word in split_words(text) for i in self.encode_word(word)]
 
     def decode(self, ids):
         """Ids (L,) -> the cleaned text; what follows the end of text is padding."""
@@ -266,7 +264,7 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
         self.transformer = Transformer(width, heads, layers, activation)
-        # Only the class token is read: of the last MLP no more is computed, 6 % of the tower.
+        # Only the class token is read, so that the last MLP computes no other: 5 % of the time.
         self.transformer.resblocks[-1].outputs = 1
         self.proj = normal(width, embed_dim, std=width ** -0.5)
 
