@@ -32,8 +32,8 @@ from lib.video import FrameCache, Segment, read_frames
 
 @dataclass
 class Annotations:
-    """A split. clips (V), captions (N), owner (N): caption i describes clips[owner[i]]. where (V): each one's line."""
-    clips: list
+    """A split. segments (V), captions (N), owner (N): caption i describes segments[owner[i]]. where (V): each one's line."""
+    segments: list
     captions: list
     owner: list
     where: Optional[list] = None

@@ -187,7 +187,7 @@ def test_the_released_protocol_takes_each_videos_first_caption(folder):
     """Of 15 captions for 7 videos seven are used, an eighth video without any is left out; honest rows are added."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     many = data.load_annotations(str(folder / "many.csv"), str(folder / "videos"), "all")
-    many = dataclasses.replace(many, clips=[many.segments[2], *many.segments], owner=[v + 1 for v in many.owner])
+    many = dataclasses.replace(many, segments=[many.segments[2], *many.segments], owner=[v + 1 for v in many.owner])
     first = [many.owner.index(v) for v in range(1, 8)]
     one = data.Annotations(many.segments[1:], [many.captions[i] for i in first], list(range(7)))
     all_of_it, alone = (ev.evaluate(model, tokenizer, ann, trials=5, released=True) for ann in (many, one))
