@@ -149,7 +149,7 @@ def noise_video(path, seed):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven videos; a caption each in one.csv, up to three in many.csv, which model.pt 'trained' on."""
+    """Seven videos; a caption each in one.csv, up to three in many.csv, of which model.pt is."""
     folder = tmp_path_factory.mktemp("eval")
     (folder / "videos").mkdir()
     one = ["video,caption"]
@@ -252,7 +252,7 @@ def test_evaluate_equals_literal_loops(folder):
 
 @torch.no_grad()
 def test_the_released_protocol_takes_each_videos_first_caption(folder):
-    """Seven of the 15 captions of seven videos, beside honest rows; an eighth video has no caption."""
+    """Of 15 captions for 7 videos, 7 count, beside honest rows of them; an 8th video has none."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     many = annotations(folder, "many.csv")
     segments = [many.segments[2], *many.segments]
