@@ -328,7 +328,7 @@ h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-sp
 h2{font-size:1.25rem;margin:2.6rem 0 .3rem}
 h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
 h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
-p{margin:.2rem 0 .8rem}
+p{margin:.5rem 0 .8rem}
 h1,h4,p,dd,.file,li{overflow-wrap:anywhere}
 .soft,figcaption,footer{color:var(--soft)}
 .soft{font-size:.92rem}
@@ -354,7 +354,7 @@ padding:12px 16px}
 ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
 ol figure{margin:0}
 .strip{display:flex;gap:3px;align-items:flex-start}
-.strip img{flex:1;min-width:0;height:auto;max-height:120px;object-fit:contain;border-radius:5px;
+.strip img{flex:1;width:0;height:auto;max-height:120px;object-fit:contain;border-radius:5px;
 background:var(--page)}
 .strip .nearest{outline:4px solid #0072b2;outline-offset:-4px}
 figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;
