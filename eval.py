@@ -9,7 +9,6 @@
 The file follows the data: N texts t (N,D) and V videos f (V,T,D) of T frames, scores sims (N,V).
 Nothing above `ranks` sees `owner` (N,), the number of the video that each text describes.
 """
-import argparse
 import os
 import sys
 from typing import NamedTuple
@@ -334,8 +333,7 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__.rpartition("\n\n")[0],
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--ckpt", default="model.pt",
                    help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
                         "ViT-B/32 or the like, or a file (default: %(default)s)")

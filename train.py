@@ -7,7 +7,6 @@
 
 Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step.
 """
-import argparse
 import contextlib
 import functools
 import math
@@ -26,7 +25,7 @@ import data
 from clip_model import CLIP, Tokenizer, WeightsError, load_strictly
 from eval import evaluate, format_metrics
 from lib.common import clock, numeric
-from lib.processes import noting_signals, run, start_processes
+from lib.processes import Stopped, noting_signals, process_died, run, start_processes
 from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
 from lib.shapes import render_shapes, shapes_pictures
 from lib.weights import load_checkpoint
@@ -62,8 +61,7 @@ METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std
 def parser():
     recipes = [f"  {name}: {', '.join(f'{k}={v}' for k, v in recipe.items()) or '-'}"
                for name, recipe in {"all": BASE, **RECIPES}.items()]
-    p = data.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="\n".join(["Defaults marked (recipe) depend on --data:", *recipes, RECIPES_ARE]))
+    p = data.Parser(__doc__, epilog="\n".join(["Defaults marked (recipe) depend on --data:", *recipes, RECIPES_ARE]))
     whole, count, size = numeric(int, 0, 10 ** 6), numeric(int, 1), numeric(int, 1, 1000)
     share, rate, weight = numeric(float, 0, 1), numeric(float, 0, 10), numeric(float, 0, 1e6)
     g = p.add_argument_group("data")
@@ -114,7 +112,7 @@ def parser():
 
 # ---- settings, and the run that is there already ----
 
-def settle(args):
+def settle(args, world=1):
     """What is not given, from the run to resume or else from the recipe. -> the checkpoint to resume, or None."""
     given = {k for k, v in vars(args).items() if v is not None}
     saved = earlier_run(args)
@@ -139,7 +137,6 @@ def settle(args):
     if name == "shapes" and args.cache is None:
         args.cache = os.path.join(args.root, "frames")
     args.cache, args.videos = (x and os.path.abspath(x) for x in (args.cache, args.videos))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise data.DataError(f"--batch {args.batch} is that of all {world} processes: give a multiple of {world}")
     if args.pretrain and name != "shapes":
@@ -299,7 +296,7 @@ def main(argv=None):
         with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
             return train(args, job)
     except (OSError, RuntimeError, WeightsError) as e:  # what ends a run from outside: a full disk, a process that died
-        lost = job.world > 1 and (isinstance(e, dist.DistError) or "peer" in str(e))
+        lost = process_died(e)
         if not (lost or isinstance(e, OSError) or isinstance(e, WeightsError) and e.__cause__):
             raise
         why = "another process of this job died" if lost else str(e).split("; ")[0]
@@ -307,7 +304,7 @@ def main(argv=None):
 
 
 def train(args, job):
-    saved = settle(args)
+    saved = settle(args, job.world)
     if saved and saved.get("finished", True):
         job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: {evaluation(args)}")
         return 0
@@ -332,6 +329,10 @@ def train(args, job):
     with noting_signals() as noted:
         try:
             stopped = fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job)
+        except Stopped:  # no batch comes; to save, processes would have to meet
+            stopped = noted[0]
+            if job.world == 1 and checkpoint.unsaved:
+                checkpoint.save(checkpoint.unsaved)
         except data.DataError:
             if not noted:
                 raise
@@ -384,6 +385,7 @@ def fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, 
             done, seen, end_of_epoch = step + 1, seen + args.batch, (step + 1) % batches.per_epoch == 0
             if log and (done % args.log_every == 0 or end_of_epoch):
                 log.step(done, args, batches, out, factor, seen / (time.time() - started), scale=scale, grad_norm=norm)
+            checkpoint.unsaved = None if end_of_epoch or in_a_row else done  # not before the validation's result
             if end_of_epoch and splits["val"].segments:
                 paused, epoch = time.time(), done // batches.per_epoch
                 val = test_on(splits["val"])

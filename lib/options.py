@@ -46,28 +46,25 @@ def add_common(parser, batch):
     return g
 
 
-# How the files that an option writes begin, and what else stands in their first 1,000 bytes.
-OUTPUTS = {"--json": ((b'{\n "', b"{}"), b""), "--report": (b"<!DOCTYPE html>", b"<title>T-MASS"),
-           "--save": (b"PK", b"tmass scores")}
+# What stands at the start of the file that an option writes, and of no other.
+OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass scores"}
 
 
 def check_outputs(args):
-    """Before anything long starts: each output can be written, and no two options name one file."""
-    named = {"--ckpt": args.ckpt}
-    for option in OUTPUTS:
+    """Before anything long starts: each output can be written, and no other option names it."""
+    named = {os.path.realpath(args.ckpt): "--ckpt"}
+    for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
         if path is None or (option, path) == ("--json", "-"):  # standard output
             continue
-        for other, file in named.items():
-            if os.path.realpath(path) == os.path.realpath(file):
-                raise DataError(f"{option} {path} and {other} {file} are one file: "
-                                "give each its own")
-        check_output(option, path, *OUTPUTS[option])
-        named[option] = path
+        other = named.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise DataError(f"{option} {path} is the file of {other} too: give each its own")
+        check_output(option, path, [mark])
 
 
 def load_model(args, job):
-    """The checkpoint of --ckpt as the options want it, on the device. -> model, tokenizer, config."""
+    """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
     check_outputs(args)
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)

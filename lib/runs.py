@@ -96,6 +96,7 @@ class Checkpoint:
         self.out, self.model, self.tokenizer, self.optimizer, self.job = args.out, model, tokenizer, optimizer, job
         self.scaler, self.config = scaler, {k: v for k, v in vars(args).items() if k not in START_ONLY}
         self.step, self.best, self.bad_videos, self.best_weights = 0, None, [], None
+        self.unsaved = None  # a step that may be saved at any time
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved.get("scaler", {}))
