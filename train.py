@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from clip_model import CLIP, Tokenizer, WeightsError, load_strictly
+from clip_model import CLIP, Tokenizer, WeightsError
 from eval import evaluate, format_metrics
 from lib.common import clock, numeric
 from lib.processes import Stopped, noting_signals, process_died, run, start_processes
 from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
 from lib.shapes import render_shapes, shapes_pictures
-from lib.weights import load_checkpoint
+from lib.weights import load_checkpoint, load_strictly
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
 RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
