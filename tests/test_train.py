@@ -6,6 +6,7 @@ which saves seconds each; torchrun and the plain command line have tests of thei
 import contextlib
 import csv
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -206,18 +207,48 @@ def test_batches():
     assert [a + b for a, b in zip(*shares)] == every[2:]
 
 
-def test_generator_tells_steps_apart():
-    numbers = [(24, 0), (24, 1), (25, 0), (0, 24), (24,), (24, 0, 0)]
-    assert len({train.generator("cpu", *n).initial_seed() for n in numbers}) == len(numbers)
+def test_settings_of_the_method_are_written_once():
+    """TMASS.__init__ has them: recipes and options name no other, and every one has an option."""
+    parameters = inspect.signature(train.TMASS.__init__).parameters
+    defaults = {k: x.default for k, x in parameters.items() if k not in ("self", "clip")}
+    assert len(defaults) == 10 and train.METHOD == defaults == train.TMASS(
+        train.CLIP(vocab_size=300, **train.TINY)).config
+    options = vars(train.parser().parse_args([]))
+    assert train.BASE.keys() <= options.keys()
+    assert all(options[name] is None for name in train.BASE)  # a default of its own would hide the recipe
+    for recipe in train.RECIPES.values():
+        assert recipe.keys() <= train.BASE.keys()
+
+
+def test_a_data_set_without_a_recipe_trains_with_the_default_one(here, monkeypatch):
+    assert set(train.RECIPES) < set(train.DATASETS)
+    for name in ("vatex", "charades"):
+        assert name in train.DATASETS and name not in train.RECIPES
+        args = train.parser().parse_args(["--data", name])
+        assert train.settle(args) is None
+        assert {k: getattr(args, k) for k in train.BASE} == train.BASE
+        assert args.root == str(here / "data" / name)
+
+
+def test_help_has_each_option_once_with_default_and_recipes(capsys):
+    with pytest.raises(SystemExit):
+        train.parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in train.BASE.items():
+        assert text.count(f" --{name.replace('_', '-')} ") == 1, name
+        assert f"(default: {value})" in text
+    for name, recipe in train.RECIPES.items():
+        assert f"{name}: {next(iter(recipe))}=" in text
 
 
 # ---- one process against two ----
 
 GRADIENTS = """
-import copy, torch, torch.distributed as dist
+import copy, functools, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import train
 from clip_model import CLIP
+from lib.processes import Job
 from tmass import TMASS
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -234,10 +265,13 @@ for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.
         alone = copy.deepcopy(model)
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         ddp = DistributedDataParallel(model)
-        out = ddp(ids[rows], video[rows], train.generator("cpu", 1, 2), train.Gather.apply)
+        torch.manual_seed(5)  # noise and dropout
+        gather = functools.partial(train.Gather.apply, Job(rank, 2))
+        out = ddp(ids[rows], video[rows], gather)
         out["loss"].backward()
         two = {k: p.grad for k, p in model.named_parameters()}
-        one = alone(ids, video, train.generator("cpu", 1, 2))
+        torch.manual_seed(5)
+        one = alone(ids, video)
         one["loss"].backward()
         assert abs(out["loss"] - one["loss"]) < 1e-5, (out["loss"], one["loss"])
         total = sum(p.grad.norm() ** 2 for p in alone.parameters()) ** 0.5
@@ -571,9 +605,9 @@ def test_ten_steps_that_are_not_finite_stop(here, monkeypatch, capsys):
 def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
     true, calls = train.TMASS.losses, []
 
-    def losses(self, t, f, generator=None):  # the real losses, but one of them spoilt
+    def losses(self, t, f):  # the real losses, but one of them spoilt
         calls.append(0)
-        out = true(self, t, f, generator)
+        out = true(self, t, f)
         return {**out, "loss": out["loss"] * math.nan} if len(calls) == 3 else out
     monkeypatch.setattr(train.TMASS, "losses", losses)
     status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 1)
@@ -592,11 +626,11 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
     assert not os.path.exists("model.pt")
     true, calls = train.TMASS.losses, []
 
-    def losses(self, t, f, generator=None):  # the real losses; in step 5 a weight overflows that they do not show
+    def losses(self, t, f):  # the real losses; in step 5 a weight overflows that they do not show
         calls.append(0)
         if len(calls) == 5:
             self.clip.token_embedding.weight.data[0] = math.inf
-        return true(self, t, f, generator)
+        return true(self, t, f)
     monkeypatch.setattr(train.TMASS, "losses", losses)
     status, out, err = call(monkeypatch, capsys, *SMALL, "--save-every", 2)
     refused(status, out, err, "not finite (clip.token_embedding.weight)", "an earlier model.pt, if any, is intact")
@@ -654,7 +688,7 @@ def test_precision_and_checkpointing(here, monkeypatch, capsys):
     losses = {}
     for name, flags in (("plain", []), ("recomputed", ["--grad-checkpoint"]), ("bf16", ["--amp", "bf16"])):
         status, out, err = call(monkeypatch, capsys, *SMALL, "--out", f"{name}/model.pt", *flags)
-        assert status == 0 and ("bf16 towers" in out) == (name == "bf16")
+        assert status == 0 and ("on cpu, amp bf16" in out) == (name == "bf16")
         losses[name] = torch.tensor([float(r["loss"]) for r in steps(here / name)])
     assert torch.allclose(losses["plain"], losses["recomputed"], rtol=1e-4)
     assert not torch.equal(losses["plain"], losses["bf16"])
@@ -665,7 +699,7 @@ def test_precision_and_checkpointing(here, monkeypatch, capsys):
 def test_float16_scales_its_loss_and_resumes_exactly(here, start, monkeypatch, capsys):
     fp16 = [*SMALL, "--amp", "fp16", "--epochs", 1, "--clip-lr", 1e-4, "--head-lr", 1e-3]
     status, out, _ = call(monkeypatch, capsys, *fp16, "--out", "whole/model.pt")
-    assert status == 0 and "fp16 towers" in out and "skipped" not in out
+    assert status == 0 and "on cpu, amp fp16" in out and "skipped" not in out
     assert call(monkeypatch, capsys, *fp16, "--amp", "off", "--out", "plain/model.pt")[0] == 0
     a, b = (torch.tensor([float(r["loss"]) for r in steps(here / name)]) for name in ("whole", "plain"))
     assert not torch.equal(a, b) and torch.allclose(a, b, rtol=0.05)
@@ -689,26 +723,39 @@ def test_float16_may_seek_its_scale_for_long_but_not_for_ever(here, monkeypatch,
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=4.))
     true = train.TMASS.losses
     monkeypatch.setattr(train.TMASS, "losses", lambda *args: {k: x * math.nan for k, x in true(*args).items()})
-    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 4, "--out", "nan.pt")
-    refused(status, out, err, "10 steps in a row, to 11, were not finite", "keeps the last good state, step 0")
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--amp", "fp16", "--epochs", 6, "--out", "nan.pt")
+    refused(status, out, err, "30 steps in a row, to 30, were not finite", "keeps the last good state, step 0")
 
 
 def test_warm_up_in_float16_learns_and_takes_no_step_that_is_not_finite(capsys):
-    phrases = train.shapes_pictures(128, train.generator("cpu", 0), 32)[1]
+    phrases = train.shapes_pictures(128, torch.Generator().manual_seed(0), 32)[1]
     tokenizer = train.Tokenizer.learn(phrases, 300, context_length=48)
     torch.manual_seed(0)
     small = dict(train.TINY, image_size=16, vision_width=64, vision_layers=1, text_width=64, text_layers=1)
-    clip = train.CLIP(vocab_size=tokenizer.vocab_size, **small)
-    args = train.parser().parse_args(["--amp", "fp16", "--seed", "1", "--warmup", "0.1", "--log-every", "1"])
-    before = {k: x.clone() for k, x in clip.state_dict().items()}
+    model = train.TMASS(train.CLIP(vocab_size=tokenizer.vocab_size, **small))
+    args = train.parser().parse_args(["--amp", "fp16", "--seed", "1", "--warmup", "0.1", "--workers", "0"])
+    before = {k: x.clone() for k, x in model.state_dict().items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 120)
     args.pretrain = 2
-    train.pretrain(clip, tokenizer, args, scaler, ALONE)
-    assert same(before, clip.state_dict()) and scaler.get_scale() == 2. ** 118
+    train.pretrain(model, tokenizer, args, scaler, ALONE)
+    assert same(before, model.state_dict()) and scaler.get_scale() == 2. ** 118
     args.pretrain = 8
-    train.pretrain(clip, tokenizer, args, torch.amp.GradScaler("cpu"), ALONE)
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
+    train.pretrain(model, tokenizer, args, torch.amp.GradScaler("cpu"), ALONE)
+    said = re.findall(r"pretrain (\d+)/\1  loss ([\d.]+)", capsys.readouterr().out)
+    assert [steps for steps, _ in said] == ["2", "8"]
+    assert float(said[1][1]) < float(said[0][1]) - 0.01
+
+
+def test_pictures_of_the_warm_up_do_not_depend_on_workers():
+    tokenizer = train.Tokenizer()
+    drawn = functools.partial(train.draw, tokenizer, 16, 5)
+    found = []
+    for workers in (0, 2):
+        with train.loading(range(4), [[step] for step in range(4)], drawn, workers) as loader:
+            found.append([(ids.clone(), pictures.clone()) for ids, pictures in loader])
+    for alone, worker in zip(*found):
+        assert torch.equal(alone[0], worker[0]) and torch.equal(alone[1], worker[1])
+    assert len(found[0]) == 4 and not torch.equal(found[0][0][1], found[0][1][1])
 
 
 def test_activation_of_a_clip_file(here, monkeypatch, capsys):
@@ -764,13 +811,18 @@ def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, ca
     refused(*call(monkeypatch, capsys, *SMALL, "--batch", 27), told)
     status, out, _ = call(monkeypatch, capsys, *SMALL, "--epochs", 0)
     assert status == 0 and "0 steps of 4 pairs" in out and "no step: the starting point is the result" in out
-    terms = {k: torch.tensor(1.5) for k in train.Log.TERMS}
+    values = {k: torch.tensor(1.5) for k in (*train.Log.TERMS, "scale", "grad_norm")}
     args = train.parser().parse_args(["--epochs", "1", "--head-lr", "1e-3", "--clip-lr", "1e-5"])
-    log = train.Log("slow.pt", 0)
-    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 0.031, scale=1.0, grad_norm=1.0)
-    log.step(1, args, train.Batches(8, 4, 1, 0), terms, 1.0, 1234.5, scale=1.0, grad_norm=1.0)
+    args.out = "slow.pt"
+    args.batch = 4
+    log = train.Log(args, train.Batches(8, 4, 1, 0), ALONE)
+    for seconds in (129, 0.003):
+        log.flags.append(torch.tensor(True))
+        log.since = time.monotonic() - seconds
+        log.done = 0
+        log.step(1, values, 1.0)
     slow, fast = capsys.readouterr().out.splitlines()
-    assert "0.03 pairs/s  0:02:09 left" in slow and "1234 pairs/s  0:00:00 left" in fast
+    assert "0.03 pairs/s  0:02:09 left" in slow and re.search(r" 1[23]\d\d pairs/s  0:00:00 left", fast)
 
 
 def test_cache_trains_from_its_files(own_copy, monkeypatch, capsys):
