@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lib.common import DataError, Parser, clock, escaped, numeric, program, written_whole
-from lib.processes import loading
+from lib.processes import loading, worker_place
 from lib.shapes import shapes_table
 from lib.video import FrameCache, Segment, read_frames
 
@@ -72,9 +72,9 @@ class VideoDataset(Dataset):
         return len(self.segments)
 
     def note(self, v):
-        worker = torch.utils.data.get_worker_info()
-        if worker and worker.id < len(self.reading):
-            self.reading[worker.id] = torch.tensor([os.getpid(), v + 1])
+        worker, _ = worker_place()
+        if worker < len(self.reading):
+            self.reading[worker] = torch.tensor([os.getpid(), v + 1])
 
     def video(self, v):
         self.note(v)
@@ -520,7 +520,7 @@ def check(args):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("check", help="what of a data set is there, what is missing, and where it belongs")
     c.add_argument("--data", required=True, help=f"{', '.join(READERS)}, shapes, or a .csv")

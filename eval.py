@@ -385,7 +385,7 @@ def write_json(path, content):
 # ---- command line ----
 
 def parse_args(argv=None):
-    p = data.Parser(description=__doc__.rpartition("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(__doc__)
     p.add_argument("--ckpt", default="model.pt", help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a "
                                                       "CLIP: ViT-B/32 or the like, or a file (default: %(default)s)")
     p.add_argument("--data", help="name of a data set or path of a .csv (default: what the checkpoint was trained on)")

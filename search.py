@@ -11,7 +11,6 @@ files that are never rewritten, in the folder .tmass-index/: any number of proce
 it at once, and a run that is killed loses what is younger than its last shard. In this order: list_videos, Shard and
 how one is written and read, build_index (only what is new is encoded), search (two stages), the command line.
 """
-import argparse
 import contextlib
 import hashlib
 import json
@@ -23,14 +22,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 import data
 from clip_model import WeightsError
 from eval import add_common, encode_texts, load_model, lowest_if_nan, write_json
 from lib import video as decode
 from lib.common import clock, escaped, numeric, written_whole
-from lib.processes import ALONE, run, start_processes
+from lib.processes import ALONE, run, start_processes, worker_place
 from lib.report import write_search_report
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".ogv")
@@ -220,8 +219,8 @@ class PieceDataset(data.VideoDataset, IterableDataset):
         self.frames, self.window, self.batch = frames, window, batch
 
     def __iter__(self):
-        worker, rows, frames = get_worker_info(), [], []
-        for v in range(worker.id if worker else 0, len(self.segments), worker.num_workers if worker else 1):
+        (worker, workers), rows, frames = worker_place(), [], []
+        for v in range(worker, len(self.segments), workers):
             self.note(v)
             try:
                 for piece in decode.read_pieces(self.segments[v].path, self.frames, self.window):
@@ -460,7 +459,7 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 # ---- command line ----
 
 def parse_args(argv=None):
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(__doc__)
     p.add_argument("query", nargs="*", help="what to look for; none: asks, or reads one a line from a pipe")
     p.add_argument("--ckpt", default="ViT-B/32",
                    help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a released "

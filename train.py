@@ -2,13 +2,12 @@
 
     python train.py                                     # the embedded data set, on a CPU
     python train.py --data msrvtt --out msrvtt.pt       # a benchmark, from OpenAI's CLIP
-    python train.py --data my.csv --out my.pt           # columns video, caption[, split, start, end]
+    python train.py --data my.csv --out my.pt           # a table: video, caption[, split, ...]
     torchrun --nproc_per_node 8 train.py --data msrvtt  # several GPUs; --batch is for all of them
 
 Data order, augmentation, noise, dropout and learning rate depend on (seed, step) alone: to resume
 exactly, a run needs its weights, its optimizer and the number of the step.
 """
-import argparse
 import contextlib
 import functools
 import inspect
@@ -20,7 +19,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +26,7 @@ import data
 from clip_model import CLIP, Tokenizer
 from eval import evaluate, format_metrics
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
-from lib.processes import loading, noting_signals, run, start_processes
+from lib.processes import Stopped, loading, noting_signals, process_died, run, start_processes
 from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
@@ -77,6 +75,7 @@ RECIPES = {  # what differs from BASE, by data set
     "msvd": dict(dropout=0.4),
 }
 RECIPES_ARE = """\
+Recipes, where they differ from the defaults above, which are those of the other data sets.
 msrvtt, lsmdc and didemo are the released commands. None was released for the others: msrvtt-7k and
 msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
 TINY = dict(  # the CLIP that is trained here, on a CPU
@@ -139,7 +138,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model = checkpoint.model
     parallel = DistributedDataParallel(model) if job.world > 1 else model
     gather = functools.partial(Gather.apply, job)
-    log = Log(args, batches, job)
+    log = Log(args, job, checkpoint, batches)
     model.train()
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
@@ -158,9 +157,8 @@ def fit(args, job, checkpoint, batches, splits, noted):
 
             done = step + 1
             end_of_epoch = done % batches.per_epoch == 0
-            stopping = job.largest(max(noted, default=0))
-            saving = stopping or end_of_epoch or done % args.save_every == 0
-            if saving or done % args.log_every == 0:  # only now the program waits for the device
+            checkpoint.unsaved = None if end_of_epoch else done
+            if end_of_epoch or done % args.log_every == 0:  # only here the device is waited for
                 scale = model.clip.logit_scale.exp()
                 log.step(done, dict(losses, grad_norm=norm, scale=scale), factor)
             if end_of_epoch and splits["val"].segments:
@@ -168,7 +166,9 @@ def fit(args, job, checkpoint, batches, splits, noted):
                 R1 = test(args, job, checkpoint, splits["val"], f"validation after epoch {epoch}")
                 checkpoint.validated(done, R1)
                 log.row(step=done, epoch=epoch, val_R1=R1)
-            if saving and log.in_a_row == 0:
+            stopping = job.largest(max(noted, default=0))
+            saving = stopping or end_of_epoch or done % args.save_every == 0
+            if saving and log.was_finite(done):
                 checkpoint.save(done)
             if stopping:
                 return stopping
@@ -203,9 +203,6 @@ class Batches:
     def __post_init__(self):
         self.per_epoch = self.pairs // self.batch
         self.total = self.per_epoch * self.epochs
-
-    def __len__(self):
-        return self.total - self.start
 
     def __iter__(self):
         share = self.batch // self.world
@@ -332,115 +329,94 @@ def pretrain(model, tokenizer, args, scaler, job):
             loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
             descend(loss, model, optimizer, scaler)
             progress.update(step + 1)
-    if steps:
-        job.say(f"pretrain {args.pretrain}/{args.pretrain}  loss {loss.item():.3f}")
+    job.say(f"pretrain {args.pretrain}/{args.pretrain}  loss {loss.item():.3f}")
 
 
 # ---- options ----
-
-def add_option(group, name, text, kind=None, **more):
-    """An option, with its default in the help. kind: the type of its value."""
-    if name in BASE:
-        text += f" (default: {BASE[name]})"
-    if kind:
-        more["type"] = kind
-    group.add_argument("--" + name.replace("_", "-"), help=text, **more)
-
 
 def data_name(text):
     return os.path.abspath(text) if text.endswith(".csv") else text
 
 
 def parser():
-    p = Parser(description=__doc__.split("\n\n")[0], epilog=recipes(),
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def group(title):
-        return functools.partial(add_option, p.add_argument_group(title))
-    folder = os.path.abspath
-    whole = numeric(int, 0, 10 ** 6)
+    recipes = [f"  {name}: {recipe}" for name, recipe in RECIPES.items()]
+    p = Parser(__doc__, epilog="\n".join([RECIPES_ARE, *recipes]))
     count = numeric(int, 1)
-    size = numeric(int, 1, 1000)
+    folder = os.path.abspath
     rate = numeric(float, 0, 10)
+    size = numeric(int, 1, 1000)
     weight = numeric(float, 0, 1e6)
+    whole = numeric(int, 0, 10 ** 6)
 
-    option = group("data")
+    def option(name, text, kind=None, default=None):
+        """kind: the type of the value, or the choices; bool: there is no value."""
+        more = {"type" if callable(kind) else "choices": kind, "default": default}
+        if kind is bool:
+            more = {"action": "store_true"}
+        shown = BASE.get(name, default)
+        if shown is not None:
+            text += f" (default: {shown})"
+        group.add_argument("--" + name.replace("_", "-"), help=text, **more)
+
+    group = p.add_argument_group("data")
     option("data", f"{', '.join(DATASETS)}, or a .csv (default: shapes)", data_name)
-    option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder,
-           metavar="DIR")
-    option("videos", "folder of the videos, where they lie apart from the annotations", folder,
-           metavar="DIR")
-    option("val_videos", "held out of train to choose the checkpoint, for data sets without a "
-           "validation split: 500 is plenty", whole)
-    option("skip_bad", "leave out and list videos that are missing or broken", action="store_true")
-    option("cache", "keep frames there as JPEG, so that a video is decoded once: faster from the "
-           "second epoch on (default: none; shapes: frames/ beside its videos)", folder,
-           metavar="DIR")
-    option("augment", "crop-flip: one random crop and flip per video; none where captions say left "
-           "and right", choices=("crop-flip", "none"))
-    option("workers", "processes that read videos: more while the device waits for them (default: "
-           "%(default)s)", numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1))
+    option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
+    option("videos", "folder of the videos, where they lie apart from the annotations", folder)
+    option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
+           "has no validation split: 500 is plenty", whole)
+    option("cache", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
+           "from the second epoch on (default: none; shapes: frames/ beside its videos)", folder)
+    option("augment", "crop-flip: one random crop and flip per video; none: where captions say "
+           "left and right", ("crop-flip", "none"))
+    option("workers", "processes that read videos: more, while the device waits for them",
+           numeric(int, 0, 1000), min(8, os.cpu_count() or 1))
+    option("skip_bad", "leave out videos that are missing or broken, and list them", bool)
 
-    option = group("model")
+    group = p.add_argument_group("model")
     option("clip", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of weights, or "
            "tiny")
     option("activation", "of --clip, where the guess that is printed is wrong",
-           choices=("quickgelu", "gelu"))
-    option("init", "start from a whole checkpoint: this program's, released T-MASS or X-Pool",
-           metavar="CKPT")
+           ("quickgelu", "gelu"))
+    option("init", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
     option("frames", "T, frames sampled per video: time and memory grow with it", size)
     option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "
-           "without a parameter; mean is the same for all texts", choices=POOLINGS)
+           "without a parameter; mean is the same for all texts", POOLINGS)
     option("heads", "attention heads of xpool", size)
     option("dropout", "in xpool", numeric(float, 0, 0.99))
-    option("radius", "of the text mass; none is the X-Pool baseline", choices=RADII)
-    option("prior", "distribution of the noise: normal in the paper, uniform as released",
-           choices=PRIORS)
+    option("radius", "of the text mass: linear is the paper's, none the X-Pool baseline", RADII)
+    option("prior", "distribution of the noise: normal in the paper, uniform as released", PRIORS)
     option("prior_std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
-    option("support_weight", "weight of the support text's loss; with radius none 0", weight)
+    option("support_weight", "weight of the support text's loss (radius none: 0)", weight)
     option("support_video", "what the support text looks towards: its own video, or the mean over "
-           "the batch's texts as released", choices=SUPPORTS)
+           "the batch's texts, as released", SUPPORTS)
     option("ce_weight", "weight of the point text's loss", weight)
 
-    option = group("optimisation")
+    group = p.add_argument_group("optimisation")
     option("epochs", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
     option("batch", "pairs per step, over all processes: more are a harder contrast",
            numeric(int, 2, 10 ** 6))
     option("head_lr", "peak learning rate of pooling and radius", rate)
-    option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets nothing", rate)
+    option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
     option("weight_decay", "of AdamW", rate)
     option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
            numeric(float, 0, 1))
-    option("pretrain", "shapes: steps of the tiny CLIP on single pictures before", whole,
-           metavar="STEPS")
+    option("pretrain", "shapes: steps of the tiny CLIP on single pictures before", whole)
     option("seed", "of everything random", numeric(int, 0, 2 ** 63 - 1))
 
-    option = group("run")
-    option("out", "the checkpoint; its log is NAME.log.csv (default: %(default)s)",
-           default="model.pt")
-    option("overwrite", "replace a finished run in --out", action="store_true")
-    option("resume", "continue the run in --out, exactly, or start it", action="store_true")
-    option("save_every", "save that often, and at each epoch (default: %(default)s)", count,
-           default=500, metavar="STEPS")
-    option("log_every", "print and log that often (default: %(default)s)", count, default=20,
-           metavar="STEPS")
-    option("amp", "towers in bfloat16: half the memory, two to four times as fast where the device "
-           "has it; or in float16 with a scaled loss (T4, V100)", choices=AMP)
-    option("grad_checkpoint", "compute the towers twice: a third of the memory, a third slower",
-           action="store_true")
-    option("device", "(default: %(default)s)", default=DEVICE)
+    group = p.add_argument_group("run")
+    option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
+    option("save_every", "steps between two saves; each epoch ends with one", count, 500)
+    option("log_every", "steps between two lines", count, 20)
+    option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
+           "it; or in float16 with a scaled loss (T4, V100)", AMP)
+    option("device", "cpu, cuda or mps", default=DEVICE)
+    option("grad_checkpoint", "compute the towers twice: less memory, a third slower", bool)
+    option("overwrite", "replace a finished run in --out", bool)
+    option("resume", "continue the run in --out, exactly, or start it", bool)
     return p
 
 
-def recipes():
-    lines = ["recipes, where they differ from the defaults above:"]
-    for name, recipe in RECIPES.items():
-        settings = ", ".join(f"{key}={value}" for key, value in recipe.items())
-        lines.append(f"  {name}: {settings}")
-    return "\n".join([*lines, RECIPES_ARE])
-
-
-def settle(args):
+def settle(args, world):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     saved = earlier_run(args)
@@ -458,7 +434,6 @@ def settle(args):
     args.root = args.root or os.path.abspath(folder)
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world:
         raise DataError(f"--batch {args.batch} is for all {world} processes: give a multiple of it")
     if args.pretrain and name != "shapes":
@@ -479,17 +454,17 @@ def main(argv=None):
     except (OSError, RuntimeError, WeightsError) as error:
         # What ends a run from outside: a process that died, a full disk.
         why = str(error).split("; ")[0]
-        if isinstance(error, dist.DistError) or job.world > 1 and "peer" in why:
+        if process_died(error):
             why = "another process of this job died"
         elif not isinstance(error, OSError) and not error.__cause__:
             raise
-        raise DataError(f"{why}; the last checkpoint, if any, is intact: go on with {go_on()}"
-                        ) from error
+        hint = f"the last checkpoint, if any, is intact: go on with {go_on()}"
+        raise DataError(f"{why}; {hint}") from error
 
 
 def train(args, job):
     """From the settings to the test. -> exit status."""
-    saved = settle(args)
+    saved = settle(args, job.world)
     if saved and saved.get("finished", True):
         job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: "
                 f"{evaluation(args)}")
@@ -508,13 +483,18 @@ def train(args, job):
                       job.world)
     announce(args, job, splits, optimizer, batches)
     if saved is None:
-        pretrain(model, tokenizer, args, scaler, job)
+        if args.pretrain:
+            pretrain(model, tokenizer, args, scaler, job)
         checkpoint.save(0)
     del saved  # all of it has been copied: let the memory go
 
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
+        except Stopped:  # no batch comes; to save, several processes would have to meet
+            stopped = noted[0]
+            if job.world == 1 and checkpoint.unsaved:
+                checkpoint.save(checkpoint.unsaved)
         except DataError:
             if not noted:
                 raise

@@ -1,15 +1,24 @@
-"""Shared by all programs: errors, options, files written whole, and how a program ends."""
+"""Shared by all programs: errors, options, seeds, progress, files written whole, and how it ends."""
 import argparse
 import contextlib
 import errno
+import glob
 import math
 import os
+import re
 import secrets
 import stat
 import sys
 import time
 import unicodedata
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ---- errors ----
 
 
 class UserError(ValueError):
@@ -24,45 +33,99 @@ class WeightsError(UserError):
     """Something about a file of weights, or about the model that is to be made of it."""
 
 
+CURES = {  # what the system, Python and torch say -> what helps
+    "out of memory|allocate memory|not enough memory|ALLOC_FAILED|MemoryError":
+        "use a smaller --batch, --amp bf16, fewer --workers or, in training, --grad-checkpoint",
+    "Too many open files": "use fewer --workers, or allow more files (ulimit -n 4096)",
+    "shared memory|torch_.*(No space left|Bus error)":
+        "give /dev/shm more room (docker run --shm-size 8g, or --ipc=host), or use fewer --workers",
+}
+
+
+def cure(error):
+    """What helps against an error that comes of the machine's limits; None for any other error."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, advice in CURES.items():
+        if re.search(pattern, text, re.IGNORECASE):
+            return advice
+    return None
+
+
+def first_line(error):
+    """What an error says, without the stack that torch appends; its type if it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- options and numbers ----
+
+
 class Parser(argparse.ArgumentParser):
-    """Wrong options end as every user mistake does: one line, exit status 2."""
+    """Options, described by the first two paragraphs of the program's docstring.
+
+    A wrong one ends the program as every mistake does: one line, exit status 2.
+    """
+
+    def __init__(self, doc=None, **settings):
+        paragraphs = (doc or "").split("\n\n")  # python -OO: there is none
+        settings.setdefault("description", "\n\n".join(paragraphs[:2]))
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word.startswith("-") and word.endswith("=--"):  # argparse makes it an empty list
+                self.error(f"argument {word[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def escaped(text, keep=""):
-    """Names come from anywhere: what could move a terminal's cursor, or turn the writing round, is shown as \\x1b."""
-    odd = lambda c: c not in keep and (unicodedata.category(c)[0] == "C" or c in "\u2028\u2029")
-    return "".join(c.encode("unicode_escape").decode() if odd(c) else c for c in text)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
 def numeric(kind, least, most=2 ** 31 - 1):
     """The type of a numeric option: int or float from least to most; NaN and infinity are neither."""
+    name = "a whole number" if kind is int else "a number"
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            says = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {says} from {least:g} to {most:g}")
+            wanted = f"{name} from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
+
     return parse
 
 
 def mixed_seed(*numbers):
-    """One seed of several whole numbers, such as (seed, step): the only way that they are mixed. -> int"""
+    """One seed of several whole numbers, such as (seed, step): the only way that they are mixed."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 1_000_003 + number) % 2 ** 63
     return mixed
+
+
+# ---- what is printed ----
+
+
+def escaped(text, keep=""):
+    """A name from anywhere, for a terminal: what could move its cursor, or turn the writing round,
+    becomes an escape such as \\x1b."""
+    def escape(c):
+        odd = unicodedata.category(c).startswith("C") or c in "\u2028\u2029"
+        return c.encode("unicode_escape").decode() if odd and c not in keep else c
+
+    return "".join(map(escape, text))
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 class Progress:
@@ -94,29 +157,73 @@ class Progress:
         print(f"{line}{left} left{more}".ljust(78), end=end, file=sys.stderr, flush=True)
 
 
-def program(main, *mistakes):
-    """The one way that a program ends: a mistake of the user (UserError, `mistakes`): one line, status 2."""
-    try:
-        status = main()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (UserError, *mistakes) as e:
-        print(f"error: {escaped(str(e))}", file=sys.stderr)  # stderr escapes what it can't encode
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+class Output:
+    """A standard stream that ends nothing.
+
+    When nobody reads it any more, or its disk is full, what is printed goes nowhere, and `error`
+    says why; what the user asked to be written to files is written all the same.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.error = None
+        if hasattr(stream, "reconfigure"):  # file names need not be text in the stream's encoding
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self._attempt(self.stream.write, text)
+
+    def flush(self):
+        return self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *arguments):
+        try:
+            return act(*arguments)
+        except OSError as e:
+            self.error = e
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # also for what is still in its buffer
+            os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager
-def written_whole(path):
-    """A temporary name beside path: what is written there is renamed to path if the block ends well, else removed."""
-    part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
+def lasting_streams():
+    """sys.stdout and sys.stderr are `Output`s in this block; what was closed is open on nothing."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file to be opened would be the standard stream
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
+    sys.stderr = Output(sys.stderr or open(os.devnull, "w"))
     try:
-        yield part
+        yield
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+# ---- files written whole ----
+
+
+@contextlib.contextmanager
+def written_whole(path, flush=True):
+    """A temporary name beside path: what the block writes there becomes path, if the block ends well.
+
+    A kill or a power cut leaves the old file or the new one, and perhaps a part (`remove_parts`).
+    flush=False is for what can be made again: faster, but a power cut may leave an empty file.
+    """
+    part = _part(path)
+    try:
+        with open(part, "xb") as file:
+            _lock(file)
+            yield part
+            if flush:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -124,36 +231,107 @@ def written_whole(path):
         raise
 
 
-def check_output(option, path, begins=b"", holds=b""):
-    """What the user has is never replaced, but by the next result of the same kind (as `begins` and `holds` tell).
+def _part(path):
+    return f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
-    Results are renamed into place, which would do away with a link, a pipe or a device (/dev/stdout).
+
+def _lock(file):
+    """Lock a file until it is closed. -> False if another process has locked it, or nothing can."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (OSError, AttributeError):  # AttributeError: Windows
+        return False
+
+
+def remove_parts(path):
+    """Remove what killed writes of path left; a part that is being written is locked, and stays."""
+    pattern = glob.escape(os.fspath(path)) + ".*" + 8 * "[0-9a-f]" + ".part"
+    for part in glob.glob(pattern):
+        with contextlib.suppress(OSError), open(part, "rb") as file:
+            if _lock(file):
+                os.unlink(part)
+
+
+def check_output(option, path, marks=(), overwrite=False):
+    """Before anything long starts: raise a DataError unless the result of an option may go to path.
+
+    Only a file that the same option wrote is replaced, or any with `overwrite`: one of the option's
+    marks (bytes) stands in its first 4 kB. No result takes the place of a link, pipe or device.
     """
-    folder, exists, head = os.path.dirname(os.path.abspath(path)), os.path.lexists(path), b""
-    usable = os.path.basename(path) and os.access(folder, os.W_OK)
-    if exists:
-        usable = usable and stat.S_ISREG(os.lstat(path).st_mode) and os.access(path, os.R_OK | os.W_OK)
-    if not usable:
-        raise DataError(f"{option} {path} cannot be written: give a plain file's name in a folder that exists")
-    if exists:
-        with open(path, "rb") as file:
-            head = file.read(1000)
-    if head and not (head.startswith(begins) and holds in head):
+    start = b""
+    try:
+        if not os.path.basename(path) or os.path.lexists(path) and not _is_plain(path):
+            raise OSError("give a plain file's name in a folder that exists")
+        part = _part(path)
+        open(part, "xb").close()  # the folder is there, the name not too long, the disk not read-only
+        os.unlink(part)
+        if os.path.lexists(path):
+            with open(path, "r+b") as file:
+                start = file.read(4096)
+    except OSError as e:
+        raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
+    written = len(start) <= len("{}") or any(mark in start for mark in marks)
+    if not written and not overwrite:
         raise DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
+    remove_parts(path)
+
+
+def _is_plain(path):
+    return stat.S_ISREG(os.lstat(path).st_mode)
 
 
 @contextlib.contextmanager
 def output(option, path):
-    """`written_whole` for a file that an option names: where it can't be written, a DataError says so."""
+    """`written_whole` for a file that an option names: a DataError says why it can't be written."""
     try:
         with written_whole(path) as part:
             yield part
-    except OSError as e:
-        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
-        raise DataError(f"{option} {path} cannot be written: {why}") from e
+    except (OSError, RuntimeError) as e:
+        if not why_not_written(e):
+            raise
+        raise DataError(f"{option} {path} cannot be written: {why_not_written(e)}") from e
+
+
+def why_not_written(error):
+    """The system's reason behind an error in writing; torch raises a RuntimeError in front of it."""
+    while error and not isinstance(error, OSError):
+        error = error.__context__
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    return error and (error.strerror or str(error))
 
 
 def write_text(path, text):
     """A text file, whole or not at all."""
     with written_whole(path) as part:
         Path(part).write_text(text, encoding="utf-8", newline="")
+
+
+# ---- how a program ends ----
+
+
+def program(main, *mistakes):
+    """Run a program. -> exit status.
+
+    A mistake of the user (UserError, `mistakes`), or an error of the system, is one line on stderr
+    and status 2. Standard output that nobody reads any more (| head) is none.
+    """
+    with lasting_streams():
+        try:
+            status = main()
+            sys.stdout.flush()
+            if sys.stdout.error and not isinstance(sys.stdout.error, BrokenPipeError):
+                raise DataError(f"standard output cannot be written: {sys.stdout.error.strerror}")
+            return status
+        except (UserError, *mistakes) as e:
+            line = str(e)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except (OSError, RuntimeError, MemoryError) as e:
+            if not isinstance(e, OSError) and not cure(e):
+                raise  # a fault of the program, whose stack is wanted
+            line = ": ".join(filter(None, [first_line(e), cure(e)]))
+        print(f"error: {escaped(line)}", file=sys.stderr)
+        return 2

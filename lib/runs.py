@@ -2,13 +2,12 @@
 import contextlib
 import csv
 import os
-import re
 import stat
 import time
 
 import torch
 
-from lib.common import WeightsError, clock, write_text
+from lib.common import WeightsError, clock, remove_parts, write_text
 from lib.weights import read_weights, save_checkpoint
 
 START_ONLY = ("resume", "overwrite")  # settings of this start alone
@@ -43,14 +42,6 @@ def only_run(out):
         print(os.getpid(), end="", file=lock, flush=True)
         at_end.callback(os.unlink, lock.name)
         yield
-
-
-def remove_parts(out):
-    """Remove what killed saves left beside out: for the owner of its lock."""
-    folder, name = os.path.split(os.path.abspath(out))
-    part = re.compile(re.escape(name) + r"\.\d+[.-][0-9a-f]{8}\.part")
-    for entry in filter(part.fullmatch, os.listdir(folder)):
-        os.unlink(os.path.join(folder, entry))
 
 
 def earlier_run(args):
@@ -91,7 +82,7 @@ def earlier_run(args):
 
 
 class Log:
-    """NAME.log.csv, one row per logged step, and what is said of the steps that were skipped.
+    """NAME.log.csv, one row per logged step, and lines on the screen.
 
     Resuming drops the rows after the step it starts from. Only process 0 writes a file.
     """
@@ -99,11 +90,12 @@ class Log:
     FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s",
               "val_R1")
 
-    def __init__(self, args, batches, job):
+    def __init__(self, args, job, checkpoint, batches):
         self.args = args
-        self.batches = batches
         self.job = job
-        self.flags = []      # whether each step since the last reading was finite, on the device
+        self.checkpoint = checkpoint
+        self.batches = batches
+        self.flags = []  # whether each step since the last reading was finite: on the device
         self.skipped = 0
         self.in_a_row = 0
         path = os.devnull if job.rank else beside(args.out, ".log.csv")
@@ -118,40 +110,46 @@ class Log:
         self.since = time.monotonic()  # of the last row
         self.done = batches.start
 
-    def name_skipped(self, done):
-        """Name the steps up to `done` that were skipped since the last call.
+    def was_finite(self, done):
+        """Name the skipped steps up to `done`: waits for the device. -> was the last one finite?
 
         Too many in a row end the run: ten, or thirty with fp16, which halves the loss' scale at
         each until the gradients fit.
         """
-        first = done - len(self.flags) + 1
-        for step, finite in enumerate(torch.stack(self.flags).tolist(), first):
+        flags = torch.stack(self.flags).tolist() if self.flags else []
+        self.flags.clear()
+        for step, finite in enumerate(flags, done - len(flags) + 1):
             self.in_a_row = 0 if finite else self.in_a_row + 1
             if not finite:
                 self.skipped += 1
                 self.job.say(f"step {step}: loss or gradient is not finite; step skipped "
                              f"({self.skipped} so far)")
             if self.in_a_row == (30 if self.args.amp == "fp16" else 10):
-                raise WeightsError(f"{self.in_a_row} steps in a row, to {step}, were not finite")
-        self.flags.clear()
+                scale = self.checkpoint.model.clip.logit_scale.exp().item()
+                raise WeightsError(
+                    f"{self.in_a_row} steps in a row, to {step}, were not finite (logit scale "
+                    f"{scale:.1f}): {self.args.out} keeps the last good state, step "
+                    f"{self.checkpoint.step}; lower the rates")
+        return self.in_a_row == 0
 
     def step(self, done, values, factor):
-        """A line and a row for a step. values: name -> (); reading them waits for the device."""
-        self.name_skipped(done)
+        """A line and a row. values: name -> (); reading them waits for the device."""
+        self.was_finite(done)
         args = self.args
-        total = self.batches.total
         numbers = torch.stack(list(values.values())).tolist()
-        row = dict(zip(values, numbers))
+        row = dict(zip(values, numbers), step=done)
+        row["epoch"] = (done - 1) // self.batches.per_epoch + 1
+        row["head_lr"] = args.head_lr * factor
+        row["clip_lr"] = args.clip_lr * factor
+        seconds = time.monotonic() - self.since
+        speed = (done - self.done) * args.batch / seconds
+        row["pairs_per_s"] = speed
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in self.TERMS)
-        epoch = (done - 1) // self.batches.per_epoch + 1
-        rates = dict(head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor)
-        pairs = (done - self.done) * args.batch
-        speed = pairs / (time.monotonic() - self.since)
-        left = clock((total - done) * args.batch / speed)
-        self.job.say(f"step {done:5d}/{total}  epoch {epoch}/{args.epochs}  {terms}  "
-                     f"lr {rates['head_lr']:.1e}/{rates['clip_lr']:.1e}  "
+        left = clock((self.batches.total - done) * args.batch / speed)
+        self.job.say(f"step {done:5d}/{self.batches.total}  epoch {row['epoch']}/{args.epochs}  "
+                     f"{terms}  lr {row['head_lr']:.1e}/{row['clip_lr']:.1e}  "
                      f"{speed:.{0 if speed >= 10 else 2}f} pairs/s  {left} left")
-        self.row(step=done, epoch=epoch, pairs_per_s=speed, **row, **rates)
+        self.row(**row)
 
     def row(self, **values):
         for name, value in values.items():
@@ -181,6 +179,7 @@ class Checkpoint:
         self.best = None          # [step, R@1] of the best validation
         self.best_weights = None
         self.bad_videos = []
+        self.unsaved = None       # a step that may be saved at any time
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved.get("scaler", {}))

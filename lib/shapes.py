@@ -11,9 +11,10 @@ from pathlib import Path
 
 import av
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lib.common import DataError, Parser, numeric, program, write_text, written_whole
+from lib.processes import loading
 
 # ---- facts and words ----
 # A shot has six facts: a sky and a ground, then shape and colour of the left thing and of the right. A caption tells
@@ -288,16 +289,17 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
         write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
         videos.folder.mkdir(exist_ok=True)
         rows, facts, owner, says, target = [("video", "caption", "split")], [], [], [], []
-        for i, item in enumerate(DataLoader(videos, batch_size=None, num_workers=workers)):
-            if isinstance(item, DataError):
-                raise item
-            captions, shots, said = item
-            rows += [(f"videos/{videos.path(i).name}", caption, videos.splits[i]) for caption in captions]
-            if videos.splits[i] == "test":
-                facts, owner = facts + shots, owner + [i] * len(shots)
-                says, target = says + said, target + [i] * len(said)
-            if (i + 1) % 300 == 0 or i + 1 == len(videos):
-                print(f"rendering {root}: {i + 1}/{len(videos)} videos", file=sys.stderr, flush=True)
+        with loading(videos, [[i] for i in range(len(videos))], workers=min(workers, len(videos))) as items:
+            for i, [item] in enumerate(items):
+                if isinstance(item, DataError):
+                    raise item
+                captions, shots, said = item
+                rows += [(f"videos/{videos.path(i).name}", caption, videos.splits[i]) for caption in captions]
+                if videos.splits[i] == "test":
+                    facts, owner = facts + shots, owner + [i] * len(shots)
+                    says, target = says + said, target + [i] * len(said)
+                if (i + 1) % 300 == 0 or i + 1 == len(videos):
+                    print(f"rendering {root}: {i + 1}/{len(videos)} videos", file=sys.stderr, flush=True)
         ceiling = oracle_ceiling(*map(torch.tensor, (facts, owner, says, target))) if target else None
         write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
         with written_whole(root / "captions.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
@@ -319,7 +321,7 @@ def shapes_ceiling(root=None):
 # ---- command line ----
 
 def main(argv=None):
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--root", required=True, help="folder to write into")
     p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"), required=True,
                    help="number of videos per split")

@@ -93,8 +93,8 @@ def child(folder, args, file_limit, slow_workers):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if slow_workers:  # as on a busy machine
-        begin = processes._ignore_signals
-        processes._ignore_signals = lambda worker: (time.sleep(0.2), begin(worker))
+        begin = processes._mind_signals
+        processes._mind_signals = lambda ending: (time.sleep(0.2), begin(ending))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]
@@ -195,7 +195,7 @@ def test_learning_rate_by_hand():
 
 def test_batches():
     every = list(train.Batches(23, 4, 3, seed=1))
-    assert len(every) == len(train.Batches(23, 4, 3, seed=1)) == 15  # 5 a epoch, 3 pairs left over
+    assert len(every) == train.Batches(23, 4, 3, seed=1).total == 15  # 5 an epoch, 3 pairs left over
     for epoch in range(3):
         pairs = [pair for batch in every[5 * epoch:5 * epoch + 5] for pair in batch]
         assert {e for e, _ in pairs} == {epoch} and len({i for _, i in pairs}) == 20
@@ -225,7 +225,7 @@ def test_a_data_set_without_a_recipe_trains_with_the_default_one(here, monkeypat
     for name in ("vatex", "charades"):
         assert name in train.DATASETS and name not in train.RECIPES
         args = train.parser().parse_args(["--data", name])
-        assert train.settle(args) is None
+        assert train.settle(args, 1) is None
         assert {k: getattr(args, k) for k in train.BASE} == train.BASE
         assert args.root == str(here / "data" / name)
 
@@ -815,7 +815,7 @@ def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, monkeypatch, ca
     args = train.parser().parse_args(["--epochs", "1", "--head-lr", "1e-3", "--clip-lr", "1e-5"])
     args.out = "slow.pt"
     args.batch = 4
-    log = train.Log(args, train.Batches(8, 4, 1, 0), ALONE)
+    log = train.Log(args, ALONE, None, train.Batches(8, 4, 1, 0))
     for seconds in (129, 0.003):
         log.flags.append(torch.tensor(True))
         log.since = time.monotonic() - seconds
@@ -920,7 +920,7 @@ def test_bad_input(own_copy, monkeypatch, capsys):
         ("--init", "cut.pt"): "cut.pt",
         ("--init", "absent.pt"): "absent.pt",
         ("--init", "other.pt"): "other.pt",
-        ("--out", "strange.pt", "--resume"): "strange.pt is not a checkpoint of ours",
+        ("--out", "strange.pt", "--resume"): "strange.pt is not a checkpoint of this program",
         ("--device", "gpu"): "gpu",
         ("--device", "meta"): "--device meta",
         ("--device", "cuda:99"): "--device cuda:99",
