@@ -334,12 +334,16 @@ def pretrain(model, tokenizer, args, scaler, job):
 
 # ---- options ----
 
+def listed(settings):
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
 def data_name(text):
     return os.path.abspath(text) if text.endswith(".csv") else text
 
 
 def parser():
-    recipes = [f"  {name}: {recipe}" for name, recipe in RECIPES.items()]
+    recipes = [f"  {name}: {listed(recipe)}" for name, recipe in RECIPES.items()]
     p = Parser(__doc__, epilog="\n".join([RECIPES_ARE, *recipes]))
     count = numeric(int, 1)
     folder = os.path.abspath
@@ -471,7 +475,10 @@ def train(args, job):
         return 0
     splits, missing = load_splits(args, job)
     with job.first_alone():
-        model, tokenizer = build(args, splits["train"].captions, saved, job)
+        try:
+            model, tokenizer = build(args, splits["train"].captions, saved, job)
+        except ValueError as error:  # of TMASS and CLIP, which know no users
+            raise WeightsError(str(error)) from None
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)
@@ -538,9 +545,9 @@ def load_splits(args, job):
 
 def announce(args, job, splits, optimizer, batches):
     """What will be done, in full, before it takes long."""
-    hidden = {*START_ONLY, *without_effect(args)}
-    names = sorted(vars(args).keys() - hidden)
-    job.say("settings: " + ", ".join(f"{name}={getattr(args, name)}" for name in names))
+    idle = {*START_ONLY, *without_effect(args)}
+    settings = {name: x for name, x in sorted(vars(args).items()) if name not in idle}
+    job.say(f"settings: {listed(settings)}")
     for split, annotations in splits.items():
         texts = len(annotations.captions)
         job.say(f"{split:5s} {texts} texts, {len(annotations.segments)} videos")

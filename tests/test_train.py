@@ -3,7 +3,9 @@
 Runs are real processes. Most are forked from a server that has imported train.py (multiprocessing's forkserver),
 which saves seconds each; torchrun and the plain command line have tests of their own.
 """
+import argparse
 import contextlib
+import copy
 import csv
 import functools
 import inspect
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
 import data
@@ -230,12 +233,12 @@ def test_a_data_set_without_a_recipe_trains_with_the_default_one(here, monkeypat
         assert args.root == str(here / "data" / name)
 
 
-def test_help_has_each_option_once_with_default_and_recipes(capsys):
+def test_help_has_each_setting_with_its_default_and_all_recipes(capsys):
     with pytest.raises(SystemExit):
         train.parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, value in train.BASE.items():
-        assert text.count(f" --{name.replace('_', '-')} ") == 1, name
+        assert f" --{name.replace('_', '-')} " in text, name
         assert f"(default: {value})" in text
     for name, recipe in train.RECIPES.items():
         assert f"{name}: {next(iter(recipe))}=" in text
@@ -385,7 +388,7 @@ def test_an_uninterrupted_run(uninterrupted):
     assert "test: t2v R@1" in out and "checkpoint: model.pt" in out and "left" in out
 
 
-@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 8), (signal.SIGINT, 3)])
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 8), (signal.SIGINT, 3), (signal.SIGHUP, 5)])
 def test_resume_is_exact(here, start, uninterrupted, monkeypatch, capsys, number, step):
     job = start(here, *RESUMABLE).until(reaches(step))
     os.kill(job.process.pid, number)
@@ -616,6 +619,59 @@ def test_a_single_bad_step_is_skipped(here, monkeypatch, capsys):
     assert all(torch.isfinite(x).all() for x in weights(here / "model.pt").values())
 
 
+class Waits(TorchDispatchMode):
+    """Counts how often the program reads a number that a device would have to be waited for."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_and_waits_for_nothing(fp16):
+    torch.manual_seed(0)
+    model = train.TMASS(train.CLIP(vocab_size=300, **train.TINY), frames=2)
+    optimizer = train.make_optimizer(model, argparse.Namespace(**train.BASE))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8., enabled=fp16)
+    ids, pixels = torch.randint(1, 300, (4, 9)), torch.rand(4, 2, 3, 32, 32)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+
+    def step(factor):
+        loss = factor * model(ids, pixels)["loss"]
+        with Waits() as waits:
+            norm, finite = train.descend(loss, model, optimizer, scaler)
+        assert waits.count == 0
+        assert bool(finite) and 0 < norm < math.inf or not finite
+        return bool(finite), copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    finite, (weights, moments) = step(1.)
+    assert finite
+    for factor in (math.nan, math.inf):
+        finite, (again, same_moments) = step(factor)
+        assert not finite and same(weights, again)
+        for k, state in moments.items():
+            assert same(state, same_moments[k])
+    assert scaler.get_scale() == (2. if fp16 else 1.)
+    finite, (changed, _) = step(1.)
+    assert finite and not same(weights, changed)
+
+
+def test_skipped_steps_are_named_when_they_are_logged(here, monkeypatch, capsys):
+    true, calls = train.TMASS.losses, []
+
+    def losses(self, t, f):  # the real losses, but from step 3 on spoilt
+        calls.append(0)
+        out = true(self, t, f)
+        return {**out, "loss": out["loss"] * math.nan} if len(calls) >= 3 else out
+    monkeypatch.setattr(train.TMASS, "losses", losses)
+    status, out, err = call(monkeypatch, capsys, *SMALL, "--epochs", 9, "--log-every", 100)  # and each epoch, of 6
+    refused(status, out, err, "10 steps in a row, to 12, were not finite", "model.pt keeps the last good state, step 0")
+    assert re.findall(r"step (\d+): loss or gradient is not finite; step skipped \((\d+) so far\)", out) == [
+        (str(step), str(step - 2)) for step in range(3, 13)]
+    assert len(calls) == 12
+
+
 def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, capsys):
     assert call(monkeypatch, capsys, *SMALL, "--epochs", 0, "--out", "good.pt")[0] == 0
     content = read_weights("good.pt")
@@ -653,11 +709,37 @@ def test_bad_videos(own_copy, monkeypatch, capsys):
         refused(*call(monkeypatch, capsys, *SMALL, "--epochs", 1), "red-green.mp4")
     os.remove(own_copy / "set/blue-green.mp4")
     refused(*call(monkeypatch, capsys, *SMALL), "blue-green.mp4", "row 15", "--skip-bad")
+    for name in ("red-yellow", "red-black"):  # of validation and test
+        (own_copy / f"set/{name}.mp4").write_bytes(b"broken")
     status, out, err = call(monkeypatch, capsys, *SMALL, "--skip-bad")
     assert status == 0 and not err
     listed = (own_copy / "model.bad.txt").read_text()
-    assert "red-green.mp4" in listed and "blue-green.mp4" in listed and len(listed.splitlines()) == 2
-    assert "2 videos left out, listed in model.bad.txt" in out
+    for name in ("red-green", "blue-green", "red-yellow", "red-black"):
+        assert listed.count(f"{name}.mp4") == 1
+    assert len(listed.splitlines()) == 4
+    assert "--skip-bad: 1 missing videos left out" in out
+    assert "4 videos left out, listed in model.bad.txt" in out
+
+
+def test_parts_of_a_killed_save_are_removed_by_the_next_run(here, monkeypatch, capsys):
+    left = "model.pt.123.0a1b2c3d.part"
+    others = "model.pt.mine.part", "other.pt.123.0a1b2c3d.part"
+    for name in (left, *others):
+        Path(name).write_bytes(b"half a checkpoint")
+    refused(*call(monkeypatch, capsys, *SMALL, "--data", "absent.csv"), "absent.csv")
+    assert not os.path.exists(left) and all(map(os.path.exists, others))
+
+
+def test_settings_without_effect_are_not_printed(here, monkeypatch, capsys):
+    def shown(*flags):
+        status, out, _ = call(monkeypatch, capsys, *SMALL, "--epochs", 0, "--overwrite", *flags)
+        assert status == 0
+        line = next(line for line in out.splitlines() if line.startswith("settings: "))
+        return {x.split("=")[0] for x in line.removeprefix("settings: ").split(", ")}
+    every = shown()
+    assert train.METHOD.keys() | {"cache", "seed", "out"} <= every and not {"resume", "overwrite"} & every
+    assert every - shown("--radius", "none") == {"prior", "prior_std", "support_video"}
+    assert every - shown("--prior", "uniform", "--pooling", "mean") == {"prior_std", "heads", "dropout"}
 
 
 @pytest.mark.parametrize("moment", ["at once", "later"])
