@@ -315,7 +315,7 @@ class FrameCache:
         jpegs = [encode_jpeg(x, quality=95).numpy().tobytes() for x in frames]
         body, sizes = b"".join(jpegs), [len(x) for x in jpegs]
         try:
-            with written_whole(file) as part:
+            with written_whole(file, flush=False) as part:  # a damaged file is made again
                 Path(part).write_bytes(json.dumps([key, sizes, zlib.crc32(body)]).encode() + b"\n" + body)
         except OSError as e:
             self._warn(e)

@@ -1,0 +1,94 @@
+"""What eval.py and search.py share: options, output files, and the model that --ckpt names."""
+import argparse
+import json
+import os
+
+import torch
+
+from lib.common import DataError, WeightsError, check_output, numeric, output
+from lib.weights import load_checkpoint
+from tmass import POOLINGS, PRIORS, MeanPool, QueryPool
+
+
+def add_common(parser, batch):
+    """Add the options that evaluation and search share. -> the last group of them."""
+    g = parser.add_argument_group("scoring")
+    g.add_argument("--trials", type=numeric(int, 0, 10 ** 5), default=20,
+                   help="M, samples of the text mass; 0: the point text (default: %(default)s)")
+    g.add_argument("--expected", action=argparse.BooleanOptionalAction, default=False,
+                   help="score by the average best of M in closed form, without noise "
+                        "(default: %(default)s)")
+    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
+                   help="of the samples (default: %(default)s)")
+    g.add_argument("--prior", choices=PRIORS,
+                   help="of the samples (default: as trained; released code: uniform)")
+    g.add_argument("--prior-std", type=numeric(float, 0, 1e6),
+                   help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
+    g.add_argument("--pooling", choices=POOLINGS,
+                   help="how frames become a video; mean and query need no weights "
+                        "(default: as trained; CLIP: query)")
+    g = parser.add_argument_group("run")
+    g.add_argument("--activation", choices=("quickgelu", "gelu"),
+                   help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
+                        "LAION's gelu")
+    g.add_argument("--amp", choices=("off", "bf16"), default="off",
+                   help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
+                        "scores move by about 3e-4 (default: %(default)s)")
+    g.add_argument("--json", metavar="FILE", help="write the result there too")
+    g.add_argument("--report", metavar="FILE",
+                   help="write a page to look at: one .html file with frames and settings")
+    g.add_argument("--batch", type=numeric(int, 1, 10 ** 6), default=batch,
+                   help="videos encoded at once (default: %(default)s)")
+    g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
+                   help="processes that decode videos (default: %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="(default: %(default)s)")
+    return g
+
+
+# What stands at the start of the file that an option writes, and of no other.
+OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass scores"}
+
+
+def check_outputs(args):
+    """Before anything long starts: each output can be written, and no other option names it."""
+    named = {os.path.realpath(args.ckpt): "--ckpt"}
+    for option, mark in OUTPUTS.items():
+        path = getattr(args, option[2:], None)
+        if path is None or (option, path) == ("--json", "-"):  # standard output
+            continue
+        other = named.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise DataError(f"{option} {path} is the file of {other} too: give each its own")
+        check_output(option, path, [mark])
+
+
+def load_model(args, job):
+    """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
+    check_outputs(args)
+    with job.first_alone():
+        model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
+    if args.pooling and args.pooling != model.config["pooling"]:
+        if args.pooling == "xpool":
+            raise WeightsError(f"--pooling xpool: {args.ckpt} has no weights for it; "
+                               "choose mean or query")
+        model.pool = MeanPool() if args.pooling == "mean" else QueryPool()
+        model.config = dict(model.config, pooling=args.pooling)
+    model.to(job.device)
+    model.prior = args.prior or model.prior
+    if args.prior_std is not None:
+        model.prior_std = args.prior_std
+    std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
+    drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+    job.say(f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, "
+            f"radius {model.config['radius']}, {args.trials} samples, "
+            f"prior {model.prior}{std}, {drawn}, on {job.device}")
+    return model, tokenizer, config
+
+
+def write_json(path, content):
+    """A JSON file, whole or not at all."""
+    with output("--json", path) as part, open(part, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
