@@ -89,7 +89,7 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DATASETS = ["shapes", *data.READERS]
+DATASETS = data.names()
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Free to change with --resume: the result stays the same.

@@ -327,7 +327,7 @@ def saved_for_backward(model, pairs, T, amp):
             total += storage.nbytes()
         return x  # and so stays: no address is used twice
 
-    size = model.clip.config["image_size"]
+    size = model.clip.image_size
     pixels = torch.randint(0, 256, (pairs, T, 3, size, size), dtype=torch.uint8)
     ids = random_ids([16] * pairs, 16)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
@@ -367,7 +367,7 @@ class PlainTMASS(torch.nn.Module):
 
     def __init__(self, hf, ours):
         super().__init__()
-        D = ours.clip.config["embed_dim"]
+        D = ours.clip.embed_dim
         self.hf = hf
         for name in ("q", "k", "v", "out", "linear"):
             self.add_module(name, torch.nn.Linear(D, D))

@@ -128,7 +128,7 @@ def make_model(sizes, name="ViT-B/32", device="cpu"):
 
 def make_batch(model, pairs, device="cpu"):
     """-> ids (pairs,L), pixels (pairs,T,3,P,P)"""
-    size = model.clip.config["image_size"]
+    size = model.clip.image_size
     pixels = torch.randint(0, 256, (pairs, model.frames, 3, size, size), dtype=torch.uint8)
     ids = random_ids([TOKENS] * pairs, TOKENS, model.clip.config["vocab_size"])
     return ids.to(device), pixels.to(device)
@@ -170,7 +170,7 @@ def agreement(device, sizes):
     model = make_model(sizes).train()
     there = copy.deepcopy(model).to(device)
     ids, pixels = make_batch(model, sizes["agree"])
-    eps = torch.randn(sizes["agree"], model.clip.config["embed_dim"], generator=g)
+    eps = torch.randn(sizes["agree"], model.clip.embed_dim, generator=g)
     losses, gradients = losses_and_gradients(model, ids, pixels, eps)
     # cuDNN multiplies convolutions in TF32 unless told otherwise, as the patches' is.
     for tf32 in (False, True):
@@ -215,7 +215,7 @@ def towers(device, sizes):
     rows = []
     for name, precision in itertools.product(VITS, PRECISIONS):
         clip = random_clip(name, **sizes["clip"]).to(device).eval()
-        size = clip.config["image_size"]
+        size = clip.image_size
         images = torch.randint(0, 256, (sizes["images"], 3, size, size), dtype=torch.uint8)
         images = images.to(device)
         lengths = [TOKENS] * sizes["texts"]

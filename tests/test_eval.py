@@ -17,7 +17,7 @@ import data
 import eval as ev
 import search
 from clip_model import CLIP, Tokenizer
-from lib import common, report, weights
+from lib import common, report, video, weights
 from lib.video import read_frames
 from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
@@ -313,8 +313,8 @@ def test_lists_of_captions_and_of_videos(folder):
     """A Segment, a str and a Path are the same video; one of them is no list, nor is a caption."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     path = folder / "videos" / "v3.mp4"
-    segment = data.Segment(str(path))
-    f = ev.encode_videos(model, [segment, str(path), path, data.Segment(str(path), 0.1, 0.2)])
+    segment = video.Segment(str(path))
+    f = ev.encode_videos(model, [segment, str(path), path, video.Segment(str(path), 0.1, 0.2)])
     assert torch.equal(f[0], f[1]) and torch.equal(f[0], f[2]) and not torch.equal(f[0], f[3])
     assert ev.encode_videos(model, (x for x in [path])).shape == (1, T, D)
     for lone in (segment, str(path), path):
@@ -327,7 +327,7 @@ def test_lists_of_captions_and_of_videos(folder):
 
 def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", lambda segment, frames: os._exit(9))
-    with pytest.raises(data.DataError, match="v3.mp4.*--workers"):
+    with pytest.raises(common.DataError, match="v3.mp4.*--workers"):
         ev.encode_videos(make(), [folder / "videos" / "v3.mp4"], workers=1)
 
 
@@ -482,7 +482,7 @@ def test_saved_scores(folder, tmp_path, call):
     assert torch.equal(model.score(content["t"], content["f"], 3), content["sims"])
     ann = annotations(folder, "many.csv")
     assert (content["captions"], content["owner"].tolist()) == (ann.captions, ann.owner)
-    assert [data.Segment(*x) for x in content["clips"]] == ann.segments
+    assert [video.Segment(*x) for x in content["clips"]] == ann.segments
     assert content["result"] == result
 
 

@@ -78,7 +78,7 @@ def test_every_option_in_the_text_exists_in_some_program(helps):
 
 def test_every_data_set_has_a_row_and_a_place_to_look():
     table = README.split("## Data")[1].split("MSVD's captions")[0]
-    for name in data.READERS:
+    for name in data.DATASETS:
         row = next(line for line in table.splitlines() if re.match(rf"\|[^|]*`{name}`", line))
         assert "https://" in row, name
 

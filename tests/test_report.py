@@ -17,7 +17,7 @@ from videos import numbered, write_video
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
-from lib import charts, report
+from lib import charts, common, report, video
 from lib.weights import save_checkpoint
 from tmass import TMASS
 
@@ -272,7 +272,7 @@ def written(tmp_path_factory):
         x[:, 8:24, 8 * v:8 * v + 8] = torch.tensor([250, 120, 0], dtype=torch.uint8)
         write_video(folder / name, x)
         span = (0, .5) if name.startswith("a_") else ()
-        segments.append(data.Segment(str(folder / name), *span))
+        segments.append(video.Segment(str(folder / name), *span))
     captions = [EVIL, *(f"caption {i} {'W' * 150}" for i in range(1, 16))]
     ann = data.Annotations(segments, captions, [i % 8 for i in range(16)])
     model = make_model()
@@ -329,7 +329,7 @@ def test_the_right_video_and_its_rank(written):
 def test_a_tied_rank_hides_no_video():
     """Six videos tie: the right one's rank, 3.5, is nobody's place; nor is 3 of five that tie."""
     for V in (5, 6):
-        segments = [data.Segment(f"{v}.mp4") for v in range(V)]
+        segments = [video.Segment(f"{v}.mp4") for v in range(V)]
         ann = data.Annotations(segments, ["a"], [V - 1])
         strips = dict.fromkeys(range(V), "")
         rank = (V + 1) / 2
@@ -374,7 +374,7 @@ def test_search_report(written, tmp_path):
 def test_the_matching_frame_is_framed(tmp_path):
     """At most six frames, with the one nearest to the time among them, each with its own time."""
     write_video(tmp_path / "x.mp4", numbered(240), fps=10)
-    segment = data.Segment(str(tmp_path / "x.mp4"), 10, 20)
+    segment = video.Segment(str(tmp_path / "x.mp4"), 10, 20)
     for at, frames, place, says in ((11.0, 12, 0, "0:00:11"), (18.5, 12, 5, "0:00:18"),
                                     (14.4, 4, 1, "0:00:13"), (0.0, 12, 0, "0:00:10")):
         images = Page(report.strip(segment, frames, at)).images
@@ -389,7 +389,7 @@ def test_the_matching_frame_is_framed(tmp_path):
 def test_unwritable(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "missing" / "r.html", tmp_path / "folder"):
-        with pytest.raises(data.DataError, match="cannot be written"):
+        with pytest.raises(common.DataError, match="cannot be written"):
             report.write_search_report(str(path), {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 

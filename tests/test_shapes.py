@@ -232,7 +232,7 @@ def test_csv_reader_reads_it(root):
             ann = load(name, root, split)
             assert len(ann.segments) == videos and len(ann.captions) == len(ann.owner) == texts
             assert data.present(ann)[1] == []
-    frames = data.read_frames(ann.segments[0], FRAMES + 5)
+    frames = decode.read_frames(ann.segments[0], FRAMES + 5)
     assert frames.shape == (FRAMES + 5, 3, SIDE, SIDE) and frames.dtype == torch.uint8
     assert torch.equal(frames[-1], frames[FRAMES - 1]) and not torch.equal(frames[0], frames[1])  # 24, and they move
 
