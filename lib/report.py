@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 from lib import charts
 from lib.charts import esc
 from lib.common import DataError, clock, output
-from lib.video import Segment, read_clip
+from lib.video import Segment, read_segment
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs that are looked at: a sample where there are more
@@ -411,7 +411,7 @@ def image(frame, name, css="", height=96):
 def strip(segment, frames=6, at=None):
     """About six of a segment's T frames, the one nearest to the time `at` marked. -> HTML."""
     try:
-        piece = read_clip(segment, frames)
+        piece = read_segment(segment, frames)
     except DataError as e:
         return f"<p>no picture: {esc(e)}</p>"
     step = max(1, frames // 6)
