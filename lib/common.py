@@ -253,7 +253,7 @@ def remove_parts(path):
                 os.unlink(part)
 
 
-def check_output(option, path, marks=(), overwrite=False):
+def check_output(option, path, marks=(), *, overwrite=False):
     """Before anything long starts: raise a DataError unless the result of an option may go to path.
 
     Only a file that the same option wrote is replaced, or any with `overwrite`: one of the option's
@@ -271,8 +271,8 @@ def check_output(option, path, marks=(), overwrite=False):
                 start = file.read(4096)
     except OSError as e:
         raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
-    written = len(start) <= len("{}") or any(mark in start for mark in marks)
-    if not written and not overwrite:
+    empty = start in (b"", b"{}")
+    if not empty and not overwrite and not any(mark in start for mark in marks):
         raise DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
     remove_parts(path)
 
@@ -321,8 +321,11 @@ def program(main, *mistakes):
         try:
             status = main()
             sys.stdout.flush()
-            if sys.stdout.error and not isinstance(sys.stdout.error, BrokenPipeError):
-                raise DataError(f"standard output cannot be written: {sys.stdout.error.strerror}")
+            error = getattr(sys.stdout, "error", None)
+            if isinstance(error, BrokenPipeError):
+                return 0 if status == 1 else status  # 1 is a verdict, for who reads to the end
+            if error:
+                raise DataError(f"standard output cannot be written: {error.strerror}")
             return status
         except (UserError, *mistakes) as e:
             line = str(e)

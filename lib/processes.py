@@ -88,11 +88,28 @@ def start_processes(device):
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            with _stdout_to_stderr():
+                dist.init_process_group(backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as e:
             raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them with "
                             "torchrun, or unset RANK and WORLD_SIZE to run alone") from e
     return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr():
+    """What is printed inside goes to standard error: gloo of PyTorch 2.8 prints whom it found."""
+    sys.stdout.flush()
+    stdout = None
+    with contextlib.suppress(OSError):  # one of the two is closed
+        stdout = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if stdout is not None:
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
 
 def _place_in_job():
@@ -104,8 +121,8 @@ def _place_in_job():
     with contextlib.suppress(TypeError, ValueError):
         if 0 <= int(rank) < int(world):
             return int(rank), int(world)
-    raise DataError(f"RANK={rank} and WORLD_SIZE={world} in the environment make no job: start several "
-                    "processes with torchrun, or unset both to run alone")
+    raise DataError(f"process {rank} of {world} (RANK, WORLD_SIZE in the environment): start a job with "
+                    "torchrun, or unset both to run alone")
 
 
 def _try_device(device, parallel):

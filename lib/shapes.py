@@ -221,7 +221,7 @@ class ShapesVideos(Dataset):
 def write_video(path, frames, rate):
     """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file, written whole (slower presets aren't deterministic)."""
     T, _, H, W = frames.shape
-    with written_whole(path) as part, av.open(part, "w", format="mp4") as file:
+    with written_whole(path, flush=False) as part, av.open(part, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate, options={"preset": "superfast", "crf": "22"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         stream.thread_type, stream.thread_count = "FRAME", 1

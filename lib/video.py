@@ -98,11 +98,15 @@ def _read(path, T, cut):
         raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from None
 
 
+# Titles of old files are not always UTF-8. From version 19 on PyAV reads them by itself; before, it has to be asked to.
+ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+
+
 def _open(path):
     """-> (open file, its first stream of moving pictures)."""
     only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
-    try:  # absolute, or "12:30.mp4" would be a protocol named 12; and old files have titles that are not UTF-8
-        file = av.open(os.path.abspath(path), options=only, metadata_errors="ignore")
+    try:  # absolute, or "12:30.mp4" would be a protocol named 12
+        file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
     except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not followed)") from None
     covers = av.stream.Disposition.attached_pic
@@ -241,7 +245,8 @@ def _decode(path):
 
 def _pixels(frame):
     """A decoded frame -> uint8 (3,H,W), upright."""
-    plane = frame.reformat(format="rgb24").planes[0]  # its lines are padded
+    # PyAV 19 keeps the threads of a conversion: in a process forked later they are missing, and it waits for them.
+    plane = frame.reformat(format="rgb24", threads=1).planes[0]  # its lines are padded
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8).view(frame.height, plane.line_size)
     x = x[:, :frame.width * 3].reshape(frame.height, frame.width, 3)
     return torch.rot90(x, round((frame.rotation or 0) / 90) % 4).permute(2, 0, 1).contiguous()
@@ -310,7 +315,7 @@ class FrameCache:
         jpegs = [encode_jpeg(x, quality=95).numpy().tobytes() for x in frames]
         body, sizes = b"".join(jpegs), [len(x) for x in jpegs]
         try:
-            with written_whole(file) as part:
+            with written_whole(file, flush=False) as part:  # a damaged file is made again
                 Path(part).write_bytes(json.dumps([key, sizes, zlib.crc32(body)]).encode() + b"\n" + body)
         except OSError as e:
             self._warn(e)

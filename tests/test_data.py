@@ -15,6 +15,7 @@ from collections import Counter
 import av
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.data import DataLoader
 from videos import numbered, numbers, write_video
 
@@ -104,6 +105,30 @@ def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
         assert torch.equal(read_frames(Segment(path), 12), fast)
     monkeypatch.setattr(decode, "_seek_frames", lambda *_: None)
     assert torch.equal(read_frames(Segment(path), 12), fast)
+
+
+READ_THEN_FORK = """
+import sys
+from torch.utils.data import DataLoader
+from lib.video import Segment, read_frames
+def read(paths):
+    return read_frames(Segment(paths[0]), 12)
+first = read(sys.argv[1:])
+workers = dict(num_workers=2, multiprocessing_context="fork", timeout=30)
+for frames in DataLoader(sys.argv[1:] * 4, collate_fn=read, **workers):
+    assert frames.equal(first)
+    print("equal", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no worker is forked")
+def test_workers_read_after_the_process_that_forks_them_has(tmp_path):
+    """Threads that a conversion leaves behind are missing in the copy: it would wait for them for ever."""
+    write_video(tmp_path / "x.mp4", numbered(40, 320))
+    command = [sys.executable, "-c", READ_THEN_FORK, str(tmp_path / "x.mp4")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 4
 
 
 def test_variable_frame_rate(tmp_path):

@@ -9,9 +9,9 @@ from test_tmass import cos, features, literal_pool, literal_radius, literal_scor
 from videos import numbered, write_video
 
 import clip_model
-from clip_model import WeightsError
 from eval import released_scores
 from lib import weights
+from lib.common import WeightsError
 from lib.weights import load_checkpoint, save_checkpoint
 
 D, T = 64, 12
