@@ -52,7 +52,7 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     """
     refuse_lone("captions", captions, str, "str")
     device = model.clip.logit_scale.device
-    t = torch.zeros(len(captions), model.clip.config["embed_dim"], device=device)
+    t = torch.zeros(len(captions), model.clip.embed_dim, device=device)
     for rows in blocks(len(captions), batch)[job.rank::job.world]:
         ids = tokenizer(captions[rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
@@ -67,8 +67,7 @@ def collate(items):
     """
     errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, Exception)}
     read = [x for k, x in enumerate(items) if k not in errors]
-    pixels = torch.stack(read) if read else None
-    return pixels, errors
+    return torch.stack(read) if read else None, errors
 
 
 @torch.no_grad()
@@ -91,12 +90,14 @@ def encode_videos(
     refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
     segments = []
     for x in segments_or_paths:
-        segments.append(x if isinstance(x, Segment) else Segment(os.fspath(x)))
+        if not isinstance(x, Segment):
+            x = Segment(os.fspath(x))
+        segments.append(x)
     V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device
-    f = torch.zeros(V, T, model.clip.config["embed_dim"], device=device)
-    transform = data.test_transform(model.clip.config["image_size"])
+    f = torch.zeros(V, T, model.clip.embed_dim, device=device)
+    transform = data.test_transform(model.clip.image_size)
     frame_cache = FrameCache(cache, T) if cache else None
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
@@ -265,9 +266,8 @@ class Scored(NamedTuple):
 
 
 def say_left_out(job, what, ann):
-    texts = len(ann.captions)
-    videos = len(ann.segments)
-    job.say(f"--skip-bad: {what} videos left out; {texts} texts, {videos} videos remain")
+    job.say(f"--skip-bad: {what} videos left out; {len(ann.captions)} texts, "
+            f"{len(ann.segments)} videos remain")
 
 
 def score_split(
