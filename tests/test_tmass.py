@@ -12,7 +12,14 @@ import tmass
 from clip_model import CLIP
 from eval import released_scores
 from lib.common import WeightsError
-from tmass import TMASS, largest_of_normals, sample_cosines, stochastic_text, support_text, symmetric_cross_entropy
+from tmass import (
+    TMASS,
+    largest_of_normals,
+    sample_cosines,
+    stochastic_text,
+    support_text,
+    symmetric_cross_entropy,
+)
 
 D, T = 64, 4
 
