@@ -65,7 +65,7 @@ def collate(items):
 
     Pixels are None where no item could be read.
     """
-    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, Exception)}
+    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, DataError)}
     read = [x for k, x in enumerate(items) if k not in errors]
     return torch.stack(read) if read else None, errors
 
