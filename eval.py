@@ -187,18 +187,18 @@ def tied_rank(scores, own, dim):
 def ranks(sims, owner):
     """Ranks of the right answers, from 1, float64. sims (N,V), owner (N,) -> t2v (N,), v2t (V,).
 
-    t2v: a text ranks the videos. v2t, as in the published tables: a video ranks the sets of
-    captions, a set being all that describe one video, by its best. A video without captions has no
-    v2t rank, NaN, and is a distractor in t2v.
+    t2v: each text ranks the videos. v2t, as in the published tables: each video ranks the videos
+    by the best score that a caption of theirs has with it. One without captions is no such rival
+    and has the rank NaN, but every text ranks it.
     """
     # On the CPU: Apple's GPUs (--device mps) have no float64.
     sims = lowest_if_nan(sims.cpu())
     owner = torch.as_tensor(owner).cpu()
     N, V = sims.shape
-    own = sims.gather(1, owner[:, None])          # each text with its video          (N,1)
+    own = sims.gather(1, owner[:, None])      # each text with its video               (N,1)
     t2v = tied_rank(sims, own, dim=1)
 
-    best = sims.new_full((V, V), -torch.inf)      # of the captions of v, with video w  (V,V)
+    best = sims.new_full((V, V), -torch.inf)  # of the captions of video v, with w     (V,V)
     rows = owner[:, None].expand(N, V)
     best = best.scatter_reduce(0, rows, sims, "amax")
     described = owner.unique()
