@@ -134,6 +134,7 @@ def encode_videos(
 def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
     """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
     sims = t.new_zeros(len(t), len(f))
+    # A score depends on its text and its video alone, so columns can be computed anywhere.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
         sims[:, columns] = model.score(t, f[columns], trials, seed, expected)
     return job.sum(sims)
@@ -415,6 +416,7 @@ def load_data(args, config, job):
     if not (args.data or trained_on):
         raise DataError(f"{args.ckpt} does not say which data set it was trained on: "
                         "give --data and --root")
+    # Training keeps the absolute path of a .csv.
     same = args.data is None or trained_on in (args.data, os.path.abspath(args.data))
     if same:
         as_trained(args, config, job)
@@ -503,6 +505,7 @@ def main(argv=None):
     if ceiling is not None:
         result["ceiling"] = ceiling
         job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
+    # After the table: if a file can't be written, the numbers are there.
     if job.rank == 0:
         write_results(args, model, scored, result, job)
     return 0

@@ -362,9 +362,9 @@ def test_command_line(folder, run, tmp_path, call):
     names = [folder / "videos" / "v1.mp4", "broken.mp4", folder / "videos" / "v2.mp4", "gone.mp4"]
     other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
     # a csv without that column: all rows, or the split that training would make
-    rest = ["--data", folder / "one.csv", "--root", folder / "videos", "--json", tmp_path / "out.json"]
+    rest = ["--data", folder / "one.csv", "--root", folder / "videos"]
     for more, split in (([], "all"), (["--split", "test"], "test")):
-        assert call(*on(folder, *rest, *more))[0] == 0
+        assert call(*on(folder, *rest, *more, "--json", tmp_path / "out.json"))[0] == 0
         found = json.loads((tmp_path / "out.json").read_text())
         expected = data.load_split(str(folder / "one.csv"), str(folder / "videos"), split)
         assert (found["split"], found["texts"]) == (split, len(expected.captions))
