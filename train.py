@@ -137,7 +137,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     """Train to the end, or until a signal is noted. -> that signal after saving, or 0."""
     model = checkpoint.model
     parallel = DistributedDataParallel(model) if job.world > 1 else model
-    gather = functools.partial(Gather.apply, job)
+    gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
@@ -151,7 +151,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
             ids = ids.to(job.device, non_blocking=True)
             pixels = pixels.to(job.device, non_blocking=True)
             with autocast(args, job):
-                losses = parallel(ids, pixels, gather)
+                losses = parallel(ids, pixels, gather=gather)
             norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
             log.flags.append(finite)
 
@@ -254,8 +254,9 @@ class Gather(torch.autograd.Function):
     is exactly one process' gradient.
     """
     @staticmethod
-    def forward(ctx, job, x):
-        counts = job.gather(len(x))  # they differ where --skip-bad left pairs out
+    def forward(ctx, job, uneven, x):
+        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
         first = sum(counts[:job.rank])
         ctx.job = job
         ctx.rows = slice(first, first + len(x))
@@ -265,7 +266,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, gradient[ctx.rows] * ctx.job.world
+        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
@@ -498,14 +499,12 @@ def train(args, job):
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
-        except Stopped:  # no batch comes; to save, several processes would have to meet
-            stopped = noted[0]
-            if job.world == 1 and checkpoint.unsaved:
-                checkpoint.save(checkpoint.unsaved)
-        except DataError:
+        except (Stopped, DataError):
             if not noted:
                 raise
-            stopped = noted[0]  # which a worker did not survive
+            stopped = noted[0]  # and no batch comes: workers are slow, or did not survive it
+            if job.world == 1 and checkpoint.unsaved:  # several would have to meet
+                checkpoint.save(checkpoint.unsaved)
         if not stopped:
             checkpoint.save(batches.total, finished=True)
     if stopped:

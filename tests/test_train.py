@@ -278,8 +278,8 @@ for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         ddp = DistributedDataParallel(model)
         torch.manual_seed(5)  # noise and dropout
-        gather = functools.partial(train.Gather.apply, Job(rank, 2))
-        out = ddp(ids[rows], video[rows], gather)
+        gather = functools.partial(train.Gather.apply, Job(rank, 2), cut != 4)
+        out = ddp(ids[rows], video[rows], gather=gather)
         out["loss"].backward()
         two = {k: p.grad for k, p in model.named_parameters()}
         torch.manual_seed(5)
