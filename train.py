@@ -76,7 +76,7 @@ RECIPES = {  # what differs from BASE, by data set
 }
 RECIPES_ARE = """\
 Recipes, where they differ from the defaults above, which are those of the other data sets.
-msrvtt, lsmdc and didemo are the released commands. None was released for the others: msrvtt-7k and
+msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
 msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
 TINY = dict(  # the CLIP that is trained here, on a CPU
     embed_dim=128,
@@ -89,7 +89,6 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DATASETS = data.names()
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Free to change with --resume: the result stays the same.
@@ -364,7 +363,7 @@ def parser():
         group.add_argument("--" + name.replace("_", "-"), help=text, **more)
 
     group = p.add_argument_group("data")
-    option("data", f"{', '.join(DATASETS)}, or a .csv (default: shapes)", data_name)
+    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
     option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
     option("videos", "folder of the videos, where they lie apart from the annotations", folder)
     option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
@@ -421,7 +420,7 @@ def parser():
     return p
 
 
-def settle(args, world):
+def settle(args, world=1):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     saved = earlier_run(args)
