@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing  # Python's, but tensors travel in shared memory
 
-from clip_model import WeightsError  # until it is lib.common's
 from lib.common import DataError, UserError, cure, first_line, program
 
 # ---- this process among several ----
@@ -149,7 +148,7 @@ def run(main):
     """`program` for a main that torchrun may have started in several processes. -> exit status."""
     status = 2
     try:
-        status = program(main, WeightsError)
+        status = program(main)
     except RuntimeError as e:
         if not process_died(e):
             raise

@@ -649,7 +649,7 @@ def test_evaluation_repeats_what_training_printed(run, call, tmp_path):
 def test_processes_that_cannot_start_or_are_lost(folder, call, monkeypatch):
     """A job half started by hand, a port that is taken, a process that dies: one line each."""
     monkeypatch.setenv("RANK", "0")
-    assert one_error(*call(*on(folder)), "process 0", "torchrun")
+    assert one_error(*call(*on(folder)), "RANK=0", "torchrun")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -17,7 +17,8 @@ from videos import numbered, write_video
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
-from lib import charts, common, report, video
+from lib import common, report, video
+from lib import page as pages
 from lib.weights import save_checkpoint
 from tmass import TMASS
 
@@ -403,18 +404,18 @@ def test_names_that_are_not_unicode(tmp_path):
 def test_odd_logs(tmp_path):
     """No log, an empty one, one of something else, one row: never an error."""
     path = tmp_path / "log.csv"
-    assert charts.training_charts(path) == {}
+    assert pages.training_charts(path) == {}
     logs = {"": 0, "a,b\n1,2\n": 0, "step,loss\nx,y\n": 0, "step,loss\n5,1.5\n": 1,
             "step,loss\n5,nan\n": 0, "step,val_R1\n5,0\n": 1}
     for text, curves in logs.items():
         path.write_text(text)
-        assert len(charts.training_charts(path)) == curves, text
+        assert len(pages.training_charts(path)) == curves, text
 
 
 def test_ticks():
     """Round numbers, few enough to be read, that cover what they stand for."""
     for low, high in ((0, 1), (0, 104), (.37, .44), (-3, 5), (130.2, 131.9), (1, 280)):
-        found = charts.ticks(low, high)
+        found = pages.ticks(low, high)
         assert 4 <= len(found) <= 11 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
         step = found[1] - found[0]
         assert found[0] - low < step and high - found[-1] < step

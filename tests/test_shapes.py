@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ def test_there_already_means_nothing_to_do(root, capsys):
 def test_killed_while_rendering_goes_on(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     render_shapes(whole, train=60, val=0, test=3, seed=5, workers=0)
-    command = [sys.executable, "lib/shapes.py", "--root", str(cut), "--videos", "60", "0", "3", "--seed", "5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lib.shapes", "--root", str(cut)]
+    command += ["--videos", "60", "0", "3", "--seed", "5"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while len(list(cut.glob("videos/*.mp4"))) < 5 and time.time() < deadline:
         assert process.poll() is None
@@ -175,6 +178,26 @@ def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
             second += any(w in caption for w in ("disc", "crimson", "azure", "under the stars"))
     assert unsaid[2] == unsaid[4] == 0 and second  # a thing is always named
     assert 80 < unsaid[0] < 140 and 80 < unsaid[1] < 140  # of 1,840, 6 % each
+
+
+def weighted(pixels):
+    """A sum that changes with the values and their places; a rounding elsewhere hardly moves it."""
+    values = pixels.flatten().double()
+    return (values * (torch.arange(len(values)) % 251)).sum().item()
+
+
+def test_pixels_and_captions_are_those_of_this_version(tmp_path, monkeypatch):
+    """Who changes them changes SHAPES_VERSION, or an old folder would pass for a new one."""
+    written = []
+    monkeypatch.setattr(shapes, "write_video", lambda path, frames, rate: written.append(frames))
+    videos = ShapesVideos(tmp_path, 8, 1, 3, 24)
+    items = [videos[i] for i in range(len(videos))]
+    assert shapes.SHAPES_VERSION == 2 and all(x.shape == (FRAMES, 3, SIDE, SIDE) for x in written)
+    assert zlib.crc32(json.dumps(items).encode()) == 3146925238
+    assert sum(map(weighted, written)) == pytest.approx(119743821777, rel=1e-7)
+    pictures, phrases = shapes_pictures(128, torch.Generator().manual_seed(7))
+    assert zlib.crc32(json.dumps(phrases).encode()) == 2825444681
+    assert weighted(pictures) == pytest.approx(6790783876, rel=1e-7)
 
 
 def test_things_stand_where_the_facts_say():

@@ -1,20 +1,79 @@
-"""The charts of a report: inline SVG without a script, whose marks differ without colour too."""
+"""What a page is made of: its style, tables, pictures, and charts as inline SVG.
+
+A page is one HTML file, without scripts or anything from the network. Text that comes from users
+(captions, file names) passes `esc`. Charts can be read without colours.
+"""
+import base64
 import csv
 import html
 import math
+import os
+import platform
+import time
 from typing import NamedTuple
 
-from lib.common import escaped
+import av
+import torch
+import torchvision
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2.functional import resize
 
-WIDTH = 480
-HEIGHT = 270
-LEFT = 46  # of the plot in the picture; so are the next three
-RIGHT = 466
-TOP = 12
-BOTTOM = 226
-MOST_POINTS = 400  # of a curve
+from lib.common import DataError, clock, escaped, output
+from lib.video import read_segment
 
 STYLE = """
+:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
+--rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
+@media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;
+--rule:#353a42;--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header,footer{max-width:1180px;margin:0 auto;padding:0 clamp(14px,3vw,32px)}
+header{padding-top:clamp(20px,4vw,44px)}
+footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
+h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
+h2{font-size:1.25rem;margin:2.6rem 0 .3rem}
+h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
+h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
+p{margin:.5rem 0 .8rem}
+h1,h4,p,dd,.file,li{overflow-wrap:anywhere}
+.soft,figcaption,footer{color:var(--soft)}
+.soft{font-size:.92rem}
+.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px;
+margin-top:16px}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;
+min-width:0;margin:0}
+.card h2{margin-top:0}
+.scroll{overflow-x:auto}
+table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
+tr:last-child>*{border-bottom:0}
+th:first-child{text-align:left;font-weight:500;min-width:7.5em}
+thead th{color:var(--soft);font-weight:500;font-size:.88rem}
+td small{display:block;color:var(--soft);font-size:.78rem;white-space:nowrap}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;
+margin:1.2rem 0}
+.tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;
+padding:12px 16px}
+.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
+.tiles span{color:var(--soft);font-size:.85rem}
+ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
+ol figure{margin:0}
+.strip{display:flex;gap:3px;align-items:flex-start}
+.strip img{flex:1;width:0;height:auto;max-height:120px;object-fit:contain;border-radius:5px;
+background:var(--page)}
+.strip .nearest{outline:4px solid #0072b2;outline-offset:-4px}
+figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;
+font-variant-numeric:tabular-nums}
+figcaption b{color:var(--ink)}
+.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
+.right .mark{color:var(--good);font-weight:650}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}
+dl div{min-width:0}
+dt{color:var(--soft);font-size:.82rem}
+dd{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft)}
 .on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
@@ -41,6 +100,105 @@ HATCH = """
 def esc(x):
     """Text as HTML: captions and file names may hold anything."""
     return html.escape(escaped(str(x), keep="\n\t"), quote=True)
+
+
+def page(title, lead, body, settings):
+    """A whole document. title, lead: text; body: HTML; settings: what is a text or a number of it.
+    """
+    versions = dict(Python=platform.python_version(), torch=torch.__version__,
+                    torchvision=torchvision.__version__, av=av.__version__)
+    items = ""
+    for name, value in {**settings, **versions}.items():
+        if isinstance(value, (str, int, float)):
+            items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{esc(title)}</title><style>{STYLE}</style></head><body>{HATCH}
+<header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
+<main>{body}
+<section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
+<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
+"""
+
+
+def write_page(path, text):
+    """Write a page whole. What is no Unicode in file names becomes a character reference."""
+    with output("--report", path) as part:
+        with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+            file.write(text)
+
+
+def html_table(heads, rows):
+    """A table for a page."""
+    body = ""
+    for first, *others in rows:
+        body += f'<tr><th scope="row">{esc(first)}</th>'
+        for cell in others:
+            large, _, small = cell.partition(" ")
+            body += f"<td>{esc(large)} <small>{esc(small)}</small></td>"
+        body += "</tr>"
+    head = ""
+    for name in heads:
+        head += f'<th scope="col">{esc(name)}</th>'
+    return (f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+# ---- pictures ----
+
+
+def image(frame, name, css="", height=96):
+    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+    width = round(height * frame.shape[2] / frame.shape[1])
+    width = max(16, min(4 * height, width))
+    frame = resize(frame, [height, width], antialias=True)
+    jpeg = encode_jpeg(frame, quality=75).numpy()
+    source = base64.b64encode(jpeg.tobytes()).decode()
+    return (f'<img class="{css}" alt="{esc(name)}" width="{width}" height="{height}" '
+            f'src="data:image/jpeg;base64,{source}">')
+
+
+def strip(segment, frames=6, at=None):
+    """About six of a segment's T frames, the one nearest to the time `at` marked. -> HTML."""
+    try:
+        piece = read_segment(segment, frames)
+    except DataError as e:
+        return f"<p>no picture: {esc(e)}</p>"
+    step = max(1, frames // 6)
+    first = 0
+    nearest = None
+    if at is not None:
+        away = [abs(time - at) for time in piece.times]
+        nearest = away.index(min(away))
+        first = nearest % step  # so that it is among those chosen
+    images = ""
+    for k in range(first, frames, step):
+        name = f"{os.path.basename(segment.path)} at {clock(piece.times[k])}"
+        css = "nearest" if k == nearest else ""
+        images += image(piece.frames[k], name, css)
+    return f'<div class="strip">{images}</div>'
+
+
+def hit(images, rank, score, name, css=""):
+    """One result. images: of `strip`; name: HTML."""
+    return (f'<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>'
+            f'<span>score {score:.4f}</span><span class="file">{name}</span>'
+            "</figcaption></figure></li>")
+
+
+# ---- charts ----
+
+WIDTH = 480
+HEIGHT = 270
+# The edges of the plot in it, pixels from the left and from the top:
+LEFT = 46
+RIGHT = 466
+TOP = 12
+BOTTOM = 226
+MOST_POINTS = 400  # of a curve
 
 
 def ticks(low, high):
