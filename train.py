@@ -76,7 +76,7 @@ RECIPES = {  # what differs from BASE, by data set
 }
 RECIPES_ARE = """\
 Recipes, where they differ from the defaults above, which are those of the other data sets.
-msrvtt, lsmdc and didemo are the released commands. None was released for the others: msrvtt-7k and
+msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
 msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
 TINY = dict(  # the CLIP that is trained here, on a CPU
     embed_dim=128,
@@ -89,7 +89,6 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DATASETS = data.names()
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Free to change with --resume: the result stays the same.
@@ -137,7 +136,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     """Train to the end, or until a signal is noted. -> that signal after saving, or 0."""
     model = checkpoint.model
     parallel = DistributedDataParallel(model) if job.world > 1 else model
-    gather = functools.partial(Gather.apply, job)
+    gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
@@ -151,7 +150,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
             ids = ids.to(job.device, non_blocking=True)
             pixels = pixels.to(job.device, non_blocking=True)
             with autocast(args, job):
-                losses = parallel(ids, pixels, gather)
+                losses = parallel(ids, pixels, gather=gather)
             norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
             log.flags.append(finite)
 
@@ -254,8 +253,9 @@ class Gather(torch.autograd.Function):
     is exactly one process' gradient.
     """
     @staticmethod
-    def forward(ctx, job, x):
-        counts = job.gather(len(x))  # they differ where --skip-bad left pairs out
+    def forward(ctx, job, uneven, x):
+        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
         first = sum(counts[:job.rank])
         ctx.job = job
         ctx.rows = slice(first, first + len(x))
@@ -265,7 +265,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, gradient[ctx.rows] * ctx.job.world
+        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
@@ -363,7 +363,7 @@ def parser():
         group.add_argument("--" + name.replace("_", "-"), help=text, **more)
 
     group = p.add_argument_group("data")
-    option("data", f"{', '.join(DATASETS)}, or a .csv (default: shapes)", data_name)
+    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
     option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
     option("videos", "folder of the videos, where they lie apart from the annotations", folder)
     option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
@@ -420,7 +420,7 @@ def parser():
     return p
 
 
-def settle(args, world):
+def settle(args, world=1):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     saved = earlier_run(args)
@@ -498,14 +498,12 @@ def train(args, job):
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
-        except Stopped:  # no batch comes; to save, several processes would have to meet
-            stopped = noted[0]
-            if job.world == 1 and checkpoint.unsaved:
-                checkpoint.save(checkpoint.unsaved)
-        except DataError:
+        except (Stopped, DataError):
             if not noted:
                 raise
-            stopped = noted[0]  # which a worker did not survive
+            stopped = noted[0]  # and no batch comes: workers are slow, or did not survive it
+            if job.world == 1 and checkpoint.unsaved:  # several would have to meet
+                checkpoint.save(checkpoint.unsaved)
         if not stopped:
             checkpoint.save(batches.total, finished=True)
     if stopped:

@@ -42,7 +42,7 @@ def ask(folder, capsys, monkeypatch):  # noqa: F811
     """ask("a dog", "--videos", DIR) -> what stands on standard output, and on standard error."""
     def ask(*args, ckpt=folder / "model.pt", expect=0):
         common = ["--ckpt", ckpt, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *args, *common, room=se)
+        status, out, err = called(capsys, monkeypatch, *args, *common, program=se)
         assert status == expect, (out, err)
         return out, err
     return ask
@@ -207,12 +207,12 @@ def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # n
             (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
             (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt", "ViT-B/32")):
         common = ["--ckpt", good, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *common, *arguments, room=se)
+        status, out, err = called(capsys, monkeypatch, *common, *arguments, program=se)
         about = str(good), "encoded 0"  # what is said before the error
         err = "".join(line for line in err.splitlines(True) if not line.startswith(about))
         assert one_error(status, out, err, *words), (arguments, status, err)
     bad = tmp_path / "bad"
-    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, room=se)
+    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, program=se)
     assert status == 2 and "1 unreadable left out" in err
     assert "nothing to search" in err.splitlines()[-1] and "x.mp4" in err
 
