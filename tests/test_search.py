@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,8 +76,21 @@ def forked(*args, ckpt, **env):
         os._exit(status)
 
 
+@contextlib.contextmanager
+def killing(pid, timeout=120):
+    """A process that is not done by then is killed, so that nothing waits for it for ever."""
+    timer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """The exit status of a process that `forked` started."""
+    with killing(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def shards(videos):
@@ -447,14 +461,15 @@ def test_queries_from_a_pipe_and_output_for_programs(
                "--device", "cpu"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
-    job.stdin.write(b"a dog\n" * 5000)
-    job.stdin.flush()
-    job.stdout.readline()
-    job.stdout.close()  # as head does
-    with contextlib.suppress(BrokenPipeError):
-        job.stdin.close()
-    err = job.stderr.read().decode()
-    assert job.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    with killing(job.pid):
+        job.stdin.write(b"a dog\n" * 5000)
+        job.stdin.flush()
+        job.stdout.readline()
+        job.stdout.close()  # as head does
+        with contextlib.suppress(BrokenPipeError):
+            job.stdin.close()
+        err = job.stderr.read().decode()
+        assert job.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
 
 
 def test_a_terminal_is_asked(folder):  # noqa: F811
@@ -476,15 +491,16 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         nonlocal seen
         while seen.count(mark) < times:
             seen += os.read(terminal, 4096)
-    read_until(b"query> ", 1)
-    os.write(terminal, b"a dog\n")
-    read_until(b"query> ", 2)
-    os.write(terminal, b"\n")
-    read_until(b"query> ", 3)
-    os.write(terminal, b"\x04")  # Ctrl-D
-    with contextlib.suppress(OSError):  # its end
-        while part := os.read(terminal, 4096):
-            seen += part
+    with killing(pid):
+        read_until(b"query> ", 1)
+        os.write(terminal, b"a dog\n")
+        read_until(b"query> ", 2)
+        os.write(terminal, b"\n")
+        read_until(b"query> ", 3)
+        os.write(terminal, b"\x04")  # Ctrl-D
+        with contextlib.suppress(OSError):  # its end
+            while part := os.read(terminal, 4096):
+                seen += part
     assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
 
 
