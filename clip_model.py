@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WeightsError = ValueError  # until everybody has it from lib.common
-
 # Of RGB values in 0..1, over the images that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -28,7 +28,9 @@ from tmass import sample_cosines
 CUTOFFS = (1, 5, 10, 50)
 
 # ---- encode ----
-# Batches are the same whatever the number of processes, which share them out: so are the results.
+#
+# The processes of a job share the batches out. A batch is the same whatever their number, and so
+# are the results.
 
 
 def blocks(n, size):
@@ -50,7 +52,7 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     """
     refuse_lone("captions", captions, str, "str")
     device = model.clip.logit_scale.device
-    t = torch.zeros(len(captions), model.clip.config["embed_dim"], device=device)
+    t = torch.zeros(len(captions), model.clip.embed_dim, device=device)
     for rows in blocks(len(captions), batch)[job.rank::job.world]:
         ids = tokenizer(captions[rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
@@ -63,30 +65,39 @@ def collate(items):
 
     Pixels are None where no item could be read.
     """
-    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, Exception)}
+    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, DataError)}
     read = [x for k, x in enumerate(items) if k not in errors]
-    pixels = torch.stack(read) if read else None
-    return pixels, errors
+    return torch.stack(read) if read else None, errors
 
 
 @torch.no_grad()
-def encode_videos(model, segments_or_paths, job=ALONE, cache=None, workers=0, batch=16, bad=None,
-                  amp="off"):
+def encode_videos(
+    model,
+    segments_or_paths,
+    job=ALONE,
+    cache=None,
+    workers=0,
+    batch=16,
+    bad=None,
+    amp="off",
+):
     """Segments or paths (V) -> f (V,T,D), float32, on the model's device; each is decoded once.
 
     cache: the folder of a FrameCache. A video that can't be read raises its DataError; with a dict
     as `bad` the message goes there, by the video's number, and its row of f is zeros.
     """
-    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike),
-                "Segment, str or Path")
+    kinds = (Segment, str, os.PathLike)
+    refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
     segments = []
     for x in segments_or_paths:
-        segments.append(x if isinstance(x, Segment) else Segment(os.fspath(x)))
+        if not isinstance(x, Segment):
+            x = Segment(os.fspath(x))
+        segments.append(x)
     V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device
-    f = torch.zeros(V, T, model.clip.config["embed_dim"], device=device)
-    transform = data.test_transform(model.clip.config["image_size"])
+    f = torch.zeros(V, T, model.clip.embed_dim, device=device)
+    transform = data.test_transform(model.clip.image_size)
     frame_cache = FrameCache(cache, T) if cache else None
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
@@ -106,7 +117,8 @@ def encode_videos(model, segments_or_paths, job=ALONE, cache=None, workers=0, ba
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
-    failed = job.join(list(failed.items()))  # one process' error ends all: no one waits for it
+    # All processes hear of an error: those without one would wait for the others for ever.
+    failed = job.join(list(failed.items()))
     failed = dict(sorted(failed))
     if bad is not None:
         bad.update(failed)
@@ -120,8 +132,9 @@ def encode_videos(model, segments_or_paths, job=ALONE, cache=None, workers=0, ba
 
 @torch.no_grad()
 def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
-    """The honest scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
+    """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
     sims = t.new_zeros(len(t), len(f))
+    # A score depends on its text and its video alone, so columns can be computed anywhere.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
         sims[:, columns] = model.score(t, f[columns], trials, seed, expected)
     return job.sum(sims)
@@ -167,7 +180,6 @@ def lowest_if_nan(x):
 
 def tied_rank(scores, own, dim):
     """The rank of `own`, one of the scores along dim: 1 + those above + half of those that tie."""
-    own = own.unsqueeze(dim)
     above = (scores > own).sum(dim)
     tied = (scores == own).sum(dim) - 1
     return 1 + above + tied.double() / 2
@@ -176,21 +188,24 @@ def tied_rank(scores, own, dim):
 def ranks(sims, owner):
     """Ranks of the right answers, from 1, float64. sims (N,V), owner (N,) -> t2v (N,), v2t (V,).
 
-    t2v: a text ranks the videos. v2t, as in the published tables: a video ranks the sets of
-    captions, a set being all that describe one video, by its best. A video without captions has no
-    v2t rank, NaN, and is a distractor in t2v.
+    t2v: each text ranks the videos. v2t, as in the published tables: each video ranks the videos
+    by the best score that a caption of theirs has with it. One without captions is no such rival
+    and has the rank NaN, but every text ranks it.
     """
-    sims = lowest_if_nan(sims.cpu())  # --device mps has no float64
+    # On the CPU: Apple's GPUs (--device mps) have no float64.
+    sims = lowest_if_nan(sims.cpu())
     owner = torch.as_tensor(owner).cpu()
     N, V = sims.shape
-    own = sims.gather(1, owner[:, None]).squeeze(1)  # each text with its video  (N,)
+    own = sims.gather(1, owner[:, None])      # each text with its video               (N,1)
     t2v = tied_rank(sims, own, dim=1)
 
-    best = sims.new_full((V, V), -torch.inf)  # [v, w]: the best caption of video v for video w
-    best = best.scatter_reduce(0, owner[:, None].expand(N, V), sims, "amax")
+    best = sims.new_full((V, V), -torch.inf)  # of the captions of video v, with w     (V,V)
+    rows = owner[:, None].expand(N, V)
+    best = best.scatter_reduce(0, rows, sims, "amax")
     described = owner.unique()
+    ranked = tied_rank(best[described], best.diagonal(), dim=0)
     v2t = torch.full((V,), torch.nan, dtype=torch.float64)
-    v2t[described] = tied_rank(best[described], best.diagonal(), dim=0)[described]
+    v2t[described] = ranked[described]
     return t2v, v2t
 
 
@@ -203,7 +218,8 @@ def metrics(ranks):
     ranks = ranks[~ranks.isnan()]
     found = {}
     for k in CUTOFFS:
-        found[f"R{k}"] = 100 * (ranks <= k).double().mean().item()
+        hits = (ranks <= k).double()
+        found[f"R{k}"] = 100 * hits.mean().item()
     found["MdR"] = ranks.quantile(0.5).item()
     found["MnR"] = ranks.mean().item()
     return found
@@ -231,8 +247,8 @@ def format_metrics(result):
     parts = []
     for way in ("t2v", "v2t"):
         m = result[way]
-        recalls = "  ".join(f"R@{k} {m[f'R{k}']:.1f}" for k in CUTOFFS[:3])
-        parts.append(f"{way} {recalls}  MdR {m['MdR']:g}  MnR {m['MnR']:.1f}")
+        parts.append(f"{way} R@1 {m['R1']:.1f}  R@5 {m['R5']:.1f}  R@10 {m['R10']:.1f}  "
+                     f"MdR {m['MdR']:g}  MnR {m['MnR']:.1f}")
     parts.append(f"({result['texts']} texts, {result['videos']} videos)")
     return "   ".join(parts)
 
@@ -251,29 +267,40 @@ class Scored(NamedTuple):
 
 
 def say_left_out(job, what, ann):
-    texts = len(ann.captions)
-    videos = len(ann.segments)
-    job.say(f"--skip-bad: {what} videos left out; {texts} texts, {videos} videos remain")
+    job.say(f"--skip-bad: {what} videos left out; {len(ann.captions)} texts, "
+            f"{len(ann.segments)} videos remain")
 
 
-def score_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cache=None, batch=16,
-                amp="off", name="the model", trials=20, seed=24, expected=False):
+def score_split(
+    model,
+    tokenizer,
+    ann,
+    job=ALONE,
+    workers=0,
+    skip_bad=False,
+    cache=None,
+    batch=16,
+    amp="off",
+    name="the model",
+    trials=20,
+    seed=24,
+    expected=False,
+):
     """Encode and score. Annotations -> Scored. name: of the model, for errors."""
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
-    bad = {}
-    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad if skip_bad else None,
-                      amp)
+    bad = {} if skip_bad else None
+    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
     if bad:
         readable = [v for v in range(len(f)) if v not in bad]
         f = f[readable]
         ann = ann.take(readable)
         say_left_out(job, f"{len(bad)} unreadable", ann)
     if not ann.captions:
-        raise DataError("nothing to evaluate: no caption with a readable video "
-                        f"({len(bad)} videos left out)")
-    distinct = list(dict.fromkeys(ann.captions))  # equal captions are encoded once, and tie exactly
+        raise DataError("nothing to evaluate: no caption has a video that can be read")
+    # Equal captions are encoded once: so they tie exactly.
+    distinct = list(dict.fromkeys(ann.captions))
     t = encode_texts(model, tokenizer, distinct, job, amp=amp)
     sims = score_all(model, t, f, job, **scoring)
     wrong = (~sims.isfinite()).sum().item()
@@ -283,7 +310,8 @@ def score_split(model, tokenizer, ann, job=ALONE, workers=0, skip_bad=False, cac
     model.train(training)
     row = {caption: i for i, caption in enumerate(distinct)}
     rows = [row[caption] for caption in ann.captions]
-    return Scored(t[rows], f, sims[rows], ann, list(bad.values()), scoring)
+    left_out = list(bad.values()) if bad else []
+    return Scored(t[rows], f, sims[rows], ann, left_out, scoring)
 
 
 def summarise(model, scored, with_dsl=False, released=False):
@@ -291,8 +319,10 @@ def summarise(model, scored, with_dsl=False, released=False):
     owner = scored.ann.owner
     sims = scored.sims
     result = measure(sims, owner)
-    result.update(texts=len(owner), videos=len(scored.ann.segments), left_out=scored.left_out)
-    result.update(model.config, prior=model.prior, prior_std=model.prior_std, **scored.scoring)
+    result["texts"], result["videos"] = sims.shape
+    result["left_out"] = scored.left_out
+    result.update(model.config, prior=model.prior, prior_std=model.prior_std)
+    result.update(scored.scoring)
     if with_dsl:
         result["dsl"] = measure(dsl(sims, 0), owner, dsl(sims, 1))
     if released:
@@ -311,16 +341,17 @@ def released_protocol(model, scored):
         first.setdefault(v, i)
     videos = sorted(first)
     texts = [first[v] for v in videos]
+    t = scored.t[texts]
+    f = scored.f[videos]
     own = torch.arange(len(videos))
-    trials = scored.scoring["trials"]
-    seed = scored.scoring["seed"]
-    leaking = released_scores(model, scored.t[texts], scored.f[videos], own, trials, seed)
-    found = measure(leaking, own)
-    found.update(texts=len(texts), videos=len(videos))
-    if scored.sims.shape == leaking.shape:
-        return dict(released_protocol=found)
-    honest = scored.sims[texts][:, videos]
-    return dict(released_protocol=found, first_captions=measure(honest, own))
+    scoring = scored.scoring
+    leaking = released_scores(model, t, f, own, scoring["trials"], scoring["seed"])
+    out = dict(released_protocol=measure(leaking, own))
+    out["released_protocol"].update(texts=len(texts), videos=len(videos))
+    if scored.sims.shape != leaking.shape:
+        honest = scored.sims[texts][:, videos]
+        out["first_captions"] = measure(honest, own)
+    return out
 
 
 def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
@@ -367,32 +398,38 @@ def parse_args(argv=None):
 
 
 def as_trained(args, config, job):
-    """What is not given in args becomes that of the data set which the checkpoint trained on."""
-    args.data = config["data"]
-    args.root = args.root or config.get("root")
-    args.videos = args.videos or config.get("videos")
-    cache = config.get("cache")
-    if args.cache is None and cache:
-        if os.path.isdir(cache):
-            args.cache = cache
-        else:
-            job.say(f"{cache}, where training kept its frames, is gone: numbers can differ a "
-                    "little from training's, whose frames went through JPEG")
+    """What is not given in args becomes what it was in training, on the same data set."""
+    cache = args.cache
+    for name in ("data", "root", "videos", "cache"):
+        if getattr(args, name) is None:
+            setattr(args, name, config.get(name))
+    # Frames from training's cache went through JPEG: with them training's numbers come out again.
+    if args.cache != cache and not os.path.isdir(args.cache):
+        job.say(f"{args.cache}, where training kept its frames, is gone: numbers can differ a "
+                "little from training's, whose frames went through JPEG")
+        args.cache = None
 
 
 def load_data(args, config, job):
     """The split that is asked for. -> (Annotations, the number of missing videos)."""
     trained_on = config.get("data")
-    if args.data is None and trained_on is None:
+    if not (args.data or trained_on):
         raise DataError(f"{args.ckpt} does not say which data set it was trained on: "
                         "give --data and --root")
-    if args.data is None or trained_on in (args.data, os.path.abspath(args.data)):
+    # Training keeps the absolute path of a .csv.
+    same = args.data is None or trained_on in (args.data, os.path.abspath(args.data))
+    if same:
         as_trained(args, config, job)
-        args.split = args.split or "test"
-    elif args.split is None:  # no row of another .csv was trained on
-        args.split = "all" if args.data.endswith(".csv") else "test"
-    ann = data.load_split(args.data, args.root, args.split, config.get("val_videos", 0),
-                          config.get("seed", 24), args.videos)
+    if args.split is None:  # no row of another .csv was trained on
+        args.split = "test" if same or not args.data.endswith(".csv") else "all"
+    ann = data.load_split(
+        args.data,
+        args.root,
+        args.split,
+        config.get("val_videos", 0),
+        config.get("seed", 24),
+        args.videos,
+    )
     if not ann.captions:
         raise DataError(f"{args.data} has no caption in split {args.split}: choose another --split")
     ann, missing = data.present(ann, args.skip_bad)
@@ -403,10 +440,18 @@ def load_data(args, config, job):
 
 def save_scores(path, scored, t2v, v2t, result):
     """Everything that the metrics are computed from, and they, as plain tensors and lists."""
-    content = dict(format="tmass scores", captions=scored.ann.captions, result=result)
-    content["clips"] = [list(segment) for segment in scored.ann.segments]  # path, start, end
-    content.update(sims=scored.sims.cpu(), t=scored.t.cpu(), f=scored.f.cpu())
-    content.update(owner=torch.tensor(scored.ann.owner), t2v_ranks=t2v, v2t_ranks=v2t)
+    content = dict(
+        format="tmass scores",
+        sims=scored.sims.cpu(),
+        t=scored.t.cpu(),
+        f=scored.f.cpu(),
+        owner=torch.tensor(scored.ann.owner),
+        t2v_ranks=t2v,
+        v2t_ranks=v2t,
+        captions=scored.ann.captions,
+        clips=[list(segment) for segment in scored.ann.segments],  # path, start, end
+        result=result,
+    )
     with output("--save", path) as part, open(part, "wb") as file:
         torch.save(content, file)
 
@@ -434,11 +479,25 @@ def main(argv=None):
     job = start_processes(args.device)
     model, tokenizer, config = load_model(args, job)
     ann, missing = load_data(args, config, job)
-    scored = score_split(model, tokenizer, ann, job, args.workers, args.skip_bad, args.cache,
-                         args.batch, args.amp, args.ckpt, trials=args.trials, seed=args.seed,
-                         expected=args.expected)
+    scored = score_split(
+        model,
+        tokenizer,
+        ann,
+        job,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        cache=args.cache,
+        batch=args.batch,
+        amp=args.amp,
+        name=args.ckpt,
+        trials=args.trials,
+        seed=args.seed,
+        expected=args.expected,
+    )
     result = summarise(model, scored, args.dsl, args.released_protocol)
-    result.update(ckpt=args.ckpt, data=args.data, split=args.split, missing=missing, amp=args.amp)
+    for name in ("ckpt", "data", "split", "amp"):
+        result[name] = getattr(args, name)
+    result["missing"] = missing
     job.say(f"{args.data}, split {args.split}: {metrics_text(result)}")
     ceiling = None
     if args.data == "shapes" and args.split == "test":
@@ -446,6 +505,7 @@ def main(argv=None):
     if ceiling is not None:
         result["ceiling"] = ceiling
         job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
+    # After the table: if a file can't be written, the numbers are there.
     if job.rank == 0:
         write_results(args, model, scored, result, job)
     return 0

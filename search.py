@@ -23,16 +23,10 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
 import data
-from eval import add_common, encode_texts, load_model, lowest_if_nan, write_json
+from eval import encode_texts, lowest_if_nan
 from lib.common import DataError, Parser, Progress, WeightsError, clock, escaped, numeric
-from lib.index import (
-    ShardWriter,
-    file_shard,
-    fingerprint,
-    newest_shards,
-    open_shards,
-    repack,
-)
+from lib.index import ShardWriter, file_shard, fingerprint, newest_shards, open_shards, repack
+from lib.options import add_common, load_model, write_json
 from lib.processes import ALONE, loading, run, start_processes, worker_place
 from lib.report import write_search_report
 from lib.video import Piece, Segment, read_pieces
@@ -53,7 +47,7 @@ class Folder(NamedTuple):
 
     path: str
     stamps: dict  # {name in the folder: (size, mtime_ns)}; None: what the index has, unseen
-    whole: bool   # these are all its videos: what is not among them is gone
+    whole: bool   # these are all videos of the folder: others are gone
 
 
 def list_videos(paths, new=True):
@@ -76,6 +70,7 @@ def list_videos(paths, new=True):
             raise DataError(
                 f"--videos {path}: there is no such folder or file (queries come before --videos)"
             )
+    # Of a folder whose files are named one by one, the other files are not gone.
     folders += [Folder(folder, stamps, whole=False) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
@@ -93,6 +88,7 @@ def videos_below(folder):
     """Videos of a folder and those below it, hidden ones left out. -> {relative name: stamp}"""
     found = {}
     for base, folders, files in os.walk(folder):
+        # In place: os.walk goes on into what is left.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = os.path.join(base, name)
@@ -132,6 +128,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
                         rows = []
                         pixels = []
                 rows.append((v, None))
+            # A bad file is a result and no end: the other files are still to be read.
             except DataError as error:
                 rows.append((v, str(error)))
         if rows:
@@ -146,15 +143,15 @@ def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, bat
     """
     device = model.clip.logit_scale.device
     T = model.frames
-    D = model.clip.config["embed_dim"]
     names = names[job.rank::job.world]
     segments = [Segment(os.path.join(folder.path, name)) for name in names]
-    transform = data.test_transform(model.clip.config["image_size"])
+    transform = data.test_transform(model.clip.image_size)
     dataset = PieceDataset(segments, T, transform, window, batch)
     total = len(names) * job.world  # as if all processes were as far as this one
     progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
-    nothing = torch.zeros(0, T, D), torch.zeros(0, T), torch.zeros(0, 2)
-    begun = {}  # file number: the pieces that have come so far
+    nothing = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
+    # A file's pieces may come in several batches, between those that other workers read.
+    begun = {}  # file number: its pieces so far
     done = 0
     readable = 0
     workers = min(workers, len(names))
@@ -175,7 +172,7 @@ def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, bat
                 pieces = begun.pop(v, [nothing])
                 if entry is None:
                     readable += 1
-                else:  # what came before the error doesn't count
+                else:  # of a file that breaks off nothing is searched
                     pieces = [nothing]
                 tensors = (torch.cat(x) for x in zip(*pieces))
                 file = names[v], folder.stamps[names[v]], entry
@@ -198,48 +195,49 @@ class Index(NamedTuple):
     names: list           # of the files as results print them
 
 
-def index_folder(folder, index):
-    """Where a folder's shards are: beside its videos, or in a folder of their own in `index`."""
-    if index is None:
+def shard_folder(folder, index_dir=None):
+    """Where a folder's shards are: beside its videos, or in a folder of their own in index_dir."""
+    if index_dir is None:
         return os.path.join(folder, INDEX)
+    # However the folder is named, its shards are found again.
     real = os.fsencode(os.path.realpath(folder))
     name = hashlib.sha256(real).hexdigest()
-    return os.path.join(index, name[:12])
+    return os.path.join(index_dir, name[:12])
 
 
-def update_index(model, folder, index, mark, job, **encoding):
+def update_index(model, folder, where, mark, job, **encoding):
     """Encode what is new or changed in a Folder, all processes together.
 
-    index: the shards' folder. mark: the fingerprint. encoding: as encode_files takes it.
+    where: the folder of its shards. mark: the fingerprint. encoding: as encode_files takes it.
     -> ({name: Shard}, newest_shards of them, how many files were encoded)
     """
     known = {}
-    writer = ShardWriter(index, mark)
+    writer = ShardWriter(where, mark)
+    # Files may come and go: all processes share out what the first one saw.
     folder = folder._replace(stamps=job.gather(folder.stamps)[0])
-    shards = open_shards(index, mark, known, job)
+    shards = open_shards(where, mark, known, job)
     newest = newest_shards(shards, folder.stamps)
     names = [name for name in folder.stamps or () if name not in newest]
     encoded = 0
     if names:
         count = encode_files(model, folder, names, writer, job=job, **encoding)
         encoded = sum(job.gather(count))  # waits for all
-        shards = open_shards(index, mark, known, job)
+        shards = open_shards(where, mark, known, job)
         for unsaved in job.gather(writer.unsaved):
             shards.update(unsaved)
         newest = newest_shards(shards, folder.stamps)
     if folder.whole and job.rank == 0 and not writer.unsaved:
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
-            repack(index, mark, shards, newest)
+            repack(where, mark, shards, newest)
     return shards, newest, encoded
 
 
-def build_index(model, paths, window=10, index=None, new=True, job=ALONE, **encoding):
+def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **encoding):
     """The Index of folders and files, of which only what is new or changed is encoded.
 
-    paths: list of folders and files. window: seconds of a piece. index: where to keep embeddings,
-    if not in the folders. new=False: what the index has, without a look for new files. encoding:
-    workers, batch, amp, as encode_files takes them.
-    Raises DataError where nothing can be searched.
+    paths: list of folders and files. window: seconds of a piece. index_dir: where embeddings are
+    kept, if not in the folders. new=False: what the index has, without a look for new files.
+    encoding: workers, batch, amp. Raises DataError where nothing can be searched.
     """
     folders = list_videos(paths, new)
     mark = fingerprint(model, window)
@@ -250,7 +248,7 @@ def build_index(model, paths, window=10, index=None, new=True, job=ALONE, **enco
     unreadable = {}  # path: why
     encoded = 0
     for folder in folders:
-        where = index_folder(folder.path, index)
+        where = shard_folder(folder.path, index_dir)
         parts, newest, count = update_index(
             model, folder, where, mark, job, window=window, **encoding
         )
@@ -261,7 +259,8 @@ def build_index(model, paths, window=10, index=None, new=True, job=ALONE, **enco
                 path = os.path.join(folder.path, name)
                 real = os.path.abspath(path)
                 number = -1
-                if newest.get(name) == key and real not in found:  # it may be in two of `paths`
+                # A file may be in two of `paths`; it counts once.
+                if newest.get(name) == key and real not in found:
                     if why is None:
                         number = len(found)
                         found[real] = path
@@ -273,12 +272,7 @@ def build_index(model, paths, window=10, index=None, new=True, job=ALONE, **enco
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
     file = torch.cat(file) if file else torch.zeros(0, dtype=torch.int64)
     pieces = (file >= 0).sum().item()
-    summary = f"encoded {encoded} videos, {len(found)} in the index, {pieces} pieces"
-    if unreadable:
-        some = ", ".join(list(unreadable)[:10])
-        more = ", ..." if len(unreadable) > 10 else ""
-        summary += f"; {len(unreadable)} unreadable left out: {some}{more}"
-    job.say(escaped(summary))
+    job.say(summary(encoded, len(found), pieces, list(unreadable)))
     if not found:
         searched = " ".join(map(os.fspath, paths))
         missing = "the index holds none of its videos (without -n they are looked for)"
@@ -288,6 +282,16 @@ def build_index(model, paths, window=10, index=None, new=True, job=ALONE, **enco
     starts = torch.tensor([0, *sizes]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
     return Index(shards, starts, file, list(found.values()), names)
+
+
+def summary(encoded, files, pieces, unreadable):
+    """What is in the index, in a line. unreadable: paths, of which ten are named."""
+    line = f"encoded {encoded} videos, {files} in the index, {pieces} pieces"
+    if unreadable:
+        some = ", ".join(unreadable[:10])
+        more = ", ..." if len(unreadable) > 10 else ""
+        line += f"; {len(unreadable)} unreadable left out: {some}{more}"
+    return escaped(line)
 
 
 def move_means(shards, device, job=ALONE, most=MEANS):
@@ -339,6 +343,7 @@ def best_rows(scores, index, shortlist, files, job=ALONE):
     scores = lowest_if_nan(scores)
     files = min(files, len(index.paths))
     while True:
+        # The best of all processes are among the best of each.
         best, rows = scores.topk(min(shortlist, P))
         parts = job.gather((best.cpu(), rows.cpu()))
         best, rows = (torch.cat(x) for x in zip(*parts))
@@ -356,6 +361,7 @@ def shard_of(index, rows):
 
 def read_rows(index, rows):
     """What the shards have of some rows, in order. -> frames (n,T,D), times (n,T), spans (n,2)"""
+    # Rows are in order, so those of a shard follow each other.
     numbers, sizes = shard_of(index, rows).unique_consecutive(return_counts=True)
     parts = []
     for s, own in zip(numbers.tolist(), rows.split(sizes.tolist())):
@@ -427,14 +433,15 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
     if not torch.is_tensor(t):
         raise TypeError(f"t must be embeddings (N,D), as encode_texts makes them, not {t!r}")
     everything = (index.file >= 0).nonzero()[:, 0]
-    whole = not shortlist or shortlist >= len(everything)
+    exhaustive = not shortlist or shortlist >= len(everything)
     files = 0 if pieces else top
     found = []
-    for texts in t.split(16):  # their scores of all pieces fit into memory
-        points = None if whole else point_scores(texts, index, job)
+    # Some texts at a time, as the point scores of a million pieces take 4 MB a text.
+    for texts in t.split(16):
+        points = None if exhaustive else point_scores(texts, index, job)
         for i, text in enumerate(texts.split(1)):
             rows = everything
-            if not whole:
+            if not exhaustive:
                 rows = best_rows(points[i], index, max(shortlist, top), files, job)
             hits = score_rows(model, text, index, rows, top, pieces, job, **scoring)
             parts = job.gather(hits)
@@ -526,14 +533,8 @@ def answer(model, tokenizer, index, args, job):
                     "ranked: its weights are damaged, or its training went wrong"
                 )
             found[query] = [
-                dict(
-                    rank=rank,
-                    score=hit.score,
-                    file=index.paths[hit.file],
-                    at=round(hit.at, 3),
-                    start=round(hit.start, 3),
-                    end=round(hit.end, 3),
-                )
+                dict(rank=rank, score=hit.score, file=index.paths[hit.file], at=round(hit.at, 3),
+                     start=round(hit.start, 3), end=round(hit.end, 3))
                 for rank, hit in enumerate(hits, 1)
             ]
             if args.files:
@@ -567,8 +568,8 @@ def main(argv=None):
         index = build_index(
             model,
             args.videos,
-            window=args.window,
-            index=args.index,
+            args.window,
+            args.index,
             new=not args.no_new,
             job=job,
             workers=args.workers,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import WeightsError
+from lib.common import WeightsError
 
 RADII = ("none", "mean", "scaled", "linear")
 POOLINGS = ("xpool", "mean", "query")

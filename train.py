@@ -1,291 +1,451 @@
 """Train T-MASS.
 
-    python train.py                                      # the embedded data set, on a laptop CPU, in minutes
-    python train.py --data msrvtt --out msrvtt.pt        # a benchmark, from OpenAI's CLIP
-    python train.py --data my.csv --out my.pt            # your own videos: columns video, caption[, split, start, end]
-    torchrun --nproc_per_node 8 train.py --data msrvtt   # several GPUs: --batch is that of all of them together
+    python train.py                                     # the embedded data set, on a CPU
+    python train.py --data msrvtt --out msrvtt.pt       # a benchmark, from OpenAI's CLIP
+    python train.py --data my.csv --out my.pt           # a table: video, caption[, split, ...]
+    torchrun --nproc_per_node 8 train.py --data msrvtt  # several GPUs; --batch is for all of them
 
-Data order, augmentation, noise and learning rate are pure functions of (seed, step), so resuming needs the step.
+Data order, augmentation, noise, dropout and learning rate depend on (seed, step) alone: to resume
+exactly, a run needs its weights, its optimizer and the number of the step.
 """
 import contextlib
 import functools
+import inspect
 import math
 import os
 import shlex
 import signal
 import sys
-import time
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from clip_model import CLIP, Tokenizer, WeightsError
+from clip_model import CLIP, Tokenizer
 from eval import evaluate, format_metrics
-from lib.common import clock, numeric
-from lib.processes import Stopped, noting_signals, process_died, run, start_processes
+from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
+from lib.processes import Stopped, loading, noting_signals, process_died, run, start_processes
 from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
 from lib.shapes import render_shapes, shapes_pictures
+from lib.video import FrameCache
 from lib.weights import load_checkpoint, load_strictly
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
-RECIPES_ARE = ("msrvtt, lsmdc and didemo are the released commands; none was released for the others, which are ours\n"
-               "(msrvtt-7k and msvd with X-Pool's rates and dropout). Every value can be overridden.")
-BASE = dict(clip="ViT-B/32", frames=12, batch=32, epochs=5, head_lr=1e-5, clip_lr=1e-6, weight_decay=0.2, warmup=0.1,
-            pretrain=0, pooling="xpool", heads=1, dropout=0.3, radius="linear", prior="normal", prior_std=1.0,
-            support_weight=0.8, support_video="matched", ce_weight=0.0, augment="crop-flip")
-RECIPES = {
-    "shapes": dict(clip="tiny", frames=6, batch=64, epochs=3, head_lr=1e-3, clip_lr=5e-4, pretrain=300, dropout=0.1,
-                   prior_std=0.1, augment="none"),  # captions say what is on the left and what on the right
+# ---- settings ----
+
+METHOD = {  # the method's settings and their defaults, as TMASS has them
+    name: parameter.default
+    for name, parameter in inspect.signature(TMASS).parameters.items()
+    if name != "clip"
+}
+BASE = dict(
+    METHOD,
+    clip="ViT-B/32",
+    batch=32,
+    epochs=5,
+    head_lr=1e-5,
+    clip_lr=1e-6,
+    weight_decay=0.2,
+    warmup=0.1,
+    augment="crop-flip",
+    pretrain=0,
+    val_videos=0,
+    amp="off",
+    seed=24,
+)
+RECIPES = {  # what differs from BASE, by data set
+    "shapes": dict(
+        clip="tiny",
+        frames=6,
+        batch=64,
+        epochs=3,
+        head_lr=1e-3,
+        clip_lr=5e-4,
+        pretrain=300,
+        dropout=0.1,
+        prior_std=0.1,
+        augment="none",  # captions say what is on the left and what on the right
+    ),
     "msrvtt": dict(head_lr=3e-5, prior="uniform", support_video="batch"),
     "msrvtt-7k": dict(dropout=0.4, prior="uniform", support_video="batch"),
     "lsmdc": dict(prior_std=0.003, support_weight=0.0),
     "didemo": dict(dropout=0.4, prior="uniform", support_weight=0.0),
     "msvd": dict(dropout=0.4),
-    "vatex": {}, "charades": {}, "csv": {},
 }
-NAMES = [name for name in RECIPES if name != "csv"]
-TINY = dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=3, context_length=48,
-            text_width=128, text_layers=2)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RECIPES_ARE = """\
+Recipes, where they differ from the defaults above, which are those of the other data sets.
+msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
+msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
+TINY = dict(  # the CLIP that is trained here, on a CPU
+    embed_dim=128,
+    image_size=32,
+    patch_size=8,
+    vision_width=128,
+    vision_layers=3,
+    context_length=48,
+    text_width=128,
+    text_layers=2,
+    quick_gelu=False,
+)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Free to change on --resume, because the result stays the same.
-RUN_ONLY = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad", "grad_checkpoint",
-            "root", "videos")
-METHOD = ("frames", "pooling", "heads", "dropout", "radius", "prior", "prior_std", "support_weight", "ce_weight",
-          "support_video")  # what TMASS is made with
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Free to change with --resume: the result stays the same.
+FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
+        "grad_checkpoint", "root", "videos")
 
-
-def parser():
-    recipes = [f"  {name}: {', '.join(f'{k}={v}' for k, v in recipe.items()) or '-'}"
-               for name, recipe in {"all": BASE, **RECIPES}.items()]
-    p = data.Parser(__doc__, epilog="\n".join(["Defaults marked (recipe) depend on --data:", *recipes, RECIPES_ARE]))
-    whole, count, size = numeric(int, 0, 10 ** 6), numeric(int, 1), numeric(int, 1, 1000)
-    share, rate, weight = numeric(float, 0, 1), numeric(float, 0, 10), numeric(float, 0, 1e6)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", help=f"{', '.join(NAMES)}, or the path of a .csv (default: shapes)")
-    g.add_argument("--root", help="folder of the data set (default: data/NAME; for a .csv, the folder it lies in)")
-    g.add_argument("--videos", metavar="DIR", help="folder of the videos, where they lie apart from the annotations")
-    g.add_argument("--val-videos", type=whole, help="msrvtt, charades: held out of train to choose the checkpoint (0)")
-    g.add_argument("--skip-bad", action="store_true", help="leave out and list videos that are missing or broken")
-    g.add_argument("--cache", metavar="DIR", help="keep frames there as JPEG, so that a video is decoded once; advised "
-                                                  "(default: none; shapes: frames/ beside its videos)")
-    g.add_argument("--augment", choices=("crop-flip", "none"), help="one random crop and flip per video (recipe)")
-    g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-                   help="processes that decode videos (default: %(default)s)")
-    g = p.add_argument_group("model (recipe)")
-    g.add_argument("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a weights file, or tiny")
-    g.add_argument("--activation", choices=("quickgelu", "gelu"), help="of --clip, where it is taken for the other")
-    g.add_argument("--init", metavar="CKPT", help="start from a whole checkpoint: ours, released T-MASS or X-Pool")
-    g.add_argument("--frames", type=size, help="T, frames sampled per video")
-    g.add_argument("--pooling", choices=POOLINGS, help="how frames become a video, for each text or for all")
-    g.add_argument("--heads", type=size, help="attention heads of xpool")
-    g.add_argument("--dropout", type=numeric(float, 0, 0.99), help="in xpool")
-    g.add_argument("--radius", choices=RADII, help="of the text mass; none is the X-Pool baseline")
-    g.add_argument("--prior", choices=PRIORS, help="distribution of the noise")
-    g.add_argument("--prior-std", type=weight, help="of the normal prior; N(0,1) is larger than |t| itself for CLIP")
-    g.add_argument("--support-weight", type=weight, help="weight of the support text's loss")
-    g.add_argument("--support-video", choices=SUPPORTS, help="what it looks at: its own, or the batch's mean")
-    g.add_argument("--ce-weight", type=weight, help="weight of the point text's loss")
-    g = p.add_argument_group("optimisation (recipe)")
-    g.add_argument("--epochs", type=whole, help="passes over all (caption, video) pairs; 0 writes the starting point")
-    g.add_argument("--batch", type=numeric(int, 2, 10 ** 6), help="pairs per step, over all processes")
-    g.add_argument("--head-lr", type=rate, help="peak learning rate of pooling and radius")
-    g.add_argument("--clip-lr", type=rate, help="peak learning rate of CLIP")
-    g.add_argument("--weight-decay", type=rate, help="of AdamW")
-    g.add_argument("--warmup", type=share, help="share of the steps with a rising learning rate; cosine to 0 after")
-    g.add_argument("--pretrain", type=whole, metavar="STEPS", help="shapes: image-text steps of the tiny CLIP before")
-    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), help="of everything random (default: 24)")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="model.pt", help="the checkpoint; its log is NAME.log.csv (default: %(default)s)")
-    g.add_argument("--overwrite", action="store_true", help="replace a finished run in --out")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out, exactly, or start it")
-    g.add_argument("--save-every", type=count, default=500, metavar="STEPS", help="and each epoch (%(default)s)")
-    g.add_argument("--log-every", type=count, default=20, metavar="STEPS", help="(default: %(default)s)")
-    g.add_argument("--amp", choices=AMP, help="towers in bfloat16, or float16 with a scaled loss (T4, V100) (off)")
-    g.add_argument("--grad-checkpoint", action="store_true", help="towers computed twice: less memory, a third slower")
-    g.add_argument("--device", default=DEVICE, help="(default: %(default)s)")
-    return p
-
-
-# ---- settings, and the run that is there already ----
-
-def settle(args, world=1):
-    """What is not given, from the run to resume or else from the recipe. -> the checkpoint to resume, or None."""
-    given = {k for k, v in vars(args).items() if v is not None}
-    saved = earlier_run(args)
-    config = saved["config"] if saved else {}
-    for k in given & config.keys() - set(RUN_ONLY):
-        then, now = config[k], getattr(args, k)
-        if now != then and not (k == "data" and os.path.abspath(now) == then):
-            raise WeightsError(f"--{k.replace('_', '-')} {now} differs from {then} in {args.out}: drop it to resume, "
-                               "or start anew with another --out")
-    args.data = config.get("data", args.data or "shapes")
-    name = "csv" if args.data.endswith(".csv") else args.data
-    if name not in RECIPES:
-        raise data.DataError(f"unknown data set {name!r}: choose {', '.join(NAMES)}, or give the path of a .csv file")
-    for k, v in {**BASE, **RECIPES[name], "val_videos": 0, "seed": 24, "amp": "off", **config}.items():
-        if getattr(args, k, None) is None:
-            setattr(args, k, v)
-    if args.radius == "none" and not saved and "support_weight" not in given:
-        args.support_weight = 0.0  # a mass of no size has no support text: this is X-Pool
-    args.data = os.path.abspath(args.data) if name == "csv" else name
-    folder = os.path.dirname(args.data) if name == "csv" else os.path.join("data", name.split("-")[0])
-    args.root = os.path.abspath(args.root or folder)
-    if name == "shapes" and args.cache is None:
-        args.cache = os.path.join(args.root, "frames")
-    args.cache, args.videos = (x and os.path.abspath(x) for x in (args.cache, args.videos))
-    if args.batch % world:
-        raise data.DataError(f"--batch {args.batch} is that of all {world} processes: give a multiple of {world}")
-    if args.pretrain and name != "shapes":
-        raise data.DataError("--pretrain has pictures for --data shapes only: give --clip weights for other data")
-    if args.activation and args.clip == "tiny" and not args.init:
-        raise data.DataError("--activation is that of weights which are loaded: give --clip or --init")
-    return saved
-
-
-# ---- pure functions of the step ----
 
 def learning_rate(step, total, warmup):
-    """Linear warm-up over a share of the steps, then cosine to 0: a factor of the peak. step from 0 -> (0, 1]."""
+    """A factor of the peak: linear over a share `warmup` of the steps, then a cosine to 0."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise
     return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
 
-def generator(device, *numbers):
-    """A generator seeded by a tuple such as (seed, step)."""
-    mixed = 0
-    for n in numbers:
-        mixed = (mixed * 1_000_003 + n + 1) % (2 ** 63 - 1)
-    return torch.Generator(device).manual_seed(mixed)
+# ---- the training loop ----
+
+def autocast(args, job):
+    """The precision of the towers: --amp."""
+    return torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off")
 
 
+def descend(loss, model, optimizer, scaler):
+    """One step down the gradient, cut to norm 1. -> that norm (), whether all is finite ().
+
+    Both stay on the device, which itself skips a step that is not finite: here nothing waits.
+    With --amp fp16 the scaler multiplies the loss, and learns by how much, so that gradients
+    neither vanish nor overflow. All processes do the same: their gradients are averaged already.
+    """
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finite = torch.isfinite(loss + norm)
+    optimizer.found_inf = (~finite).float()  # fused AdamW changes nothing where this is 1
+    if loss.device.type != "mps" or finite:  # there it doesn't look: wait
+        optimizer.step()
+    scaler.update()
+    with torch.no_grad():
+        model.clip.logit_scale.clamp_(max=math.log(100))
+    return norm, finite
+
+
+def fit(args, job, checkpoint, batches, splits, noted):
+    """Train to the end, or until a signal is noted. -> that signal after saving, or 0."""
+    model = checkpoint.model
+    parallel = DistributedDataParallel(model) if job.world > 1 else model
+    gather = functools.partial(Gather.apply, job, args.skip_bad)
+    log = Log(args, job, checkpoint, batches)
+    model.train()
+    with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
+        for step, (ids, pixels, bad) in enumerate(loader, batches.start):
+            note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
+            factor = learning_rate(step, batches.total, args.warmup)
+            for group in checkpoint.optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            torch.manual_seed(mixed_seed(args.seed, step))  # noise, dropout: alike in all processes
+
+            ids = ids.to(job.device, non_blocking=True)
+            pixels = pixels.to(job.device, non_blocking=True)
+            with autocast(args, job):
+                losses = parallel(ids, pixels, gather=gather)
+            norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
+            log.flags.append(finite)
+
+            done = step + 1
+            end_of_epoch = done % batches.per_epoch == 0
+            checkpoint.unsaved = None if end_of_epoch else done
+            if end_of_epoch or done % args.log_every == 0:  # only here the device is waited for
+                scale = model.clip.logit_scale.exp()
+                log.step(done, dict(losses, grad_norm=norm, scale=scale), factor)
+            if end_of_epoch and splits["val"].segments:
+                epoch = done // batches.per_epoch
+                R1 = test(args, job, checkpoint, splits["val"], f"validation after epoch {epoch}")
+                checkpoint.validated(done, R1)
+                log.row(step=done, epoch=epoch, val_R1=R1)
+            stopping = job.largest(max(noted, default=0))
+            saving = stopping or end_of_epoch or done % args.save_every == 0
+            if saving and log.was_finite(done):
+                checkpoint.save(done)
+            if stopping:
+                return stopping
+    return 0
+
+
+def test(args, job, checkpoint, annotations, title):
+    """Evaluate, and print a line. -> t2v R@1 in percent."""
+    result = evaluate(checkpoint.model, checkpoint.tokenizer, annotations, job=job,
+                      workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+    job.say(f"{title}: {format_metrics(result)}")
+    checkpoint.bad_videos += result["left_out"]
+    return result["t2v"]["R1"]
+
+
+# ---- batches ----
+
+@dataclass
 class Batches:
-    """One process' share of each step's batch, from `start` on: lists of (epoch, pair); incomplete ones are dropped."""
+    """One process' share of each step's batch, from `start` on: lists of (epoch, pair).
 
-    def __init__(self, pairs, batch, epochs, seed, start=0, rank=0, world=1):
-        self.pairs, self.batch, self.seed, self.start, self.rank, self.world = pairs, batch, seed, start, rank, world
-        self.per_epoch = pairs // batch
-        self.total = self.per_epoch * epochs
+    The last batch of an epoch is dropped where it is incomplete (the released code trains on it).
+    """
+    pairs: int
+    batch: int
+    epochs: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world: int = 1
 
-    def __len__(self):
-        return self.total - self.start
+    def __post_init__(self):
+        self.per_epoch = self.pairs // self.batch
+        self.total = self.per_epoch * self.epochs
 
     def __iter__(self):
         share = self.batch // self.world
         for step in range(self.start, self.total):
             epoch, k = divmod(step, self.per_epoch)
             if k == 0 or step == self.start:
-                order = torch.randperm(self.pairs, generator=generator("cpu", self.seed, epoch)).tolist()
+                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+                order = torch.randperm(self.pairs, generator=generator).tolist()
             first = k * self.batch + self.rank * share
-            yield [(epoch, i) for i in order[first:first + share]]
+            yield [(epoch, pair) for pair in order[first:first + share]]
 
 
 def collate(tokenizer, items):
-    """Pairs -> (ids (B,L), video uint8 (B,T,3,R,R), the DataErrors of pairs that can't be read)."""
-    bad = [x for x in items if isinstance(x, Exception)]
-    good = [x for x in items if not isinstance(x, Exception)]
+    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), the DataErrors of pairs that can't be read."""
+    bad = [item for item in items if isinstance(item, Exception)]
+    good = [item for item in items if not isinstance(item, Exception)]
     if not good:
         return None, None, bad
-    return tokenizer([caption for _, caption, _ in good]), torch.stack([frames for frames, _, _ in good]), bad
+    pixels, captions, _ = zip(*good)
+    return tokenizer(captions), torch.stack(pixels), bad
 
+
+def read_batches(args, job, checkpoint, batches, annotations):
+    """A context manager: what collate makes of each of the batches, read by worker processes."""
+    transform = data.test_transform if args.augment == "none" else data.train_transform
+    cache = FrameCache(args.cache, args.frames) if args.cache else None
+    size = checkpoint.model.clip.image_size
+    dataset = data.PairDataset(annotations, args.frames, transform(size), args.seed, cache)
+    return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
+                   args.workers, pin=job.device.type == "cuda")
+
+
+def note_bad(bad, ids, skip, noted):
+    """Stop at a pair that can't be read; with --skip-bad note it, unless a batch has no other."""
+    if bad and not skip:
+        raise bad[0]
+    noted += [str(error) for error in bad if str(error) not in noted]
+    if ids is None:
+        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+
+
+# ---- several processes ----
 
 class Gather(torch.autograd.Function):
-    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, in rank order.
+    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, by rank.
 
-    Every process computes the same global loss, hence the same gradient of the joined rows: each keeps that of its own,
-    times the number of processes because DistributedDataParallel averages. The result is exactly one process' gradient.
+    Every process computes the same loss of all rows, hence the same gradient: each keeps that of
+    its own rows, times the number of processes, as DistributedDataParallel averages. What comes out
+    is exactly one process' gradient.
     """
     @staticmethod
-    def forward(ctx, x):
-        counts = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, torch.tensor(len(x), device=x.device))  # counts differ where --skip-bad left pairs out
-        counts = [int(n) for n in counts]
-        ctx.rows = slice(sum(counts[:dist.get_rank()]), sum(counts[:dist.get_rank() + 1]))
-        padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded.contiguous())
-        return torch.cat([part[:n] for part, n in zip(parts, counts)])
+    def forward(ctx, job, uneven, x):
+        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
+        first = sum(counts[:job.rank])
+        ctx.job = job
+        ctx.rows = slice(first, first + len(x))
+        joined = x.new_zeros(sum(counts), *x.shape[1:])
+        joined[ctx.rows] = x
+        return job.sum(joined)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.rows] * dist.get_world_size()
+    def backward(ctx, gradient):
+        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
 
 def build(args, captions, saved, job):
-    """The model to start from and its tokenizer: of the run to resume, or as --clip and --init say."""
+    """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
         model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
         model.load_state_dict(saved.get("training", saved)["model"])
         return model, Tokenizer(saved["merges"], saved["context_length"])
     torch.manual_seed(args.seed)
-    method = {k: getattr(args, k) for k in METHOD}
+    method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
-        tokenizer = Tokenizer.learn(captions, 600)
-        tokenizer.context_length = TINY["context_length"]
+        tokenizer = Tokenizer.learn(captions, 600, context_length=TINY["context_length"])
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
     start, tokenizer, _ = load_checkpoint(args.init or args.clip, args.activation)
     model = TMASS(start.clip, **method)
     if args.init:
-        own = model.state_dict()
-        state = {k: x for k, x in start.state_dict().items() if k in own or not k.startswith("radius.")}
-        new = [k for k in own if k not in state and k.startswith("radius.")]
-        load_strictly(model, {**state, **{k: own[k] for k in new}}, "the model asked for with --pooling and --frames")
+        new = []
+        if args.radius != start.config["radius"]:
+            start.radius = model.radius
+            new = [f"radius.{name}" for name in model.radius.state_dict()]
+        load_strictly(model, start.state_dict(), "the model asked for with --pooling and --frames")
         job.say(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
     return model, tokenizer
 
 
 def make_optimizer(model, args):
-    """AdamW with one group for CLIP and one for what T-MASS adds; `peak` is a group's highest learning rate."""
+    """AdamW with a group for CLIP and one for what T-MASS adds. peak: a group's highest rate."""
     head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
-    groups = [dict(params=list(model.clip.parameters()), peak=args.clip_lr), dict(params=head, peak=args.head_lr)]
+    groups = [
+        dict(params=list(model.clip.parameters()), peak=args.clip_lr),
+        dict(params=head, peak=args.head_lr),
+    ]
+    # differs from the released code, which does not correct epsilon's bias and decays last
     return torch.optim.AdamW(groups, lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
 
 
-def descend(loss, model, clip, optimizer, scaler):
-    """One step down the gradient, cut to norm 1. -> (that norm, whether it and the loss were finite; else no step).
-
-    With --amp fp16 the scaler multiplies the loss, and learns by how much, so that float16 gradients neither vanish nor
-    overflow. All processes do the same: their gradients are averaged already.
-    """
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    finite = bool(torch.isfinite(loss + norm))
-    if finite:
-        scaler.step(optimizer)
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
-    scaler.update()
-    return norm.item(), finite
+def draw(tokenizer, size, seed, steps):
+    """The pairs of a warm-up's step: ids (128,L), pictures uint8 (128,3,P,P), new at every step."""
+    generator = torch.Generator().manual_seed(mixed_seed(seed, *steps))
+    pictures, phrases = shapes_pictures(128, generator, size)
+    return tokenizer(phrases), pictures
 
 
-def pretrain(clip, tokenizer, args, scaler, job):
-    """Image-text warm-up of the tiny CLIP on single pictures, new at every step: a real run's trained CLIP."""
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    started = time.time()
-    for step in range(args.pretrain):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-        pictures, phrases = shapes_pictures(128, generator("cpu", args.seed, step), clip.config["image_size"])
-        with torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off"):
-            t, v = clip.encode_text(tokenizer(phrases).to(job.device)), clip.encode_image(pictures.to(job.device))
-        sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
-        loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
-        descend(loss, clip, clip, optimizer, scaler)
-        if (step + 1) % args.log_every == 0 or step + 1 == args.pretrain:
-            left = (time.time() - started) / (step + 1) * (args.pretrain - step - 1)
-            job.say(f"pretrain {step + 1:5d}/{args.pretrain}  loss {loss.item():.3f}  {clock(left)} left")
+def pretrain(model, tokenizer, args, scaler, job):
+    """Image-text warm-up of the tiny CLIP on single pictures: for a real run others did it."""
+    clip = model.clip
+    settings = dict(betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(clip.parameters(), **settings)
+    progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
+    steps = range(args.pretrain)
+    pictures = functools.partial(draw, tokenizer, clip.image_size, args.seed)
+    with loading(steps, [[step] for step in steps], pictures, args.workers) as loader:
+        for step, (ids, pixels) in enumerate(loader):
+            optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
+            with autocast(args, job):
+                t = clip.encode_text(ids.to(job.device))
+                v = clip.encode_image(pixels.to(job.device))
+            sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
+            loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
+            descend(loss, model, optimizer, scaler)
+            progress.update(step + 1)
+    job.say(f"pretrain {args.pretrain}/{args.pretrain}  loss {loss.item():.3f}")
 
 
-# ---- what is kept ----
+# ---- options ----
+
+def listed(settings):
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def data_name(text):
+    return os.path.abspath(text) if text.endswith(".csv") else text
+
+
+def parser():
+    recipes = [f"  {name}: {listed(recipe)}" for name, recipe in RECIPES.items()]
+    p = Parser(__doc__, epilog="\n".join([RECIPES_ARE, *recipes]))
+    count = numeric(int, 1)
+    folder = os.path.abspath
+    rate = numeric(float, 0, 10)
+    size = numeric(int, 1, 1000)
+    weight = numeric(float, 0, 1e6)
+    whole = numeric(int, 0, 10 ** 6)
+
+    def option(name, text, kind=None, default=None):
+        """kind: the type of the value, or the choices; bool: there is no value."""
+        more = {"type" if callable(kind) else "choices": kind, "default": default}
+        if kind is bool:
+            more = {"action": "store_true"}
+        shown = BASE.get(name, default)
+        if shown is not None:
+            text += f" (default: {shown})"
+        group.add_argument("--" + name.replace("_", "-"), help=text, **more)
+
+    group = p.add_argument_group("data")
+    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
+    option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
+    option("videos", "folder of the videos, where they lie apart from the annotations", folder)
+    option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
+           "has no validation split: 500 is plenty", whole)
+    option("cache", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
+           "from the second epoch on (default: none; shapes: frames/ beside its videos)", folder)
+    option("augment", "crop-flip: one random crop and flip per video; none: where captions say "
+           "left and right", ("crop-flip", "none"))
+    option("workers", "processes that read videos: more, while the device waits for them",
+           numeric(int, 0, 1000), min(8, os.cpu_count() or 1))
+    option("skip_bad", "leave out videos that are missing or broken, and list them", bool)
+
+    group = p.add_argument_group("model")
+    option("clip", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of weights, or "
+           "tiny")
+    option("activation", "of --clip, where the guess that is printed is wrong",
+           ("quickgelu", "gelu"))
+    option("init", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
+    option("frames", "T, frames sampled per video: time and memory grow with it", size)
+    option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "
+           "without a parameter; mean is the same for all texts", POOLINGS)
+    option("heads", "attention heads of xpool", size)
+    option("dropout", "in xpool", numeric(float, 0, 0.99))
+    option("radius", "of the text mass: linear is the paper's, none the X-Pool baseline", RADII)
+    option("prior", "distribution of the noise: normal in the paper, uniform as released", PRIORS)
+    option("prior_std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
+    option("support_weight", "weight of the support text's loss (radius none: 0)", weight)
+    option("support_video", "what the support text looks towards: its own video, or the mean over "
+           "the batch's texts, as released", SUPPORTS)
+    option("ce_weight", "weight of the point text's loss", weight)
+
+    group = p.add_argument_group("optimisation")
+    option("epochs", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
+    option("batch", "pairs per step, over all processes: more are a harder contrast",
+           numeric(int, 2, 10 ** 6))
+    option("head_lr", "peak learning rate of pooling and radius", rate)
+    option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
+    option("weight_decay", "of AdamW", rate)
+    option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
+           numeric(float, 0, 1))
+    option("pretrain", "shapes: steps of the tiny CLIP on single pictures before", whole)
+    option("seed", "of everything random", numeric(int, 0, 2 ** 63 - 1))
+
+    group = p.add_argument_group("run")
+    option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
+    option("save_every", "steps between two saves; each epoch ends with one", count, 500)
+    option("log_every", "steps between two lines", count, 20)
+    option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
+           "it; or in float16 with a scaled loss (T4, V100)", AMP)
+    option("device", "cpu, cuda or mps", default=DEVICE)
+    option("grad_checkpoint", "compute the towers twice: less memory, a third slower", bool)
+    option("overwrite", "replace a finished run in --out", bool)
+    option("resume", "continue the run in --out, exactly, or start it", bool)
+    return p
+
+
+def settle(args, world=1):
+    """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    saved = earlier_run(args)
+    config = saved["config"] if saved else {}
+    for name in given.keys() & config.keys() - set(FREE):
+        if given[name] != config[name]:
+            option = "--" + name.replace("_", "-")
+            raise WeightsError(f"{option} {given[name]} differs from {config[name]} in {args.out}: "
+                               "drop it to resume, or start anew with another --out")
+    name = args.data or config.get("data", "shapes")
+    vars(args).update(BASE | RECIPES.get(name, {}) | config | given | {"data": name})
+    if args.radius == "none" and "support_weight" not in config.keys() | given.keys():
+        args.support_weight = 0.0  # a mass of no size has no support text: this is X-Pool
+    folder = os.path.dirname(name) or os.path.join("data", name.split("-")[0])
+    args.root = args.root or os.path.abspath(folder)
+    if name == "shapes":
+        args.cache = args.cache or os.path.join(args.root, "frames")
+    if args.batch % world:
+        raise DataError(f"--batch {args.batch} is for all {world} processes: give a multiple of it")
+    if args.pretrain and name != "shapes":
+        raise DataError("--pretrain has pictures for --data shapes only: give --clip weights")
+    if args.activation and args.clip == "tiny" and not args.init:
+        raise DataError("--activation is that of weights which are loaded: give --clip or --init")
+    return saved
+
 
 # ---- the run ----
 
@@ -295,172 +455,146 @@ def main(argv=None):
     try:
         with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
             return train(args, job)
-    except (OSError, RuntimeError, WeightsError) as e:  # what ends a run from outside: a full disk, a process that died
-        lost = process_died(e)
-        if not (lost or isinstance(e, OSError) or isinstance(e, WeightsError) and e.__cause__):
+    except (OSError, RuntimeError, WeightsError) as error:
+        # What ends a run from outside: a process that died, a full disk.
+        why = str(error).split("; ")[0]
+        if process_died(error):
+            why = "another process of this job died"
+        elif not isinstance(error, OSError) and not error.__cause__:
             raise
-        why = "another process of this job died" if lost else str(e).split("; ")[0]
-        raise data.DataError(f"{why}; the last checkpoint, if any, is intact: go on with {go_on()}") from e
+        hint = f"the last checkpoint, if any, is intact: go on with {go_on()}"
+        raise DataError(f"{why}; {hint}") from error
 
 
 def train(args, job):
+    """From the settings to the test. -> exit status."""
     saved = settle(args, job.world)
     if saved and saved.get("finished", True):
-        job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: {evaluation(args)}")
+        job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: "
+                f"{evaluation(args)}")
         return 0
     splits, missing = load_splits(args, job)
     with job.first_alone():
-        model, tokenizer = build(args, splits["train"].captions, saved, job)
+        try:
+            model, tokenizer = build(args, splits["train"].captions, saved, job)
+        except ValueError as error:  # of TMASS and CLIP, which know no users
+            raise WeightsError(str(error)) from None
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
-    checkpoint = Checkpoint(args, model, tokenizer, optimizer, scaler, saved, job)
-    fresh, saved = saved is None, None  # all of it has been copied: let the memory go
+    checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, saved)
+    checkpoint.bad_videos += missing
     pairs = len(splits["train"].captions)
-    batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank, job.world)
-    announce(args, splits, missing, optimizer, batches, job)
-    if fresh:
-        pretrain(model.clip, tokenizer, args, scaler, job)
+    batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
+                      job.world)
+    announce(args, job, splits, optimizer, batches)
+    if saved is None:
+        if args.pretrain:
+            pretrain(model, tokenizer, args, scaler, job)
         checkpoint.save(0)
+    del saved  # all of it has been copied: let the memory go
 
-    test_on = functools.partial(evaluate, model, tokenizer, job=job, workers=args.workers, skip_bad=args.skip_bad,
-                                cache=args.cache)
     with noting_signals() as noted:
         try:
-            stopped = fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job)
-        except Stopped:  # no batch comes; to save, processes would have to meet
-            stopped = noted[0]
-            if job.world == 1 and checkpoint.unsaved:
-                checkpoint.save(checkpoint.unsaved)
-        except data.DataError:
+            stopped = fit(args, job, checkpoint, batches, splits, noted)
+        except (Stopped, DataError):
             if not noted:
                 raise
-            stopped = noted[0]  # which a decoding process did not survive
+            stopped = noted[0]  # and no batch comes: workers are slow, or did not survive it
+            if job.world == 1 and checkpoint.unsaved:  # several would have to meet
+                checkpoint.save(checkpoint.unsaved)
         if not stopped:
             checkpoint.save(batches.total, finished=True)
-    checkpoint.list_bad(missing)
     if stopped:
-        job.say(f"stopped by {signal.Signals(stopped).name} after step {checkpoint.step}; continue with: {go_on()}")
+        checkpoint.list_bad()
+        name = signal.Signals(stopped).name
+        job.say(f"stopped by {name} after step {checkpoint.step}; continue with: {go_on()}")
         return 128 + stopped
     if checkpoint.best:
-        job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation split")
+        step = checkpoint.best[0]
+        job.say(f"the result is that of step {step}, the best on the validation split")
     if splits["test"].segments:
-        job.say(f"test: {format_metrics(test_on(splits['test']))}")
+        test(args, job, checkpoint, splits["test"], "test")
+    checkpoint.list_bad()
     job.say(f"checkpoint: {args.out}   evaluate it again: {evaluation(args)}")
     return 0
 
 
-def fit(args, splits, model, tokenizer, optimizer, scaler, batches, checkpoint, test_on, noted, job):
-    """The training loop. -> 0 at its end, or the signal that ended it before, after saving."""
-    log = Log(args.out, batches.start) if job.rank == 0 else None
-    transform = data.test_transform if args.augment == "none" else data.train_transform
-    dataset = data.PairDataset(splits["train"], args.frames, transform(model.clip.config["image_size"]), seed=args.seed,
-                               cache=data.FrameCache(args.cache, args.frames) if args.cache else None)
-    gpu = job.device.type == "cuda"
-    ddp = DistributedDataParallel(model, device_ids=[job.device.index] if gpu else None) if job.world > 1 else model
-    gather = Gather.apply if job.world > 1 else None
-    skipped, in_a_row, seen, started = 0, 0, 0, time.time()
-    model.train()
-    with data.loading(dataset, batches, functools.partial(collate, tokenizer), args.workers, pin=gpu) as loader:
-        for step, (ids, video, bad) in enumerate(loader, batches.start):
-            factor = learning_rate(step, batches.total, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
-            ids, video = ids.to(job.device, non_blocking=True), video.to(job.device, non_blocking=True)
-            with torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off"):
-                out = ddp(ids, video, generator(job.device, args.seed, step), gather)
-            norm, finite = descend(out["loss"], model, model.clip, optimizer, scaler)
-            scale = model.clip.logit_scale.exp().item()
-            if finite:
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + (scaler.get_scale() <= 1)  # above 1, fp16 seeks its scale
-                job.say(f"step {step + 1}: loss or gradient is not finite; step skipped ({skipped} so far)")
-                if in_a_row == 10:
-                    raise WeightsError(f"10 steps in a row, to {step + 1}, were not finite (logit scale {scale:.1f}): "
-                                       f"{args.out} keeps the last good state, step {checkpoint.step}; lower the rates")
-
-            done, seen, end_of_epoch = step + 1, seen + args.batch, (step + 1) % batches.per_epoch == 0
-            if log and (done % args.log_every == 0 or end_of_epoch):
-                log.step(done, args, batches, out, factor, seen / (time.time() - started), scale=scale, grad_norm=norm)
-            checkpoint.unsaved = None if end_of_epoch or in_a_row else done  # not before the validation's result
-            if end_of_epoch and splits["val"].segments:
-                paused, epoch = time.time(), done // batches.per_epoch
-                val = test_on(splits["val"])
-                job.say(f"validation after epoch {epoch}: {format_metrics(val)}")
-                checkpoint.validated(done, val["t2v"]["R1"])
-                if log:
-                    log.row(step=done, epoch=epoch, val_R1=val["t2v"]["R1"])
-                started += time.time() - paused
-            stopping = job.largest(max(noted, default=0))
-            if (done % args.save_every == 0 or end_of_epoch or stopping) and not in_a_row:
-                checkpoint.save(done)
-            if stopping:
-                return stopping
-    return 0
-
-
 def load_splits(args, job):
-    """-> ({train, val, test: Annotations}, the messages of missing videos that --skip-bad left out)."""
+    """-> {train, val, test: Annotations}, and a line about each missing video that is left out."""
     if args.data == "shapes":
         with job.first_alone():
             render_shapes(args.root)  # on first use
-    splits, missing = {}, []
-    for split in ("train", "val", "test"):
-        ann = data.load_split(args.data, args.root, split, args.val_videos, args.seed, args.videos)
-        splits[split], gone = data.present(ann, args.skip_bad)
+    splits = {}
+    missing = []
+    for name in ("train", "val", "test"):
+        split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
+        splits[name], gone = data.present(split, args.skip_bad)
         missing += gone
+    if missing:
+        job.say(f"--skip-bad: {len(missing)} missing videos left out")
     pairs = len(splits["train"].captions)
     if pairs < args.batch:
-        raise data.DataError(f"{args.data}: {pairs} training pairs make no batch of {args.batch}: lower --batch")
+        raise DataError(f"{args.data}: {pairs} training pairs make no batch of {args.batch}: lower "
+                        "--batch")
     return splits, missing
 
 
-def announce(args, splits, missing, optimizer, batches, job):
-    """The resolved truth, at the start."""
-    job.say("settings: " + ", ".join(f"{k}={v}" for k, v in sorted(vars(args).items()) if k not in START_ONLY))
-    for split, ann in splits.items():
-        job.say(f"{split:5s} {len(ann.captions)} texts, {len(ann.segments)} videos")
-    if missing:
-        job.say(f"--skip-bad: {len(missing)} missing videos left out")
+def announce(args, job, splits, optimizer, batches):
+    """What will be done, in full, before it takes long."""
+    idle = {*START_ONLY, *without_effect(args)}
+    settings = {name: x for name, x in sorted(vars(args).items()) if name not in idle}
+    job.say(f"settings: {listed(settings)}")
+    for split, annotations in splits.items():
+        texts = len(annotations.captions)
+        job.say(f"{split:5s} {texts} texts, {len(annotations.segments)} videos")
     for name, group in zip(("CLIP", "head"), optimizer.param_groups):
-        job.say(f"{name} {sum(p.numel() for p in group['params']):,} parameters, learning rate {group['peak']:g}")
-    precision = "float32" if args.amp == "off" else f"{args.amp} towers"
-    job.say(f"{batches.total} steps of {args.batch} pairs, over {job.world} processes on {job.device}, {precision}")
+        size = sum(p.numel() for p in group["params"])
+        job.say(f"{name} {size:,} parameters, learning rate {group['peak']:g}")
+    job.say(f"{batches.total} steps of {args.batch} pairs, over {job.world} processes on "
+            f"{job.device}, amp {args.amp}")
     if not batches.total:
         job.say("no step: the starting point is the result")
     elif not splits["val"].segments:
-        hint = "; --val-videos 500 would hold some out of train" if args.data in data.NO_VAL else ""
-        job.say("no validation split: the last epoch is the result" + hint)
+        job.say("no validation split: the last epoch is the result")
 
 
-def note_bad(bad, ids, skip, noted):
-    """Pairs of a batch that can't be read: stop at the first, or with --skip-bad note them, unless nothing is left."""
-    if bad and not skip:
-        raise bad[0]
-    noted += [str(e) for e in bad if str(e) not in noted]
-    if ids is None:
-        raise data.DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+def without_effect(args):
+    """Settings that others make idle."""
+    if args.radius == "none":
+        yield from ("prior", "prior_std", "support_video")
+    if args.prior == "uniform":
+        yield "prior_std"
+    if args.support_weight == 0:
+        yield "support_video"
+    if args.pooling != "xpool":
+        yield from ("heads", "dropout")
 
 
 def evaluation(args):
-    """The command that gives the test line again: what else it needs is in the checkpoint."""
-    words = ["python", "eval.py", "--ckpt", args.out] + ["--skip-bad"] * args.skip_bad
-    words += ["--cache", os.path.relpath(args.cache)] if args.cache else []
-    return shlex.join(words + (["--device", args.device] if args.device != DEVICE else []))
+    """The command that gives the test's line again: all else it needs is in the checkpoint."""
+    words = ["python", "eval.py", "--ckpt", args.out]
+    if args.skip_bad:
+        words.append("--skip-bad")
+    if args.device != DEVICE:
+        words += ["--device", args.device]
+    return shlex.join(words)
 
 
 def go_on():
     """What the user typed, with --resume."""
-    start = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        if os.environ["GROUP_WORLD_SIZE"] != "1":  # on each node
-            start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
-                      "--rdzv_endpoint", os.environ["MASTER_ADDR"] + ":29500"]
-    return shlex.join([*start, *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+    env = os.environ
+    words = ["python"]
+    if "LOCAL_WORLD_SIZE" in env:
+        words = ["torchrun", "--nproc_per_node", env["LOCAL_WORLD_SIZE"]]
+        if env["GROUP_WORLD_SIZE"] != "1":  # on each node
+            words += ["--nnodes", env["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", env["MASTER_ADDR"] + ":29500"]
+    words += sys.argv
+    if "--resume" not in words:
+        words.append("--resume")
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

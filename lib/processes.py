@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from clip_model import WeightsError  # until it is lib.common's
 from lib.common import DataError, UserError, cure, first_line, program
 
 # ---- this process among several ----
@@ -94,11 +93,28 @@ def start_processes(device):
             store, rank, world = next(rendezvous("env://"))  # this waits 30 minutes at most
             place = dict(store=store, rank=rank, world_size=world)
             backend = "nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE, **place)
+            with _stdout_to_stderr():
+                dist.init_process_group(backend, timeout=PATIENCE, **place)
         except (RuntimeError, ValueError) as e:
             raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them "
                             "with torchrun, or unset RANK and WORLD_SIZE to run alone") from e
     return Job(rank, world, torch.device(device))
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr():
+    """What is printed inside goes to standard error: gloo of PyTorch 2.8 prints whom it found."""
+    sys.stdout.flush()
+    stdout = None
+    with contextlib.suppress(OSError):  # one of the two is closed
+        stdout = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if stdout is not None:
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
 
 def _place_in_job():
@@ -137,7 +153,7 @@ def run(main):
     """`program` for a main that torchrun may have started in several processes. -> exit status."""
     status = 2
     try:
-        status = program(main, WeightsError)
+        status = program(main)
     except RuntimeError as e:
         if not process_died(e):
             raise

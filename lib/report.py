@@ -1,28 +1,29 @@
-"""What lies behind the metrics, and pages to look at.
+"""What lies behind the metrics, for the terminal and as a page to look at.
 
 `analyze` computes and `analysis_text` prints: intervals of recall, relevant against irrelevant
-pairs, recall by third. `write_report` and `write_search_report` write one HTML file each, without
-scripts or anything from the network. What comes from users (captions, file names) passes `esc`.
+pairs, recall by third. `write_report` and `write_search_report` write a page each (lib/page.py).
 """
-import base64
 import math
 import os
-import platform
 import textwrap
-import time
 from urllib.parse import quote
 
-import av
 import torch
 import torch.nn.functional as F
-import torchvision
-from torchvision.io import encode_jpeg
-from torchvision.transforms.v2.functional import resize
 
-from lib import charts
-from lib.charts import esc
-from lib.common import DataError, clock, output
-from lib.video import Segment, read_clip
+from lib.common import clock
+from lib.page import (
+    esc,
+    histogram_chart,
+    hit,
+    html_table,
+    page,
+    strip,
+    thirds_chart,
+    training_charts,
+    write_page,
+)
+from lib.video import Segment
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs that are looked at: a sample where there are more
@@ -35,8 +36,9 @@ RESAMPLES = 2000     # of a bootstrap
 def frame_diversity(f):
     """Mean cosine distance between two frames of a video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
-    total = F.normalize(f.float(), dim=-1).sum(1)
-    pairs = total.square().sum(-1) - T  # |Σ f_j|² = T + Σ_{j≠k} cos(f_j, f_k)
+    unit = F.normalize(f, dim=-1)
+    # |Σ_j f_j|² = T + Σ_{j≠k} cos(f_j, f_k): no matrix of all pairs is needed.
+    pairs = unit.sum(1).square().sum(-1) - T
     if T == 1:
         return torch.zeros_like(pairs)
     return 1 - pairs / (T * (T - 1))
@@ -54,20 +56,22 @@ def bootstrap(hits, video, generator):
     n = len(texts)
     found = hits.new_zeros(n, hits.shape[1]).index_add(0, group, hits)
     rates = []
+    # One draw at a time: all at once would need RESAMPLES numbers for each video.
     for _ in range(RESAMPLES):
         drawn = torch.randint(n, (n,), generator=generator)
         times = drawn.bincount(minlength=n).double()
         rates.append(times @ found / (times @ texts))
-    low, high = torch.stack(rates).quantile(hits.new_tensor([0.025, 0.975]), dim=0)
-    columns = 100 * torch.stack([hits.mean(0), low, high], 1)
-    return [dict(zip(("value", "low", "high"), column)) for column in columns.tolist()]
+    ends = hits.new_tensor([0.025, 0.975])
+    low, high = torch.stack(rates).quantile(ends, dim=0)
+    percent = 100 * torch.stack([hits.mean(0), low, high], 1)
+    return [dict(value=x, low=a, high=b) for x, a, b in percent.tolist()]
 
 
 def recall_intervals(ranks, video, generator):
     """ranks (n,) and the video of each text (n,) -> {R1, R5, R10: dict(value, low, high)}."""
     hits = torch.stack([ranks <= k for k in RECALLS], 1)
-    names = [f"R{k}" for k in RECALLS]
-    return dict(zip(names, bootstrap(hits, video, generator)))
+    found = bootstrap(hits, video, generator)
+    return {f"R{k}": x for k, x in zip(RECALLS, found)}
 
 
 def thirds(values, hits, video, generator):
@@ -80,18 +84,20 @@ def thirds(values, hits, video, generator):
     rows = []
     for k, name in enumerate(("low", "middle", "high")):
         chosen = third == k
-        if chosen.any():
+        inside = values[chosen].tolist()
+        if inside:  # it is empty where too many texts have the same value
             samples, point = bootstrap(hits[chosen], video[chosen], generator)
-            row = dict(third=name, texts=int(chosen.sum()), R1_point=point["value"])
-            row.update(least=values[chosen].min().item(), most=values[chosen].max().item())
-            rows.append(dict(row, R1=samples["value"], low=samples["low"], high=samples["high"]))
+            row = dict(third=name, least=min(inside), most=max(inside), texts=len(inside))
+            row.update(R1=samples["value"], low=samples["low"], high=samples["high"])
+            rows.append(dict(row, R1_point=point["value"]))
     return rows
 
 
 def irrelevant_pairs(owner, V, generator):
     """Texts and videos that don't belong together, MOST_PAIRS at most. owner (N,) -> i, j (P,)."""
-    others = max(1, V - 1)  # of each text; the pairs are numbered text by text
+    others = max(1, V - 1)
     count = len(owner) * (V - 1)
+    # The pairs are numbered text by text, each text's from the video after its own on.
     number = torch.arange(min(count, MOST_PAIRS))
     if count > MOST_PAIRS:
         number = torch.randint(count, (MOST_PAIRS,), generator=generator)
@@ -105,8 +111,10 @@ def radius_l1(model, t, f, i, j):
     sizes = []
     for texts, videos in zip(i.split(2048), j.split(2048)):
         S = F.cosine_similarity(t[texts, None], f[videos], dim=-1)  # (P,T)
-        R = model.radius(S).expand(len(S), t.shape[1])              # (P,D); it may be (P,1)
-        sizes.append(R.abs().sum(-1).cpu())
+        # A radius that is the same for all dimensions is (P,1).
+        R = model.radius(S).expand(len(S), t.shape[1])
+        size = R.abs().sum(-1)
+        sizes.append(size.cpu())
     return torch.cat(sizes)
 
 
@@ -130,13 +138,15 @@ def histogram(relevant, irrelevant):
     both = both[both.isfinite()].tolist() or [0, 1]
     low = min(both)
     high = max(both)
-    if high - low < 1e-6 * max(1, abs(low)):  # all are equal, as |R|₁ = 0 of radius none
+    # Where all are equal, as |R|₁ = 0 of radius none, the bins would have no width.
+    if high - low < 1e-6 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
-    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist()
-    out = dict(edges=edges)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    out = dict(edges=edges.tolist())
     for kind, x in (("relevant", relevant), ("irrelevant", irrelevant)):
-        out[kind] = torch.histc(x.double(), BINS, low, high).long().tolist()
+        counts = torch.histc(x.double(), BINS, low, high)
+        out[kind] = counts.long().tolist()
     return out
 
 
@@ -155,11 +165,12 @@ def analyze(model, scored, t2v, v2t):
     generator = torch.Generator().manual_seed(seed)
     owner = torch.tensor(ann.owner)
     N, V = sims.shape
-    point = sims  # cos(t, v)
+    # cos(t, v), which is what sims are where nothing is sampled.
+    point = sims
     if trials:
         point = model.score(t, f, 0).cpu()
     out = dict(trials=trials, seed=seed)
-    described = (~v2t.isnan()).nonzero()[:, 0]
+    described = owner.unique()  # a video without captions has no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner, generator),
                             v2t=recall_intervals(v2t[described], described, generator))
 
@@ -170,24 +181,31 @@ def analyze(model, scored, t2v, v2t):
     for kind, (i, j) in pairs.items():
         best[kind] = sims[i, j]
         size[kind] = radius_l1(model, t, f, i, j)
-        beats = 100.0 * (sims[i, j] > point[i, j])
-        out[kind] = dict(pairs=len(i), point=spread(point[i, j]), best=spread(best[kind]),
-                         radius=spread(size[kind]), best_beats_point=spread(beats)["mean"])
+        beats = 100.0 * (best[kind] > point[i, j])
+        out[kind] = dict(
+            pairs=len(i),
+            point=spread(point[i, j]),
+            best=spread(best[kind]),
+            radius=spread(size[kind]),
+            best_beats_point=spread(beats)["mean"],
+        )
     out["relevant"]["sampled"] = False
     out["irrelevant"]["sampled"] = N * (V - 1) > MOST_PAIRS
     out["histograms"] = dict(similarity=histogram(**best), radius=histogram(**size))
 
-    point_hits = margins(point, owner) > 0
-    out["point_R1"] = 100 * point_hits.double().mean().item()
-    hits = torch.stack([t2v <= 1, point_hits], 1)
-    words = torch.tensor([float(len(caption.split())) for caption in ann.captions])
-    out["complexity"] = thirds(frame_diversity(f).cpu()[owner], hits, owner, generator)
-    out["length"] = thirds(words, hits, owner, generator)
+    hits = torch.stack([t2v <= 1, margins(point, owner) > 0], 1)
+    out["point_R1"] = 100 * hits[:, 1].double().mean().item()
+    diversity = frame_diversity(f).cpu()
+    words = [len(caption.split()) for caption in ann.captions]
+    out["complexity"] = thirds(diversity[owner], hits, owner, generator)
+    out["length"] = thirds(torch.tensor(words).float(), hits, owner, generator)
     return out
 
 
-# ---- tables: heads and rows of cells, for the terminal and for pages ----
-# Only the first word of a cell is set large in a page.
+# ---- tables ----
+#
+# A table is its heads and its rows of cells, text all of it: `text_table` writes it for the
+# terminal, `html_table` for a page, where only the first word of a cell is large.
 
 WAYS = {"t2v": "t2v", "v2t": "v2t, max over captions"}
 COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # as eval.metrics has them
@@ -266,7 +284,8 @@ def thirds_table(a, key):
 
 def text_table(heads, rows):
     """A table for the terminal: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lengths = [[len(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(column) for column in zip(*lengths)]
     lines = []
     for first, *others in (heads, *rows):
         line = first.ljust(widths[0])
@@ -276,25 +295,13 @@ def text_table(heads, rows):
     return "\n".join(lines)
 
 
-def html_table(heads, rows):
-    """A table for a page."""
-    body = ""
-    for first, *others in rows:
-        body += f'<tr><th scope="row">{esc(first)}</th>'
-        for cell in others:
-            large, _, small = cell.partition(" ")
-            body += f"<td>{esc(large)} <small>{esc(small)}</small></td>"
-        body += "</tr>"
-    head = "".join(f'<th scope="col">{esc(x)}</th>' for x in heads)
-    return (f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
 def metrics_text(result):
     """The result of eval.summarise for the terminal."""
-    notes = [textwrap.fill(note, 98) for note in metrics_notes(result)]
-    counts = f"{result['texts']} texts, {result['videos']} videos"
-    return "\n".join([counts, text_table(*metrics_table(result)), *notes])
+    table = text_table(*metrics_table(result))
+    lines = [f"{result['texts']} texts, {result['videos']} videos", table]
+    for note in metrics_notes(result):
+        lines.append(textwrap.fill(note, 98))
+    return "\n".join(lines)
 
 
 def about_pairs(a):
@@ -306,132 +313,15 @@ def about_pairs(a):
 
 def analysis_text(a):
     """The result of `analyze` for the terminal."""
-    tables = [text_table(*thirds_table(a, key)) for key in THIRDS]
-    return "\n\n".join([text_table(*intervals_table(a)),
-                        about_pairs(a) + "\n" + text_table(*pairs_table(a)), *tables])
+    intervals = text_table(*intervals_table(a))
+    pairs = text_table(*pairs_table(a))
+    parts = [intervals, f"{about_pairs(a)}\n{pairs}"]
+    for key in THIRDS:
+        parts.append(text_table(*thirds_table(a, key)))
+    return "\n\n".join(parts)
 
 
-# ---- the page ----
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
---rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
-@media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;
---rule:#353a42;--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main,header,footer{max-width:1180px;margin:0 auto;padding:0 clamp(14px,3vw,32px)}
-header{padding-top:clamp(20px,4vw,44px)}
-footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
-h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
-h2{font-size:1.25rem;margin:2.6rem 0 .3rem}
-h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
-h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
-p{margin:.5rem 0 .8rem}
-h1,h4,p,dd,.file,li{overflow-wrap:anywhere}
-.soft,figcaption,footer{color:var(--soft)}
-.soft{font-size:.92rem}
-.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px;
-margin-top:16px}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;
-min-width:0;margin:0}
-.card h2{margin-top:0}
-.scroll{overflow-x:auto}
-table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
-tr:last-child>*{border-bottom:0}
-th:first-child{text-align:left;font-weight:500;min-width:7.5em}
-thead th{color:var(--soft);font-weight:500;font-size:.88rem}
-td small{display:block;color:var(--soft);font-size:.78rem;white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;
-margin:1.2rem 0}
-.tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;
-padding:12px 16px}
-.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
-.tiles span{color:var(--soft);font-size:.85rem}
-ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
-ol figure{margin:0}
-.strip{display:flex;gap:3px;align-items:flex-start}
-.strip img{flex:1;width:0;height:auto;max-height:120px;object-fit:contain;border-radius:5px;
-background:var(--page)}
-.strip .nearest{outline:4px solid #0072b2;outline-offset:-4px}
-figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;
-font-variant-numeric:tabular-nums}
-figcaption b{color:var(--ink)}
-.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
-.right .mark{color:var(--good);font-weight:650}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}
-dl div{min-width:0}
-dt{color:var(--soft);font-size:.82rem}
-dd{margin:0}
-"""
-
-
-def page(title, lead, body, settings):
-    """A whole document. title, lead: text; body: HTML; settings: what is a text or a number of it.
-    """
-    versions = dict(Python=platform.python_version(), torch=torch.__version__,
-                    torchvision=torchvision.__version__, av=av.__version__)
-    items = ""
-    for name, value in {**settings, **versions}.items():
-        if isinstance(value, (str, int, float)):
-            items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{esc(title)}</title><style>{STYLE}{charts.STYLE}</style></head><body>{charts.HATCH}
-<header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
-<main>{body}
-<section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
-<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
-"""
-
-
-def write_page(path, text):
-    """Write a page whole. What is no Unicode in file names becomes a character reference."""
-    with output("--report", path) as part:
-        with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-            file.write(text)
-
-
-def image(frame, name, css="", height=96):
-    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
-    width = round(height * frame.shape[2] / frame.shape[1])
-    width = max(16, min(4 * height, width))
-    frame = resize(frame, [height, width], antialias=True)
-    jpeg = base64.b64encode(encode_jpeg(frame, quality=75).numpy().tobytes())
-    return (f'<img class="{css}" alt="{esc(name)}" width="{width}" height="{height}" '
-            f'src="data:image/jpeg;base64,{jpeg.decode()}">')
-
-
-def strip(segment, frames=6, at=None):
-    """About six of a segment's T frames, the one nearest to the time `at` marked. -> HTML."""
-    try:
-        piece = read_clip(segment, frames)
-    except DataError as e:
-        return f"<p>no picture: {esc(e)}</p>"
-    step = max(1, frames // 6)
-    nearest = None
-    chosen = range(0, frames, step)
-    if at is not None:
-        nearest = min(range(frames), key=lambda k: abs(piece.times[k] - at))
-        chosen = range(nearest % step, frames, step)
-    images = ""
-    for k in chosen:
-        name = f"{os.path.basename(segment.path)} at {clock(piece.times[k])}"
-        images += image(piece.frames[k], name, "nearest" if k == nearest else "")
-    return f'<div class="strip">{images}</div>'
-
-
-def hit(images, rank, score, name, css=""):
-    """One result. images: of `strip`; name: HTML."""
-    return (f'<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>'
-            f'<span>score {score:.4f}</span><span class="file">{name}</span>'
-            "</figcaption></figure></li>")
+# ---- pages ----
 
 
 def segment_name(segment):
@@ -448,13 +338,15 @@ def choose_queries(sims, owner, t2v, each, seed):
 
     Best and worst are so by rank, then by the margin to the best wrong video.
     """
-    keys = list(zip(t2v.tolist(), (-margins(sims, owner)).tolist()))
-    best = sorted(range(len(keys)), key=keys.__getitem__)
-    missed = [i for i in reversed(best) if t2v[i] > 1]
-    shuffled = torch.randperm(len(best), generator=torch.Generator().manual_seed(seed)).tolist()
+    margin = margins(sims, owner).tolist()
+    rank = t2v.tolist()
+    best = sorted(range(len(rank)), key=lambda i: (rank[i], -margin[i]))
+    missed = [i for i in reversed(best) if rank[i] > 1]
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(rank), generator=generator).tolist()
     wanted = {"Best": (best, each), "Worst": (missed, each), "Random": (shuffled, 2 * each)}
     chosen = {}
-    seen = set()
+    seen = set()  # videos: no card shows the answer of another one
     for title, (texts, count) in wanted.items():
         chosen[title] = []
         for i in texts:
@@ -468,7 +360,9 @@ def choose_queries(sims, owner, t2v, each, seed):
 def query_card(i, sims, ann, rank, top, strips):
     """The best videos of text i, then the right one where it is not among them. -> HTML."""
     right = ann.owner[i]
-    found = sims[i].topk(min(top, sims.shape[1])).indices.tolist()
+    top = min(top, sims.shape[1])
+    found = sims[i].topk(top).indices.tolist()
+    # Pairs, not a dict: a rank among ties may be the place of another video.
     places = list(enumerate(found, 1))
     if right not in found:
         places.append((rank, right))
@@ -496,9 +390,11 @@ def query_cards(scored, t2v, each=2, top=5):
     strips = {}  # no video is decoded twice
     body = ""
     for title, texts in queries.items():
-        cards = [query_card(i, sims, ann, t2v[i].item(), top, strips) for i in texts]
+        cards = ""
+        for i in texts:
+            cards += query_card(i, sims, ann, t2v[i].item(), top, strips)
         if cards:
-            body += f'<h3>{title}</h3><div class="cards">{"".join(cards)}</div>'
+            body += f'<h3>{title}</h3><div class="cards">{cards}</div>'
     return body
 
 
@@ -516,19 +412,21 @@ def write_report(path, result, a, scored, t2v, log):
     tiles = ""
     for name, value in zip(heads[1:], rows[0][1:]):
         tiles += f"<div><b>{value}</b><span>t2v {name}</span></div>"
-    notes = "".join(f'<p class="warn">{esc(note)}</p>' for note in metrics_notes(result))
+    notes = ""
+    for note in metrics_notes(result):
+        notes += f'<p class="warn">{esc(note)}</p>'
     pairs = {}
     for title, key, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
                               ("Radius of the text mass", "radius", "|R|₁")):
         about = f"{title}: histogram, relevant and irrelevant pairs"
-        pairs[title] = charts.histogram_chart(a["histograms"][key], about, label)
+        pairs[title] = histogram_chart(a["histograms"][key], about, label)
     samples = f"{a['trials']} samples"
     if result["expected"]:
         samples = f"best of {a['trials']} on average"
     groups = {}
     for key, (label, _) in THIRDS.items():
         about = f"thirds of the texts by {label}"
-        groups[f"t2v R@1 by {label}"] = charts.thirds_chart(a[key], about, samples)
+        groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], about, samples)
     body = f"""<div class="tiles">{tiles}</div>
 <section><h2>Metrics</h2>{html_table(heads, rows)}{notes}<p class="soft">Recall in percent.
 The intervals are those of a bootstrap over videos, each with all its texts (seed {a['seed']}): they
@@ -542,7 +440,7 @@ the right one; where it is further down, it comes last with its rank.</p>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
 texts: R@1 {a['point_R1']:.1f}).</p>{figures(groups)}</section>"""
-    curves = charts.training_charts(log)
+    curves = training_charts(log)
     if curves:
         body += f"<section><h2>Training</h2>{figures(curves)}</section>"
     lead = (f"{result['data']}, split {result['split']}: {result['texts']} captions, "
@@ -559,8 +457,10 @@ def write_search_report(path, found, settings):
         for x in results:
             segment = Segment(x["file"], x["start"], x["end"])
             images = strip(segment, settings.get("frames", 12), x["at"])
-            link = quote(os.fsencode(os.path.relpath(x["file"], folder)))
-            name = (f'<a href="{link}#t={x["at"]:g}">{esc(x["file"])} at {clock(x["at"])}</a>')
+            # The bytes of the name: it need not be Unicode.
+            link = os.fsencode(os.path.relpath(x["file"], folder))
+            moment = f"{quote(link)}#t={x['at']:g}"
+            name = f'<a href="{moment}">{esc(x["file"])} at {clock(x["at"])}</a>'
             rows += hit(images, x["rank"], x["score"], name)
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")

@@ -3,12 +3,19 @@ import contextlib
 import csv
 import os
 import stat
+import time
 
-from clip_model import WeightsError
-from lib.common import clock, write_text
+import torch
+
+from lib.common import WeightsError, clock, remove_parts, write_text
 from lib.weights import read_weights, save_checkpoint
 
 START_ONLY = ("resume", "overwrite")  # settings of this start alone
+
+
+def beside(out, ending):
+    """NAME.pt -> NAME with another ending."""
+    return os.path.splitext(out)[0] + ending
 
 
 @contextlib.contextmanager
@@ -17,90 +24,168 @@ def only_run(out):
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         lock = open(out + ".lock", "a+")
-    except OSError as e:
-        raise WeightsError(f"--out {out} cannot be written: {e.strerror}; choose another --out") from None
-    with lock, contextlib.ExitStack() as end:
+    except OSError as error:
+        why = f"--out {out} cannot be written: {error.strerror}"
+        raise WeightsError(f"{why}; choose another --out") from None
+    with lock, contextlib.ExitStack() as at_end:
         try:
             import fcntl
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_parts(out)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            raise WeightsError(f"{out} is being written by process {lock.read()}: choose another --out") from None
+            owner = f"{out} is being written by process {lock.read()}"
+            raise WeightsError(f"{owner}: choose another --out") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)
-        end.callback(os.unlink, lock.name)
+        at_end.callback(os.unlink, lock.name)
         yield
 
 
 def earlier_run(args):
-    """What --resume wants of --out. Only a run without a step, or with --overwrite a finished one, may go."""
-    out, old = args.out, {}
-    if os.path.realpath(out) in [os.path.realpath(path) for path in (args.clip, args.init) if path]:
-        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another --out")
+    """The checkpoint that --resume goes on from, or None where a run may start in --out.
+
+    Only a run without a step may be replaced, or with --overwrite a finished one.
+    """
+    out = args.out
+    sources = [os.path.realpath(path) for path in (args.clip, args.init) if path]
+    if os.path.realpath(out) in sources:
+        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another "
+                           "--out")
     if not os.path.lexists(out):
-        for path in (os.path.splitext(out)[0] + ending for ending in (".log.csv", ".bad.txt")):
+        for path in (beside(out, ".log.csv"), beside(out, ".bad.txt")):
             if os.path.lexists(path):
-                raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or choose another --out")
+                raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or "
+                                   "choose another --out")
         return None
     if not stat.S_ISREG(os.lstat(out).st_mode):
-        raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain file, new or old")
+        raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain "
+                           "file, new or old")
+    content = {}
     with contextlib.suppress(WeightsError):
-        old = read_weights(out)
-    if old.get("format") != "tmass":
-        raise WeightsError(f"--out {out} is not a checkpoint of ours, and stays as it is: choose another --out")
+        content = read_weights(out)
+    if content.get("format") != "tmass":
+        raise WeightsError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
+                           "choose another --out")
     if args.resume:
-        return old
-    if not old.get("finished", True) and old["step"]:
-        raise WeightsError(f"{out} holds an unfinished run at step {old['step']}: --resume it, or choose another --out")
-    if old.get("finished", True) and not args.overwrite:
-        raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with --overwrite")
+        return content
+    finished = content.get("finished", True)
+    if finished and not args.overwrite:
+        raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with "
+                           "--overwrite")
+    if not finished and content["step"]:
+        raise WeightsError(f"{out} holds an unfinished run at step {content['step']}: --resume it, "
+                           "or choose another --out")
     return None
 
 
 class Log:
-    """NAME.log.csv: one row per logged step. Resuming drops the rows after the step it starts from."""
-    TERMS = ("loss", "stochastic", "support", "ce")
-    FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s", "val_R1")
+    """NAME.log.csv, one row per logged step, and lines on the screen.
 
-    def __init__(self, out, start):
-        path, rows = os.path.splitext(out)[0] + ".log.csv", []
-        if start and os.path.isfile(path):
+    Resuming drops the rows after the step it starts from. Only process 0 writes a file.
+    """
+    TERMS = ("loss", "stochastic", "support", "ce")
+    FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s",
+              "val_R1")
+
+    def __init__(self, args, job, checkpoint, batches):
+        self.args = args
+        self.job = job
+        self.checkpoint = checkpoint
+        self.batches = batches
+        self.flags = []  # whether each step since the last reading was finite: on the device
+        self.skipped = 0
+        self.in_a_row = 0
+        path = os.devnull if job.rank else beside(args.out, ".log.csv")
+        rows = []
+        if batches.start and os.path.isfile(path):
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= batches.start]
         self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
+        self.writer = csv.DictWriter(self.file, self.FIELDS)
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.since = time.monotonic()  # of the last row
+        self.done = batches.start
 
-    def step(self, done, args, batches, out, factor, speed, **more):
-        """After `done` steps: a line on the screen and a row. speed in pairs/s."""
-        row = dict(step=done, epoch=(done - 1) // batches.per_epoch + 1, **{k: out[k].item() for k in self.TERMS},
-                   head_lr=args.head_lr * factor, clip_lr=args.clip_lr * factor, pairs_per_s=speed, **more)
-        terms = "  ".join(f"{k} {row[k]:.3f}" for k in self.TERMS)
-        left = clock((batches.total - done) * batches.batch / speed)
-        print(f"step {done:5d}/{batches.total}  epoch {row['epoch']}/{args.epochs}  {terms}  lr {row['head_lr']:.1e}/"
-              f"{row['clip_lr']:.1e}  {speed:.{0 if speed >= 10 else 2}f} pairs/s  {left} left", flush=True)
+    def was_finite(self, done):
+        """Name the skipped steps up to `done`: waits for the device. -> was the last one finite?
+
+        Too many in a row end the run: ten, or thirty with fp16, which halves the loss' scale at
+        each until the gradients fit.
+        """
+        flags = torch.stack(self.flags).tolist() if self.flags else []
+        self.flags.clear()
+        for step, finite in enumerate(flags, done - len(flags) + 1):
+            self.in_a_row = 0 if finite else self.in_a_row + 1
+            if not finite:
+                self.skipped += 1
+                self.job.say(f"step {step}: loss or gradient is not finite; step skipped "
+                             f"({self.skipped} so far)")
+            if self.in_a_row == (30 if self.args.amp == "fp16" else 10):
+                scale = self.checkpoint.model.clip.logit_scale.exp().item()
+                raise WeightsError(
+                    f"{self.in_a_row} steps in a row, to {step}, were not finite (logit scale "
+                    f"{scale:.1f}): {self.args.out} keeps the last good state, step "
+                    f"{self.checkpoint.step}; lower the rates")
+        return self.in_a_row == 0
+
+    def step(self, done, values, factor):
+        """A line and a row. values: name -> (); reading them waits for the device."""
+        self.was_finite(done)
+        args = self.args
+        numbers = torch.stack(list(values.values())).tolist()
+        row = dict(zip(values, numbers), step=done)
+        row["epoch"] = (done - 1) // self.batches.per_epoch + 1
+        row["head_lr"] = args.head_lr * factor
+        row["clip_lr"] = args.clip_lr * factor
+        seconds = time.monotonic() - self.since
+        speed = (done - self.done) * args.batch / seconds
+        row["pairs_per_s"] = speed
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in self.TERMS)
+        left = clock((self.batches.total - done) * args.batch / speed)
+        self.job.say(f"step {done:5d}/{self.batches.total}  epoch {row['epoch']}/{args.epochs}  "
+                     f"{terms}  lr {row['head_lr']:.1e}/{row['clip_lr']:.1e}  "
+                     f"{speed:.{0 if speed >= 10 else 2}f} pairs/s  {left} left")
         self.row(**row)
 
     def row(self, **values):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        for name, value in values.items():
+            if isinstance(value, float):
+                values[name] = f"{value:.6g}"
+        self.writer.writerow(values)
         self.file.flush()
+        self.since = time.monotonic()
+        self.done = values["step"]
 
 
 class Checkpoint:
-    """One file: the result (the best epoch on the validation split, or the latest weights) and what resuming needs."""
+    """What training changes, in one file: the result and what resuming needs.
 
-    def __init__(self, args, model, tokenizer, optimizer, scaler, saved, job):
-        self.out, self.model, self.tokenizer, self.optimizer, self.job = args.out, model, tokenizer, optimizer, job
-        self.scaler, self.config = scaler, {k: v for k, v in vars(args).items() if k not in START_ONLY}
-        self.step, self.best, self.bad_videos, self.best_weights = 0, None, [], None
-        self.unsaved = None  # a step that may be saved at any time
+    The result is the best epoch on the validation split, or without one the latest weights.
+    """
+
+    def __init__(self, args, job, model, tokenizer, optimizer, scaler, saved=None):
+        self.out = args.out
+        self.config = {k: x for k, x in vars(args).items() if k not in START_ONLY}
+        self.job = job
+        self.model = model
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.step = 0
+        self.best = None          # [step, R@1] of the best validation
+        self.best_weights = None
+        self.bad_videos = []
+        self.unsaved = None       # a step that may be saved at any time
         if saved:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved.get("scaler", {}))
-            self.step, self.best, self.bad_videos = saved["step"], saved["best"], saved["bad_videos"]
+            self.step = saved["step"]
+            self.best = saved["best"]
+            self.bad_videos = saved["bad_videos"]
             if "training" in saved:
                 self.best_weights = saved["model"]
 
@@ -108,25 +193,29 @@ class Checkpoint:
         """Keep the weights if they are the best so far. R1 in percent."""
         if self.best is None or R1 > self.best[1]:
             self.best = [step, R1]
-            self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in self.model.state_dict().items()}
+            state = self.model.state_dict()
+            self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in state.items()}
 
     def save(self, step, finished=False):
-        """For all processes to call; process 0 writes. Once finished, the model holds the result."""
-        self.step, self.bad_videos = step, self.job.join(self.bad_videos)
+        """For all processes to call; process 0 writes. Once finished, the model is the result."""
+        self.step = step
+        self.bad_videos = self.job.join(self.bad_videos)
         state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
         if not finished:
-            state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scaler"] = self.scaler.state_dict()
             if self.best_weights is not None:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:
-            save_checkpoint(self.out, self.model, self.tokenizer, self.config, weights=self.best_weights, **state)
+            save_checkpoint(self.out, self.model, self.tokenizer, self.config,
+                            weights=self.best_weights, **state)
         if finished and self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
 
-    def list_bad(self, missing):
-        """What --skip-bad left out, in a file beside the checkpoint."""
-        lines = self.job.join(missing + self.bad_videos)
+    def list_bad(self):
+        """NAME.bad.txt: what --skip-bad left out."""
+        lines = self.job.join(self.bad_videos)
         if lines and self.job.rank == 0:
-            path = os.path.splitext(self.out)[0] + ".bad.txt"
-            write_text(path, "".join(line + "\n" for line in lines))
+            path = beside(self.out, ".bad.txt")
+            write_text(path, "\n".join([*lines, ""]))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")

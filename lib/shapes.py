@@ -1,11 +1,14 @@
-"""The data set that makes itself: small real mp4 files of several shots; captions tell of one shot and leave facts out.
+"""The data set `shapes`, which makes itself: small mp4 files, and captions that leave facts out.
 
-    python -m lib.shapes --root DIR --videos 1500 100 500     # `python train.py` renders so many into data/shapes at first
+    python -m lib.shapes --root DIR --videos 1500 100 500
+
+`python train.py` renders that many into data/shapes when it is first called.
 """
 import csv
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,180 +16,380 @@ import av
 import torch
 from torch.utils.data import Dataset
 
-from lib.common import DataError, Parser, numeric, program, write_text, written_whole
+from lib.common import (
+    DataError,
+    Parser,
+    Progress,
+    mixed_seed,
+    numeric,
+    program,
+    write_text,
+    written_whole,
+)
 from lib.processes import loading
 
 # ---- facts and words ----
-# A shot has six facts: a sky and a ground, then shape and colour of the left thing and of the right. A caption tells
-# of one shot, left thing first, not always of everything: -1 is a fact left unsaid. Each fact has two wordings, and the
-# warm-up's phrases know the first only. Frames tell nothing of order or motion, so neither do captions.
-SKIES = [["at night", "under the stars"], ["at noon", "under a blue sky"], ["at sunset", "in the evening glow"],
-         ["at dawn", "under a pink sky"], ["in the rain", "under grey clouds"], ["in a snowfall", "under falling snow"],
-         ["under green lights", "below an aurora"], ["in the fog", "in a white mist"]]
-GROUNDS = [["on the sea", "over waves"], ["on sand", "among dunes"], ["on snow", "on a white field"],
-           ["on a meadow", "among green hills"], ["on bricks", "over a brick wall"], ["on tiles", "over a chessboard"],
-           ["on lava", "over glowing rock"], ["on a dark road", "on asphalt"]]
-THINGS = [["circle", "disc"], ["square", "box"], ["triangle", "wedge"], ["star", "sparkle"], ["ring", "hoop"],
-          ["cross", "plus"]]
-COLOURS = [["red", "crimson"], ["orange", "tangerine"], ["yellow", "golden"], ["green", "emerald"], ["blue", "azure"],
-           ["purple", "violet"], ["black", "inky"], ["white", "ivory"]]
-WORDS = [SKIES, GROUNDS, THINGS, COLOURS, THINGS, COLOURS]  # the six facts, in order
-FORMS = ["{a} and {b} {ground} {sky}", "{a} next to {b} {ground} {sky}", "{sky}, {a} beside {b} {ground}",
-         "there is {a} with {b} {ground} {sky}", "{sky} we see {a} and {b} {ground}",
-         "a video that shows {a} near {b} {ground}, {sky}"]
-CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 test queries have a quarter of the sampling noise of 500
-FRAMES, RATE, SIDE = 24, 8, 96           # frames per video, and per second; pixels
-SHAPES_VERSION = 2                       # of what is drawn and told
+# A video is a sequence of shots. A shot has six facts: sky, ground, then shape and colour of the
+# left sticker and of the right one. A caption describes one shot, left sticker first; a fact that
+# it leaves out is -1. Each fact has two wordings; the warm-up's phrases use only the first.
+# CLIP sees single frames, which show neither order nor motion, so captions don't mention them.
 
 
-def rgb(*codes):
-    """0xRRGGBB codes -> (n,3,1,1) in 0..1."""
-    return torch.tensor([[c >> 16, c >> 8 & 255, c & 255] for c in codes]).view(-1, 3, 1, 1) / 255
+def _table(text):
+    """The rows of a table, one a line: cells between bars."""
+    lines = text.strip().splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
-PAINTS = rgb(0xE53935, 0xFF8F0F, 0xFFDD2D, 0x2FA84F, 0x1E78E5, 0x9230B0, 0x25252B, 0xFAFAF5)
-STREWN = torch.rand(4, 1021, generator=torch.Generator().manual_seed(0))  # where specks are, and how they look
+SKIES = _table("""
+    at night           | under the stars     | 0A0E30 3A2F78 FFF6D0
+    at noon            | under a blue sky    | 2E8BE6 A8DCF5
+    at sunset          | in the evening glow | 7A2A5E FF8A3C FFE27A
+    at dawn            | under a pink sky    | C75B9B FFC9D6
+    in the rain        | under grey clouds   | 4C5866 8A97A3 C7D0D8
+    in a snowfall      | under falling snow  | 8FB4CF C6DCEC FFFFFF
+    under green lights | below an aurora     | 06282E 0E5A4A 5CF2A0
+    in the fog         | in a white mist     | E4E8EA F4F6F6
+""")  # colours: at the top, at the horizon, and of what is in the sky
+GROUNDS = _table("""
+    on the sea     | over waves        | 0B6E99 6FD3E0
+    on sand        | among dunes       | E3B565 C98A3B
+    on snow        | on a white field  | F2F7FB D3E2EE
+    on a meadow    | among green hills | 8CC751 5E9E3A
+    on bricks      | over a brick wall | B4573F E3CBB8
+    on tiles       | over a chessboard | 30343A DDE2E6
+    on lava        | over glowing rock | 4A0F0A FF6A1A
+    on a dark road | on asphalt        | 3C3F45 F2E9C8
+""")
+SHAPES = _table("""
+    circle   | disc
+    square   | box
+    triangle | wedge
+    star     | sparkle
+    ring     | hoop
+    cross    | plus
+""")
+COLOURS = _table("""
+    red    | crimson   | E53935
+    orange | tangerine | FF8F0F
+    yellow | golden    | FFDD2D
+    green  | emerald   | 2FA84F
+    blue   | azure     | 1E78E5
+    purple | violet    | 9230B0
+    black  | inky      | 25252B
+    white  | ivory     | FAFAF5
+""")
+FACTS = [SKIES, GROUNDS, SHAPES, COLOURS, SHAPES, COLOURS]
+WORDS = [[row[:2] for row in rows] for rows in FACTS]
+FORMS = [
+    "a {left} and a {right} {ground} {sky}",  # the warm-up's
+    "a {left} next to a {right} {ground} {sky}",
+    "{sky}, a {left} beside a {right} {ground}",
+    "there is a {left} with a {right} {ground} {sky}",
+    "{sky} we see a {left} and a {right} {ground}",
+    "a video that shows a {left} near a {right} {ground}, {sky}",
+]
+POSE = _table("""
+    zoom         |  1   | .04 | .06
+    camera x     |  0   | 0   | .04
+    camera y     |  0   | 0   | .04
+    time         |  0   | 6   | 2
+    light        |  1   | .05 | 0
+    confetti     |  0   | 0   | 0
+    left x       | -.47 | .03 | .03
+    left y       |  0   | .08 | .05
+    left angle   |  0   | .12 | .12
+    left radius  |  .39 | .03 | 0
+    right x      |  .47 | .03 | .03
+    right y      |  0   | .08 | .05
+    right angle  |  0   | .12 | .12
+    right radius |  .39 | .03 | 0
+""")  # how shots are seen: the mean, how far it differs from shot to shot, and how far it moves
+NUMBERS = [list(map(float, row[1:])) for row in POSE]
+MEAN, SPREAD, REACH = torch.tensor(NUMBERS).T  # each (14,)
+LEFT_OUT = torch.tensor([.06, .06, 0, .04, 0, .04])  # how often a caption leaves out each fact
+CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 queries have a quarter of 500's noise
+FRAMES = 24  # per video
+RATE = 8  # frames per second
+SIDE = 96  # pixels
+SHAPES_VERSION = 2  # of what is drawn and written; older folders are refused
+
+# ---- drawing ----
+# Coordinates: x from -1 to 1 to the right (n,1,S), y from -1 to 1 upwards (n,S,1); px is a pixel's
+# side in them. A picture is (3,n,S,S), so that an amount (n,S,S) of paint applies to each channel.
 
 
-def over(under, paint, w):
-    """Paint over a picture as far as w (n,S,S) in 0..1 says. -> (n,3,S,S)."""
-    return torch.lerp(under, paint, w.clamp(0, 1)[:, None])
+def _paints(row):
+    """The colours RRGGBB in a row's last cell -> tensors (3,1,1,1) in 0..1."""
+    colours = [list(bytes.fromhex(code)) for code in row[-1].split()]
+    return torch.tensor(colours).view(-1, 3, 1, 1, 1) / 255
 
 
-def specks(x, y, density, radius, px):
-    """Dots strewn over a plane, one at most in a cell. x (n,1,S), y (n,S,1) -> how much of a dot, its cell (n,S,S)."""
-    column, row = x.floor(), y.floor()
-    cell = (column.long() * 61 + row.long() * 157) % STREWN.shape[1]
-    far = torch.hypot(x - column - .3 - .4 * STREWN[0][cell], y - row - .3 - .4 * STREWN[1][cell])
-    return ((radius - far) / px + .5).clamp(0, 1) * (STREWN[2] < density)[cell], cell
+PAINTS = torch.cat([_paints(row) for row in COLOURS])
+CELLS = 1021  # with a speck each, before they repeat
+# Each cell has four random numbers: x, y and rarity of its speck, and one more; three of them are
+# also the colour of confetti. They are here twice, so that the sum of two indices is an index.
+SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0))
+SPECKS = SPECKS.repeat(1, 2)
 
 
-SKY_PAINTS = [rgb(*codes).unsqueeze(1) for codes in (
-    (0x0A0E30, 0x3A2F78), (0x2E8BE6, 0xA8DCF5), (0x7A2A5E, 0xFF8A3C), (0xC75B9B, 0xFFC9D6),
-    (0x4C5866, 0x8A97A3), (0x8FB4CF, 0xC6DCEC), (0x06282E, 0x0E5A4A), (0xE4E8EA, 0xF4F6F6))]  # above and at the horizon
-GROUND_PAINTS = [rgb(*codes).unsqueeze(1) for codes in (
-    (0x0B6E99, 0x6FD3E0), (0xE3B565, 0xC98A3B), (0xF2F7FB, 0xD3E2EE), (0x8CC751, 0x5E9E3A),
-    (0xB4573F, 0xE3CBB8), (0x30343A, 0xDDE2E6), (0x4A0F0A, 0xFF6A1A), (0x3C3F45, 0xF2E9C8))]
+def _specks(x, y, density, radius, px):
+    """Specks strewn over a plane, at most one in a unit cell.
+
+    x (n,1,S), y (n,S,1) -> amount of speck, number of the cell, both (n,S,S).
+    """
+    column = x.floor()
+    row = y.floor()
+    cell = column.long() * 61 % CELLS
+    cell = cell + row.long() * 157 % CELLS
+    right = x - column - .3 - (.4 * SPECKS[0])[cell]
+    up = y - row - .3 - (.4 * SPECKS[1])[cell]
+    amount = (radius - torch.hypot(right, up)) / px + .5
+    return amount.clamp_(0, 1) * (SPECKS[2] < density)[cell], cell
 
 
-def scenery(sky, ground, x, y, s, px):
-    """One sky over one ground at time s (n,1,1). x (n,1,S), y (n,S,1) in -1..1, y up, px: a pixel -> (n,3,S,S)."""
-    top, low = SKY_PAINTS[sky]
-    picture = over(top, low, .75 - y * .75 + 0 * x)  # brighter towards the horizon
-    if sky == 0:
-        picture = over(picture, rgb(0xFFF6D0), specks(x * 4 + s / 4, y * 4, .6, .12, px * 4)[0])
-    if sky == 2:
-        picture = over(picture, rgb(0xFFE27A), (.3 - torch.hypot(x - .1 * s.sin(), y - .35)) / px + .5)
-    if sky == 4:
-        picture = over(picture, rgb(0xC7D0D8), (.12 - ((x * 9 - y * 3 + s * 2) % 1 - .5).abs()) * 2)
-    if sky == 5:
-        picture = over(picture, rgb(0xFFFFFF), specks(x * 3.5 + s / 4, y * 3.5 + s, .7, .16, px * 3.5)[0])
-    if sky == 6:
-        picture = over(picture, rgb(0x5CF2A0), ((x * 4 + (3 * y + s).sin()).sin() * .6))
-    a, b = GROUND_PAINTS[ground]
-    if ground in (0, 6):
-        soil = over(a, b, ((10 * y + 1.3 * (3 * x + s).sin() + s).sin() - .4) / px / 9 + .5)
-    elif ground == 4:
-        row = (y * 4).floor()
-        joint = torch.minimum((y * 4 - row - .5).abs(), ((x * 2 + row / 2) % 1 - .5).abs() * 2) - .07
-        soil = over(a, b, -joint / px / 4 + .5)
-    elif ground == 5:
-        soil = over(a, b, ((x * 2.5).floor() + (y * 2.5).floor()) % 2)
-    elif ground == 7:
-        soil = over(a, b, torch.minimum(.06 - (y + .55).abs(), ((x + s / 4) * 1.5 % 1 - .5).abs() - .2) / px + .5)
+def _draw_sky(sky, x, y, time, px):
+    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S)."""
+    top, low, *others = _paints(SKIES[sky])
+    low_part = .75 - .75 * y  # brighter towards the horizon
+    picture = torch.lerp(top, low, low_part.clamp(0, 1))
+    picture = picture.repeat(1, 1, 1, x.shape[2])
+    name = SKIES[sky][0]
+    if name == "at night":
+        across = x * 4 + time / 4
+        amount, _ = _specks(across, y * 4, .6, .12, px * 4)
+    elif name == "at sunset":
+        distance = torch.hypot(x - .1 * time.sin(), y - .35)
+        amount = (.3 - distance) / px + .5
+    elif name == "in the rain":
+        streak = (x * 9 - y * 3 + time * 2) % 1
+        amount = (.12 - (streak - .5).abs()) * 2
+    elif name == "in a snowfall":
+        across = x * 3.5 + time / 4
+        amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
+    elif name == "under green lights":
+        bend = (3 * y + time).sin()
+        amount = (x * 4 + bend).sin() * .6
     else:
-        soil = over(a, b, (-.45 + .16 * (2.4 * x + s / 3).sin() - y) / px + .5)
-    flat = ground in (4, 5, 7)
-    return over(picture, soil, ((.02 if flat else .02 + .13 * (2.2 * x + s / 4).sin()) - y + 0 * x) / px + .5)
+        return picture
+    return picture.lerp_(others[0], amount.clamp_(0, 1))
 
 
-def outline(kind, x, y):
-    """Signed distance from a thing of radius 1, negative inside. x, y (n,S,S) -> (n,S,S)."""
+def _draw_ground(ground, x, y, time, px):
+    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S), the y of the horizon."""
+    name = GROUNDS[ground][0]
+    horizon = .02
+    if name == "on bricks":
+        row = (y * 4).floor()
+        level = (y * 4 - row - .5).abs()
+        upright = ((x * 2 + row / 2) % 1 - .5).abs() * 2
+        amount = (.07 - torch.minimum(level, upright)) / px / 4 + .5
+    elif name == "on tiles":
+        amount = ((x * 2.5).floor() + (y * 2.5).floor()) % 2
+    elif name == "on a dark road":
+        line = .06 - (y + .55).abs()
+        dash = ((x + time / 4) * 1.5 % 1 - .5).abs() - .2
+        amount = torch.minimum(line, dash) / px + .5
+    else:
+        horizon = .02 + .13 * (2.2 * x + time / 4).sin()
+        hill = -.45 + .16 * (2.4 * x + time / 3).sin()
+        amount = (hill - y) / px + .5
+    if name in ("on the sea", "on lava"):
+        bend = 1.3 * (3 * x + time).sin()
+        wave = (10 * y + bend + time).sin()
+        amount = (wave - .4) / px / 9 + .5
+    paint, second = _paints(GROUNDS[ground])
+    picture = paint.repeat(1, *amount.shape)
+    return picture.lerp_(second, amount.clamp_(0, 1)), horizon
+
+
+def _span(numbers):
+    """The slice from the first to the last of some numbers, in ascending order."""
+    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+
+
+def _alike(values):
+    """The different values (n,) -> pairs (value, its rows: a slice where they lie together)."""
+    for value in values.unique().tolist():
+        rows = (values == value).nonzero()[:, 0]
+        span = _span(rows)
+        together = span.stop - span.start == len(rows)
+        yield value, span if together else rows  # a slice costs no copy
+
+
+def _draw_scenery(picture, facts, x, y, time, px):
+    """Draw skies and grounds, each only in the rows of pixels where some picture shows it."""
+    # the horizon is never above .15 nor below -.11
+    first = int((y > .15 + px).all(0).sum())  # row that has ground
+    last = int((y > -.11 - px).any(0).sum())  # row that has no sky
+    for sky, rows in _alike(facts[:, 0]):
+        above = y[rows, :last]
+        picture[:, rows, :last] = _draw_sky(sky, x[rows], above, time[rows], px)
+    for ground, rows in _alike(facts[:, 1]):
+        below = y[rows, first:]
+        soil, horizon = _draw_ground(ground, x[rows], below, time[rows], px)
+        cover = (horizon - y[rows, first:last]) / px + .5
+        sky = picture[:, rows, first:last]
+        both = soil[:, :, :last - first]
+        both[:] = sky.lerp(both, cover.clamp_(0, 1))
+        picture[:, rows, first:] = soil
+
+
+def _outline(shape, x, y):
+    """Signed distance from a shape of radius 1, negative inside. x, y (n,S,S) -> (n,S,S)."""
     r = torch.hypot(x, y)
-    if kind == 0:  # circle
+    name = SHAPES[shape][0]
+    if name == "circle":
         return r - .9
-    if kind == 1:  # square
+    if name == "square":
         return torch.maximum(x.abs(), y.abs()) - .78
-    if kind == 4:  # ring
+    if name == "ring":
         return (r - .66).abs() - .26
-    if kind == 5:  # cross
-        x, y = x.abs(), y.abs()
-        return torch.maximum(torch.minimum(x, y) - .3, torch.maximum(x, y) - .9)
-    # triangle, star: a fan of equal sectors, folded; the edge runs from the tip (1, 0) to the corner
-    tips, inner, grow = (3, .5, .08) if kind == 2 else (5, .45, .04)
+    if name == "cross":
+        x = x.abs()
+        y = y.abs()
+        nearer = torch.minimum(x, y)
+        farther = torch.maximum(x, y)
+        return torch.maximum(nearer - .3, farther - .9)
+    # Triangle and star are fans of equal sectors, folded into one half of a sector. Their edge
+    # there runs from the tip (1, 0) to a corner (ex, ey) before it.
+    tips, inner, grow = (3, .5, .08) if name == "triangle" else (5, .45, .04)
     half = math.pi / tips
-    angle = ((torch.atan2(x, y) / (2 * half) + .5) % 1 - .5).abs() * 2 * half
-    ex, ey = 1 - inner * math.cos(half), inner * math.sin(half)
-    return (ey * (r * angle.cos() - 1) + ex * r * angle.sin()) / math.hypot(ex, ey) - grow
+    turn = torch.atan2(x, y) / (2 * half) + .5
+    angle = (turn % 1 - .5).abs() * 2 * half
+    ex = 1 - inner * math.cos(half)
+    ey = inner * math.sin(half)
+    beyond = ey * (r * angle.cos() - 1)
+    beyond = beyond + ex * r * angle.sin()
+    return beyond / math.hypot(ex, ey) - grow
+
+
+def _draw_sticker(picture, facts, pose, x, y, px):
+    """Put a sticker on each picture: a shadow, a white rim, and a shape that is lighter at the top.
+
+    facts (n,2): shape and colour. pose (n,4): x, y, angle, radius.
+    """
+    for shape, rows in _alike(facts[:, 0]):
+        at_x, at_y, angle, radius = pose[rows].T[..., None, None]  # each (n,1,1)
+        right = (x[rows] - at_x) / radius
+        up = (y[rows] - at_y) / radius
+        across = right * angle.cos() - up * angle.sin()
+        along = right * angle.sin() + up * angle.cos()
+        distance = _outline(shape, across, along).mul_(radius)
+        # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
+        near = distance.amin(0) < .4 / 2.2 + px
+        height = _span(near.any(1).nonzero())
+        width = _span(near.any(0).nonzero())
+        distance = distance[:, height, width]
+        inside = (-distance / px).add_(.5).clamp_(0, 1)
+        rim = (.055 - distance).div_(px).add_(.5).clamp_(0, 1)
+        shadow = (.4 - 2.2 * distance).clamp_(0, 1)
+        bright = inside * (.93 + .07 * along[:, height, width])
+        paint = PAINTS[facts[rows, 1], :, 0].transpose(0, 1)  # (3,n,1,1)
+        spot = picture[:, rows, height, width]
+        spot *= (1 - shadow) * (1 - rim)
+        spot += (rim - inside) + paint * bright
+        picture[:, rows, height, width] = spot  # which is a copy where rows are not a slice
 
 
 def draw_shots(facts, pose, size):
-    """facts (n,6), pose (n,14): zoom, camera x, y, time, light, confetti, twice x, y, angle, radius -> (n,3,S,S)."""
+    """Draw a picture for each row. facts (n,6), pose (n,14) -> uint8 (n,3,size,size).
+
+    pose has the columns of POSE.
+    """
     px = 2 / size
     line = (torch.arange(size) + .5) * px - 1
-    zoom, camera_x, camera_y, s, light, confetti, *things = pose.T[..., None, None]  # each (n,1,1)
-    x, y = (line + camera_x) / zoom, (camera_y - line[:, None]) / zoom  # (n,1,S), (n,S,1)
-    picture = torch.empty(len(facts), 3, size, size)
-    for sky, ground in facts[:, :2].unique(dim=0).tolist():
-        rows = (facts[:, 0] == sky) & (facts[:, 1] == ground)
-        picture[rows] = scenery(sky, ground, x[rows], y[rows], s[rows], px)
-    if confetti.any():
-        dot, cell = specks(x * 3 + s / 3, y * 3 - s / 2, .4, .16, px * 3)
-        picture = over(picture, STREWN[[3, 0, 1]][:, cell].transpose(0, 1), dot * confetti)
-    left, right = (facts[:, 2], facts[:, 3], things[:4]), (facts[:, 4], facts[:, 5], things[4:])
-    for thing, colour, (at_x, at_y, angle, radius) in (left, right):
-        dx, dy = (x - at_x) / radius, (y - at_y) / radius
-        dx, dy = dx * angle.cos() - dy * angle.sin(), dx * angle.sin() + dy * angle.cos()
-        d = torch.empty_like(dx)
-        for kind in thing.unique():
-            rows = thing == kind
-            d[rows] = outline(kind, dx[rows], dy[rows])
-        d *= radius
-        inside, rim = (-d / px + .5).clamp(0, 1), ((.055 - d) / px + .5).clamp(0, 1)
-        shadow = (.4 - 2.2 * d).clamp(0, 1)  # a sticker: its shadow, a white rim, and the thing, lighter at the top
-        picture *= ((1 - shadow) * (1 - rim))[:, None]
-        picture += (rim - inside)[:, None] + PAINTS[colour] * (inside * (.93 + .07 * dy))[:, None]
-    return (picture * light[:, None] * 255).clamp(0, 255).byte()
+    zoom, camera_x, camera_y, time, light, confetti = pose.T[:6, :, None, None]  # each (n,1,1)
+    x = (line + camera_x) / zoom  # (n,1,S)
+    y = (camera_y - line[:, None]) / zoom  # (n,S,1)
+    picture = torch.empty(3, len(facts), size, size)
+    _draw_scenery(picture, facts, x, y, time, px)
+    for strewn, rows in _alike(confetti.flatten()):
+        if strewn:
+            across = x[rows] * 3 + time[rows] / 3
+            along = y[rows] * 3 - time[rows] / 2
+            amount, cell = _specks(across, along, .4, .16, px * 3)
+            paint = SPECKS[[3, 0, 1]][:, cell]
+            picture[:, rows] = picture[:, rows].lerp(paint, amount)
+    _draw_sticker(picture, facts[:, 2:4], pose[:, 6:10], x, y, px)
+    _draw_sticker(picture, facts[:, 4:6], pose[:, 10:14], x, y, px)
+    # in place: pages of memory cost as much as the arithmetic
+    picture.mul_(light).mul_(255).clamp_(0, 255)
+    return picture.byte().transpose(0, 1)
+
+
+# ---- shots, captions and videos by chance ----
 
 
 def random_shots(n, generator):
-    """Facts (n,6), and the pose (n,14) they are seen in."""
-    facts = torch.stack([torch.randint(len(words), (n,), generator=generator) for words in WORDS], 1)
-    centre = torch.tensor([1, 0, 0, 0, 1, 0, -.47, 0, 0, .39, .47, 0, 0, .39])
-    spread = torch.tensor([.04, 0, 0, 6, .05, 0, .03, .08, .12, .03, .03, .08, .12, .03])
-    return facts, centre + spread * (torch.rand(n, 14, generator=generator) * 2 - 1)
+    """-> facts (n,6) of n shots, and the pose (n,14) in which they are seen (`draw_shots`)."""
+    facts = [torch.randint(len(words), (n,), generator=generator) for words in WORDS]
+    u = torch.rand(n, 14, generator=generator) * 2 - 1
+    return torch.stack(facts, 1), MEAN + SPREAD * u
 
 
-def tell(facts, generator, forms, other):
-    """A caption per shot (n,6), second words as often as `other` says -> n texts, what they say (n,6), -1: unsaid."""
+def _describe(facts, generator, forms, second):
+    """A caption for each shot, whose words are the second ones with probability `second`.
+
+    facts (n,6) -> (n texts, the facts that they mention (n,6), -1 elsewhere).
+    """
     n = len(facts)
     u, v = torch.rand(2, n, 6, generator=generator)
-    says = facts.where(u >= torch.tensor([.06, .06, 0, .04, 0, .04]), -1)
+    says = facts.where(u >= LEFT_OUT, -1)
     chosen = torch.randint(len(forms), (n,), generator=generator).tolist()
+    wordings = (v < second).long().tolist()
     texts = []
-    for row, second, form in zip(says.tolist(), (v < other).tolist(), chosen):
-        sky, ground, *things = [words[fact][k] if fact >= 0 else "" for fact, k, words in zip(row, second, WORDS)]
-        a, b = (f"{colour} {thing}".strip() for thing, colour in (things[:2], things[2:]))
-        a, b = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in (a, b))
-        text = " ".join(forms[form].format(a=a, b=b, sky=sky, ground=ground).split())
-        texts.append(text.replace(" ,", ",").strip(" ,"))
+    for form, mentioned, wording in zip(chosen, says.tolist(), wordings):
+        words = []
+        for choices, fact, k in zip(WORDS, mentioned, wording):
+            words.append(choices[fact][k] if fact >= 0 else "")
+        sky, ground, shape, colour, shape2, colour2 = words
+        left = f"{colour} {shape}"
+        right = f"{colour2} {shape2}"
+        text = forms[form].format(left=left, right=right, sky=sky, ground=ground)
+        text = " ".join(text.split()).replace(" ,", ",").strip(" ,")
+        texts.append(re.sub(r"\ba (?=[aeiou])", "an ", text))
     return texts, says
 
 
 def shapes_pictures(n, generator, size=32):
-    """Fresh pairs for the warm-up: plain words, no confetti, nothing moves. -> (uint8 (n,3,size,size), n phrases)."""
+    """Fresh pairs for the warm-up, in plain words. -> (uint8 (n,3,size,size), n phrases)."""
     facts, pose = random_shots(n, generator)
-    return draw_shots(facts, pose, size), tell(facts, generator, FORMS[:1], 0)[0]
+    phrases, _ = _describe(facts, generator, FORMS[:1], second=0)
+    return draw_shots(facts, pose, size), phrases
+
+
+def _animate(pose, generator):
+    """The pose of each shot (shots,14) -> each frame's shot (FRAMES,) and pose (FRAMES,14).
+
+    No shot is shorter than 5 frames, so that 6 sampled frames see every shot.
+    """
+    shots = len(pose)
+    extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
+    lengths = 5 + extra.bincount(minlength=shots)
+    u = torch.rand(3, shots, 14, generator=generator) * 2 - 1
+    pose = pose.clone()
+    pose[:, 4] += .15 * u[0, :, 4] - .05  # light
+    pose[:, 5] = u[0, :, 5] > 0  # confetti or none
+    shot = torch.arange(shots).repeat_interleave(lengths)
+    seconds = [torch.arange(n) - n / 2 for n in lengths.tolist()]
+    t = torch.cat(seconds)[:, None] / RATE
+    drift, sway, phase = u[:, shot]
+    motion = drift * t + sway * (4 * t + 3 * phase).sin()
+    return shot, pose[shot] + REACH * motion
 
 
 class ShapesVideos(Dataset):
-    """Item i draws everything about video i from a generator of its own, and writes its file unless that is there.
+    """All videos, by number. Item i -> captions, facts of the shots (S,6), facts mentioned (n,6).
 
-    -> (captions, facts of its shots (S,6), what the captions say (n,6), as lists), or the DataError of a failed write.
+    It is drawn by a generator of its own, and written to its file unless that is there. The facts
+    are lists. The item is a DataError if a file can't be written: raising one ends a worker.
     """
 
     def __init__(self, folder, train, val, test, seed):
-        self.folder, self.splits, self.seed = Path(folder), ["train"] * train + ["val"] * val + ["test"] * test, seed
+        self.folder = Path(folder)
+        self.splits = ["train"] * train + ["val"] * val + ["test"] * test
+        self.seed = seed
 
     def __len__(self):
         return len(self.splits)
@@ -195,142 +398,180 @@ class ShapesVideos(Dataset):
         return self.folder / f"{i:05d}.mp4"
 
     def __getitem__(self, i):
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 63)
+        path = self.path(i)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, i))
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
-        told = torch.randint(shots, (CAPTIONS[self.splits[i]],), generator=generator)
-        captions, says = tell(facts[told], generator, FORMS, .2)
-        if not self.path(i).exists():
-            extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
-            lengths = 5 + extra.bincount(minlength=shots)  # in frames; so 6 sampled frames see every shot
-            u = torch.rand(3, shots, 14, generator=generator) * 2 - 1  # how things move: drift, sway and its phase
-            pose[:, 4] += .15 * u[0, :, 4] - .05  # light
-            pose[:, 5] = u[0, :, 5] > 0           # confetti, or none
-            reach = torch.tensor([.06, .04, .04, 2, 0, 0, .03, .05, .12, 0, .03, .05, .12, 0])
-            t = torch.cat([torch.arange(n) - n / 2 for n in lengths.tolist()])[:, None] / RATE
-            shot = torch.arange(shots).repeat_interleave(lengths)
-            drift, sway, phase = u[:, shot]
-            frames = draw_shots(facts[shot], pose[shot] + reach * (drift * t + sway * (4 * t + 3 * phase).sin()), SIDE)
-            try:
-                write_video(self.path(i), frames, RATE)
-            except (OSError, av.FFmpegError) as e:
-                return DataError(f"{self.path(i)} can't be written: {e.strerror or e}: make room or use another --root")
-        return captions, facts.tolist(), says.tolist()
+        captions = CAPTIONS[self.splits[i]]
+        described = torch.randint(shots, (captions,), generator=generator)
+        texts, says = _describe(facts[described], generator, FORMS, second=.2)
+        try:
+            if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
+                shot, pose = _animate(pose, generator)
+                write_video(path, draw_shots(facts[shot], pose, SIDE), RATE)
+        except (OSError, av.FFmpegError) as e:
+            why = e.strerror or e
+            return DataError(f"{path} can't be written: {why}: make room or use another --root")
+        return texts, facts.tolist(), says.tolist()
 
 
 def write_video(path, frames, rate):
-    """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file, written whole (slower presets aren't deterministic)."""
-    T, _, H, W = frames.shape
+    """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file."""
+    H, W = frames.shape[2:]
+    options = {"preset": "superfast", "crf": "22"}  # slower presets write other bytes each time
     with written_whole(path, flush=False) as part, av.open(part, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=rate, options={"preset": "superfast", "crf": "22"})
-        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
-        stream.thread_type, stream.thread_count = "FRAME", 1
+        stream = file.add_stream("libx264", rate, options, width=W, height=H, pix_fmt="yuv420p")
+        stream.thread_type = "FRAME"
+        stream.thread_count = 1
         for pixels in frames.permute(0, 2, 3, 1):
-            frame, buffer = av.VideoFrame(W, H, "rgb24"), bytearray(3 * H * W)
-            torch.frombuffer(buffer, dtype=torch.uint8).view(H, W, 3).copy_(pixels)
-            frame.planes[0].update(buffer)
+            frame = av.VideoFrame(W, H, "rgb24")
+            plane = torch.frombuffer(frame.planes[0], dtype=torch.uint8)
+            plane.view(H, W, 3).copy_(pixels)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
-def oracle_ceiling(facts, owner, says, target):
-    """R@1 in percent of one who sees every fact: a caption fits a video when it fits one of its shots; ties at random.
+# ---- the folder ----
 
-    facts (S,6) of all shots, owner (S,) their videos; says (N,6) with -1 for unsaid, target (N,) the captions' videos.
+
+def oracle_ceiling(facts, owner, says, target):
+    """The R@1, in percent, of a search that knows all facts.
+
+    A caption fits a video if it fits one of its shots; among the videos that fit it picks one at
+    random. facts (S,6) and owner (S,): all shots and their videos. says (N,6), -1 where a caption
+    leaves a fact out, and target (N,): the captions and their videos.
     """
-    fits = [set(owner[((said == -1) | (said == facts)).all(1)].tolist()) for said in says]
-    return 100 * sum((video in found) / len(found) for video, found in zip(target.tolist(), fits)) / len(fits)
+    total = 0
+    for said, video in zip(says, target.tolist()):
+        fits = ((said == -1) | (said == facts)).all(1)
+        found = set(owner[fits].tolist())
+        total += (video in found) / len(found)
+    return 100 * total / len(says)
+
+
+def _about(root):
+    return json.loads(Path(root, "shapes.json").read_text(encoding="utf-8"))
 
 
 def shapes_of(root):
-    """What a folder holds of this data set, by shapes.json. -> (settings, whole?); ({}, False) where it may be made.
+    """What a folder holds of this data set. -> (settings, is it whole?); ({}, False): it is free.
 
-    Nobody's files are replaced: anything else in the folder is a DataError, and so is an older version of ours.
+    Raises DataError for a folder that holds anything else, or an older version.
     """
     root = Path(root)
     try:
         if not root.exists() or root.is_dir() and not any(root.iterdir()):
             return {}, False
-        settings = json.loads((root / "shapes.json").read_text(encoding="utf-8"))["settings"]
-        version, numbers = settings["version"], "{train} {val} {test}".format(**settings)
+        settings = _about(root)["settings"]
+        version = settings["version"]
+        numbers = "{train} {val} {test}".format(**settings)
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{root} is neither empty nor made by shapes.py: choose another --root") from None
+        raise DataError(f"{root} is neither empty nor made by shapes.py: choose another --root") \
+            from None
     if version != SHAPES_VERSION:
-        raise DataError(f"{root} holds version {version} of shapes, and this is version {SHAPES_VERSION}: delete it, "
-                        f"then make it anew: python -m lib.shapes --root {root} --videos {numbers}")
+        raise DataError(f"{root} holds version {version} of shapes, and this is version "
+                        f"{SHAPES_VERSION}: delete it, then make it anew: "
+                        f"python -m lib.shapes --root {root} --videos {numbers}")
     return settings, (root / "captions.csv").exists()
 
 
 def shapes_table(root):
-    """The captions.csv of a data set that is there; reading makes nothing."""
+    """-> the path of captions.csv, or a DataError if the data set has not been rendered."""
     settings, whole = shapes_of(root)
     if not whole:
-        numbers = "{train} {val} {test} --seed {seed}".format(**settings) if settings else "1500 100 500"
-        raise DataError(f"{root} holds no {'whole ' if settings else ''}data set shapes: `python train.py` renders it, "
-                        f"or python -m lib.shapes --root {root} --videos {numbers}")
+        missing = "no whole data set" if settings else "no data set"
+        numbers = "{train} {val} {test} --seed {seed}" if settings else "1500 100 500"
+        numbers = numbers.format(**settings)
+        raise DataError(f"{root} holds {missing} shapes: `python train.py` renders it, or "
+                        f"python -m lib.shapes --root {root} --videos {numbers}")
     return Path(root) / "captions.csv"
 
 
 def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
-    """Make the data set unless one is there: shapes.json (settings, ceiling), videos/*.mp4, captions.csv.
+    """Make the data set unless one is there: shapes.json (settings, ceiling), videos, captions.csv.
 
-    captions.csv comes last; a stopped rendering goes on with the next call. The files don't depend on `workers`.
+    captions.csv is written last, and a rendering that was stopped goes on with the next call. The
+    files are the same for any number of workers.
     """
-    root, wanted = Path(root), dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    root = Path(root)
+    wanted = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
     begun, whole = shapes_of(root)
     if whole:
         return
     if begun and begun != wanted:
-        raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose another --root")
+        raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose "
+                        "another --root")
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
     videos = ShapesVideos(root / "videos", train, val, test, seed)
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     try:
         root.mkdir(parents=True, exist_ok=True)
         write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
         videos.folder.mkdir(exist_ok=True)
-        rows, facts, owner, says, target = [("video", "caption", "split")], [], [], [], []
-        with loading(videos, [[i] for i in range(len(videos))], workers=min(workers, len(videos))) as items:
-            for i, [item] in enumerate(items):
-                if isinstance(item, DataError):
-                    raise item
-                captions, shots, said = item
-                rows += [(f"videos/{videos.path(i).name}", caption, videos.splits[i]) for caption in captions]
-                if videos.splits[i] == "test":
-                    facts, owner = facts + shots, owner + [i] * len(shots)
-                    says, target = says + said, target + [i] * len(said)
-                if (i + 1) % 300 == 0 or i + 1 == len(videos):
-                    print(f"rendering {root}: {i + 1}/{len(videos)} videos", file=sys.stderr, flush=True)
-        ceiling = oracle_ceiling(*map(torch.tensor, (facts, owner, says, target))) if target else None
+        rows, ceiling = _render(videos, workers)
         write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
-        with written_whole(root / "captions.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+        with written_whole(root / "captions.csv") as part, \
+                open(part, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
     except OSError as e:
-        raise DataError(f"{root}: shapes can't be written there: {e.strerror or e}; choose another --root") from None
-    print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}"
-          + (f"; R@1 of one who sees everything: {ceiling:.1f} %" if target else ""))
+        why = e.strerror or e
+        raise DataError(f"{root}: shapes can't be written there: {why}; choose another --root") \
+            from None
+    best = f"; highest R@1 that the captions allow: {ceiling:.1f} %" if test else ""
+    print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}{best}")
+
+
+def _render(videos, workers):
+    """Write all files. -> the rows of captions.csv, the test split's oracle_ceiling or None."""
+    rows = [("video", "caption", "split")]
+    facts, owner, says, target = [], [], [], []
+    progress = Progress(f"rendering {videos.folder.parent}", len(videos))
+    numbers = [[i] for i in range(len(videos))]
+    with loading(videos, numbers, workers=min(workers, len(videos))) as items:
+        for i, [item] in enumerate(items):
+            if isinstance(item, DataError):
+                raise item
+            captions, shots, mentioned = item
+            name = f"videos/{videos.path(i).name}"
+            split = videos.splits[i]
+            rows += [(name, caption, split) for caption in captions]
+            if split == "test":
+                facts += shots
+                owner += [i] * len(shots)
+                says += mentioned
+                target += [i] * len(mentioned)
+            progress.update(i + 1)
+    if not target:
+        return rows, None
+    columns = map(torch.tensor, (facts, owner, says, target))
+    return rows, oracle_ceiling(*columns)
 
 
 def shapes_ceiling(root=None):
-    """The best R@1 that the captions allow, which rendering wrote down. -> percent, or None where there is none."""
+    """The ceiling that rendering wrote down, in percent; None if there is none."""
     try:
-        return json.loads((Path(root or "data/shapes") / "shapes.json").read_text(encoding="utf-8"))["ceiling"]
+        return _about(root or "data/shapes")["ceiling"]
     except (OSError, ValueError, KeyError):
         return None
 
 
 # ---- command line ----
 
+
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--root", required=True, help="folder to write into")
-    p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"), required=True,
-                   help="number of videos per split")
-    p.add_argument("--seed", type=numeric(int, 0), default=24, help="of everything random (default: %(default)s)")
+    p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"),
+                   required=True, help="number of videos per split")
+    p.add_argument("--seed", type=numeric(int, 0), default=24,
+                   help="of everything random (default: %(default)s)")
     args = p.parse_args(argv)
     wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
     render_shapes(args.root, **wanted)
-    if not wanted.items() <= shapes_of(args.root)[0].items():  # whole already, and not touched
-        raise DataError(f"{args.root} holds another data set already: delete it, or choose another --root")
+    settings, _ = shapes_of(args.root)
+    if not wanted.items() <= settings.items():  # it was there already, and was not touched
+        raise DataError(f"{args.root} holds another data set already: delete it, or choose another "
+                        "--root")
     return 0
 
 

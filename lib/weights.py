@@ -1,5 +1,4 @@
 """Weights and checkpoints: OpenAI, Hugging Face, open_clip, released T-MASS and X-Pool, our own."""
-import errno
 import hashlib
 import http.client
 import json
@@ -12,7 +11,7 @@ from textwrap import shorten
 import torch
 
 from clip_model import CLIP, Tokenizer
-from lib.common import WeightsError, written_whole
+from lib.common import WeightsError, first_line, why_not_written, written_whole
 from tmass import TMASS
 
 # ---- downloads ----
@@ -171,7 +170,9 @@ def to_openai_names(sd):
     named = {}
     for key, x in sd.items():
         key = renamed(key, HF_NAMES)
+        # HF's projections are Linear layers, (out, in); OpenAI's are matrices, (in, out).
         named[key] = x.T.contiguous() if key in TRANSPOSED else x
+    # HF keeps q, k and v apart; OpenAI has them in one tensor.
     for key in [key for key in named if ".attn.q_proj." in key]:
         parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
         if missing := [part for part in parts if part not in named]:
@@ -280,6 +281,7 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     own = model.state_dict()
     if weights is None:
         weights = own
+    # Both: the best weights are kept while the ones in training go on, and may go wrong.
     if broken := not_finite(weights) or not_finite(own):
         raise WeightsError(f"checkpoint {path} not written: weights that are not finite "
                            f"({listed(broken)}); {intact}")
@@ -299,16 +301,8 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
         with written_whole(path) as part, open(part, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        raise WeightsError(f"cannot write checkpoint {path}: {cause(error)}; {intact}") from error
-
-
-def cause(error):
-    """Why a file could not be written: the system's error behind torch's RuntimeError."""
-    while not isinstance(error, OSError) and error.__context__:
-        error = error.__context__
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return "no space left on the disk"
-    return str(error).splitlines()[0]
+        why = why_not_written(error) or first_line(error)
+        raise WeightsError(f"cannot write checkpoint {path}: {why}; {intact}") from error
 
 
 def not_finite(state):
@@ -352,6 +346,7 @@ def _load_own(content, path, quick_gelu):
             settings["quick_gelu"] = quick_gelu
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
             model = TMASS(CLIP(**settings), **content["tmass"])
+        # Half precision, to which people convert files, is taken too.
         weights = {name: x.float() for name, x in content["model"].items()}
         load_strictly(model, weights, "its own settings")
         tokenizer = Tokenizer(content["merges"], content["context_length"])
@@ -383,6 +378,7 @@ def _load_foreign(content, path, quick_gelu):
         raise WeightsError(f"{error}; nor is it a checkpoint of train.py or of the released code"
                            ) from None
     head = {}
+    # What stands beside CLIP in a released file is all of pooling and radius, and nothing else.
     if released:
         head = {renamed(k, RELEASED_NAMES): x.float() for k, x in sd.items() if k[:5] != "clip."}
         head.pop("radius.learnable_scalar", None)  # the released code never reads it

@@ -26,6 +26,7 @@ from measure import (
 
 import data
 from lib import video as decode
+from lib.video import FrameCache, Segment, read_frames
 from lib.weights import to_openai_names
 from tmass import TMASS
 
@@ -271,11 +272,11 @@ def data_(videos=8, T=12):
     torch.set_num_threads(1)  # as a DataLoader's worker
     with tempfile.TemporaryDirectory() as folder:
         g = torch.Generator().manual_seed(0)
-        segments = [data.Segment(f"{folder}/{k}.mp4") for k in range(videos)]
+        segments = [Segment(f"{folder}/{k}.mp4") for k in range(videos)]
         for segment in segments:
             camera_video(segment.path, 375, g)
         ann = data.Annotations(segments, ["-"] * videos, list(range(videos)))
-        cache = data.FrameCache(f"{folder}/cache", T)
+        cache = FrameCache(f"{folder}/cache", T)
         plain = data.PairDataset(ann, T, data.train_transform(224))
         cached = data.PairDataset(ann, T, data.train_transform(224), cache=cache)
 
@@ -286,7 +287,7 @@ def data_(videos=8, T=12):
         runs = {
             "decode": lambda: epoch(plain),
             "cache": lambda: epoch(cached),
-            "decoding": lambda: [data.read_frames(segment, T) for segment in segments],
+            "decoding": lambda: [read_frames(segment, T) for segment in segments],
             "reading": lambda: [cache.read(segment) for segment in segments],
         }
         opencv = opencv_reader(T)
@@ -305,7 +306,7 @@ def data_(videos=8, T=12):
             gap = 0
             for segment in segments:
                 other = opencv(segment.path).int()
-                apart = (data.read_frames(segment, T).int() - other).abs().max()
+                apart = (read_frames(segment, T).int() - other).abs().max()
                 gap = max(gap, apart.item())
             print(f"decoding takes {s['decoding'] / s['opencv']:.2f} of OpenCV's time "
                   f"({s['opencv'] / videos * 1e3:.1f} ms a video, seeking each frame); largest "
@@ -327,7 +328,7 @@ def saved_for_backward(model, pairs, T, amp):
             total += storage.nbytes()
         return x  # and so stays: no address is used twice
 
-    size = model.clip.config["image_size"]
+    size = model.clip.image_size
     pixels = torch.randint(0, 256, (pairs, T, 3, size, size), dtype=torch.uint8)
     ids = random_ids([16] * pairs, 16)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
@@ -367,7 +368,7 @@ class PlainTMASS(torch.nn.Module):
 
     def __init__(self, hf, ours):
         super().__init__()
-        D = ours.clip.config["embed_dim"]
+        D = ours.clip.embed_dim
         self.hf = hf
         for name in ("q", "k", "v", "out", "linear"):
             self.add_module(name, torch.nn.Linear(D, D))

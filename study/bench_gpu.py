@@ -23,6 +23,8 @@ from measure import (
 import data
 import search as se
 from lib import index as store
+from lib.processes import loading
+from lib.video import FrameCache, Segment
 from tmass import TMASS
 
 FULL = dict(
@@ -128,7 +130,7 @@ def make_model(sizes, name="ViT-B/32", device="cpu"):
 
 def make_batch(model, pairs, device="cpu"):
     """-> ids (pairs,L), pixels (pairs,T,3,P,P)"""
-    size = model.clip.config["image_size"]
+    size = model.clip.image_size
     pixels = torch.randint(0, 256, (pairs, model.frames, 3, size, size), dtype=torch.uint8)
     ids = random_ids([TOKENS] * pairs, TOKENS, model.clip.config["vocab_size"])
     return ids.to(device), pixels.to(device)
@@ -170,7 +172,7 @@ def agreement(device, sizes):
     model = make_model(sizes).train()
     there = copy.deepcopy(model).to(device)
     ids, pixels = make_batch(model, sizes["agree"])
-    eps = torch.randn(sizes["agree"], model.clip.config["embed_dim"], generator=g)
+    eps = torch.randn(sizes["agree"], model.clip.embed_dim, generator=g)
     losses, gradients = losses_and_gradients(model, ids, pixels, eps)
     # cuDNN multiplies convolutions in TF32 unless told otherwise, as the patches' is.
     for tf32 in (False, True):
@@ -215,7 +217,7 @@ def towers(device, sizes):
     rows = []
     for name, precision in itertools.product(VITS, PRECISIONS):
         clip = random_clip(name, **sizes["clip"]).to(device).eval()
-        size = clip.config["image_size"]
+        size = clip.image_size
         images = torch.randint(0, 256, (sizes["images"], 3, size, size), dtype=torch.uint8)
         images = images.to(device)
         lengths = [TOKENS] * sizes["texts"]
@@ -298,12 +300,12 @@ def loader(device, sizes, rates):
         g = torch.Generator().manual_seed(0)
         path = os.path.join(folder, "0.mp4")
         camera_video(path, 375, g)
-        segments = [data.Segment(path)]
+        segments = [Segment(path)]
         for k in range(1, sizes["videos"]):
-            segments.append(data.Segment(os.path.join(folder, f"{k}.mp4")))
+            segments.append(Segment(os.path.join(folder, f"{k}.mp4")))
             os.link(path, segments[k].path)
         T = sizes["frames"]
-        cache = data.FrameCache(os.path.join(folder, "cache"), T)
+        cache = FrameCache(os.path.join(folder, "cache"), T)
         for segment in segments:
             cache.read(segment)
         ann = data.Annotations(segments, ["-"] * len(segments), list(range(len(segments))))
@@ -316,7 +318,7 @@ def loader(device, sizes, rates):
         pin = torch.device(device).type == "cuda"
         took = []
         start = time.perf_counter()
-        with data.loading(dataset, batches, stack_pixels, sizes["workers"], pin) as loaded:
+        with loading(dataset, batches, stack_pixels, sizes["workers"], pin) as loaded:
             for pixels in loaded:
                 pixels.to(device, non_blocking=True)
                 synchronize(device)

@@ -160,7 +160,7 @@ def moment(ckpt="model.pt"):
     truth = facts_of(ann.segments, Path(ann.segments[0].path).parent.parent)
     paths = [segment.path for segment in ann.segments]
     with tempfile.TemporaryDirectory() as folder:
-        gallery = se.build_index(model, paths, index=folder, workers=1)
+        gallery = se.build_index(model, paths, index_dir=folder, workers=1)
         row = {gallery.paths[number]: k for k, number in enumerate(gallery.file.tolist())}
         t = eval_.encode_texts(model, tokenizer, ann.captions)
         right = []

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
+from lib import video  # noqa: E402
 from lib.shapes import ShapesVideos, shapes_of  # noqa: E402
 from lib.weights import load_checkpoint  # noqa: E402
 from tmass import cosine, largest_of_normals  # noqa: E402
@@ -88,7 +89,7 @@ class Test:
         self.first = torch.tensor([self.ann.owner.index(v) for v in range(V)])
         rendered = ShapesVideos(SHAPES / "videos", *(settings[k] for k in ("train", "val", "test", "seed")))
         shots = [len(rendered[len(rendered) - V + v][1]) for v in range(V)]
-        frames = data.VideoDataset(self.ann.segments, 6, data.test_transform(32), data.FrameCache(SHAPES / "frames", 6))
+        frames = data.VideoDataset(self.ann.segments, 6, data.test_transform(32), video.FrameCache(SHAPES / "frames", 6))
         apart = torch.tensor([colour_distance(frames.video(v)) for v in range(V)])
         third = torch.bucketize(apart, apart.quantile(torch.tensor([1 / 3, 2 / 3])))
         self.groups = dict(shots=torch.tensor(shots)[self.owner], colours=third[self.owner])

@@ -1,18 +1,23 @@
-"""What README promises, typed as README types it: train, evaluate and search on real mp4 files, by subprocess."""
+"""What README promises, typed as README types it: train, evaluate and search on real mp4 files."""
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
-from test_readme import COMMANDS
+from conftest import ROOT
+from test_readme import COMMANDS, README
 
 
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory):
-    """A small `shapes` where README's commands look for it, and a model trained on it in half a minute of two cores."""
+    """A small `shapes` where README's commands look for it, and a model trained on it."""
     folder = tmp_path_factory.mktemp("newcomer")
-    assert run("lib/shapes.py", "--root", "data/shapes", "--videos", 120, 10, 30, cwd=folder).returncode == 0
+    numbers = "--videos", 120, 10, 30
+    assert run("lib/shapes.py", "--root", "data/shapes", *numbers, cwd=folder).returncode == 0
     done = run("train.py", "--pretrain", 100, "--epochs", 2, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -20,8 +25,8 @@ def trained(run, tmp_path_factory):
 
 def test_train_says_what_it_does_and_names_the_checkpoint(trained):
     folder, said = trained
-    for line in (r"train +480 texts, 120 videos", r"val +10 texts", r"pretrain +100/100", r"validation after epoch 2",
-                 r"test: t2v R@1 [\d.]+", r"checkpoint: model.pt"):
+    for line in (r"train +480 texts, 120 videos", r"val +10 texts", r"pretrain +100/100",
+                 r"validation after epoch 2", r"test: t2v R@1 [\d.]+", r"checkpoint: model.pt"):
         assert re.search(line, said), (line, said)
     rows = (folder / "model.log.csv").read_text().splitlines()
     assert rows[0].startswith("step,epoch,loss") and len(rows) > 3
@@ -31,7 +36,7 @@ def test_evaluation_is_well_above_chance_and_repeats_itself(trained, run):
     folder, said = trained
     results = []
     for name in ("a.json", "b.json"):
-        done = run("eval.py", "--ckpt", "model.pt", "--cache", "data/shapes/frames", "--json", name, cwd=folder)
+        done = run("eval.py", "--ckpt", "model.pt", "--json", name, cwd=folder)
         assert done.returncode == 0, done.stderr
         results.append(json.loads((folder / name).read_text()))
     first, again = results
@@ -44,26 +49,46 @@ def test_evaluation_is_well_above_chance_and_repeats_itself(trained, run):
 def test_search_finds_what_was_asked_for(trained, run):
     folder, _ = trained
     lines = (folder / "data/shapes/captions.csv").read_text().splitlines()
-    rows = [line.split(",") for line in lines if line.endswith(",test")][::8]  # one caption per video
+    rows = [line.split(",") for line in lines if line.endswith(",test")]
+    rows = rows[::8]  # one caption per video
     asked = [row for row in rows if len(row) == 3][:10]  # captions without a comma
     queries = [row[1] for row in asked]
     (folder / "gallery").mkdir(exist_ok=True)
     for row in rows:
         shutil.copy(folder / "data/shapes" / row[0], folder / "gallery")
-    done = run("search.py", *queries, "--ckpt", "model.pt", "--videos", "gallery", "--top", 10, cwd=folder)
+    gallery = "--ckpt", "model.pt", "--videos", "gallery"
+    done = run("search.py", *queries, *gallery, "--top", 10, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "encoded 30 videos, 30 in the index" in done.stderr
     parts = done.stdout.split(asked[0][1])[1]
     found = sum(row[0].split("/")[1] in done.stdout.split(row[1], 1)[1][:900] for row in asked)
     assert found >= 6, (parts, done.stdout)  # among 10 of 30: chance 3.3
-    again = run("search.py", queries[0], "--ckpt", "model.pt", "--videos", "gallery", cwd=folder)
+    again = run("search.py", queries[0], *gallery, cwd=folder)
     assert "encoded 0 videos, 30 in the index" in again.stderr
+
+
+def test_readmes_python_runs(trained):
+    """The way in from Python; the small data set has videos of lower numbers."""
+    folder, _ = trained
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    code = code.replace("(1600, 1601, 1602)", "(130, 131, 132)")
+    code += "print(sims.shape, R.shape, t_s.shape)"
+    code = code.replace("print(model.score", "sims = (model.score", 1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 3]) torch.Size([2, 3, 128]) torch.Size([20, 128])" in done.stdout
 
 
 @pytest.mark.slow
 def test_readmes_commands_run_as_they_stand(trained, run):
-    """Each evaluation and search of README where `python train.py` has run; ~/clips is a folder of videos, and our
-    model stands for the CLIP that would be downloaded. The benchmarks' videos are not here: theirs don't run."""
+    """Each evaluation and search of README where `python train.py` has run.
+
+    ~/clips is a folder of videos, and the trained model stands for the CLIP that would be
+    downloaded. The benchmarks' videos are not here: their commands don't run.
+    """
     folder, _ = trained
     shutil.copytree(folder / "data/shapes/videos", folder / "clips")
     ran = {"eval.py": 0, "search.py": 0}
@@ -73,7 +98,8 @@ def test_readmes_commands_run_as_they_stand(trained, run):
             continue
         words = [word.replace("~", str(folder)) for word in shlex.split(command)]
         model = [] if "--ckpt" in words else ["--ckpt", "model.pt"]
-        done = run(*words[1:], *model, cwd=folder, stdin="a star\n")  # what is typed where a query is asked for
+        # The star is what is typed where a query is asked for.
+        done = run(*words[1:], *model, cwd=folder, stdin="a star\n")
         assert done.returncode == 0, (command, done.stderr)
         ran[script] += 1
     assert ran["eval.py"] >= 4 and ran["search.py"] >= 4

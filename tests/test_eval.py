@@ -17,7 +17,7 @@ import data
 import eval as ev
 import search
 from clip_model import CLIP, Tokenizer
-from lib import common, report, weights
+from lib import common, report, video, weights
 from lib.video import read_frames
 from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
@@ -171,11 +171,11 @@ def on(folder, *args):
     return ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", *args]
 
 
-def called(capsys, monkeypatch, *args, room=ev):
+def called(capsys, monkeypatch, *args, program=ev):
     """A command line in this process, for the many ways to get it wrong. -> (status, out, err)."""
-    monkeypatch.setattr(sys, "argv", [room.__file__, *map(str, args)])
+    monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, args)])
     try:
-        status = ev.run(room.main)
+        status = ev.run(program.main)
     except SystemExit as e:  # argparse
         status = e.code
     out, err = capsys.readouterr()
@@ -313,8 +313,8 @@ def test_lists_of_captions_and_of_videos(folder):
     """A Segment, a str and a Path are the same video; one of them is no list, nor is a caption."""
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     path = folder / "videos" / "v3.mp4"
-    segment = data.Segment(str(path))
-    f = ev.encode_videos(model, [segment, str(path), path, data.Segment(str(path), 0.1, 0.2)])
+    segment = video.Segment(str(path))
+    f = ev.encode_videos(model, [segment, str(path), path, video.Segment(str(path), 0.1, 0.2)])
     assert torch.equal(f[0], f[1]) and torch.equal(f[0], f[2]) and not torch.equal(f[0], f[3])
     assert ev.encode_videos(model, (x for x in [path])).shape == (1, T, D)
     for lone in (segment, str(path), path):
@@ -327,7 +327,7 @@ def test_lists_of_captions_and_of_videos(folder):
 
 def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", lambda segment, frames: os._exit(9))
-    with pytest.raises(data.DataError, match="v3.mp4.*--workers"):
+    with pytest.raises(common.DataError, match="v3.mp4.*--workers"):
         ev.encode_videos(make(), [folder / "videos" / "v3.mp4"], workers=1)
 
 
@@ -361,6 +361,14 @@ def test_command_line(folder, run, tmp_path, call):
     other = tmp_path / "other.csv"
     names = [folder / "videos" / "v1.mp4", "broken.mp4", folder / "videos" / "v2.mp4", "gone.mp4"]
     other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
+    # a csv without that column: all rows, or the split that training would make
+    rest = ["--data", folder / "one.csv", "--root", folder / "videos"]
+    for more, split in (([], "all"), (["--split", "test"], "test")):
+        assert call(*on(folder, *rest, *more, "--json", tmp_path / "out.json"))[0] == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        expected = data.load_split(str(folder / "one.csv"), str(folder / "videos"), split)
+        assert (found["split"], found["texts"]) == (split, len(expected.captions))
+    assert found["texts"] < 7
     arguments = on(folder, "--data", other)
     status, out, err = call(*arguments, "--skip-bad", "--released-protocol")
     assert status == 0 and "LEAKING" in out, out + err
@@ -482,7 +490,7 @@ def test_saved_scores(folder, tmp_path, call):
     assert torch.equal(model.score(content["t"], content["f"], 3), content["sims"])
     ann = annotations(folder, "many.csv")
     assert (content["captions"], content["owner"].tolist()) == (ann.captions, ann.owner)
-    assert [data.Segment(*x) for x in content["clips"]] == ann.segments
+    assert [video.Segment(*x) for x in content["clips"]] == ann.segments
     assert content["result"] == result
 
 
@@ -594,7 +602,7 @@ def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path,
     assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
     assert os.listdir(tmp_path) == ["broken.pt"]
     arguments += ["--videos", folder / "videos", "--index", tmp_path / "index"]
-    found = call("a query", *arguments, room=search)
+    found = call("a query", *arguments, program=search)
     assert one_error(*found, "broken.pt", "finite", "a query")
     assert not (tmp_path / "r.json").exists()
 

@@ -1,5 +1,6 @@
 """What README says of the project exists: files, options, functions; the text it gives to copy works."""
 import functools
+import inspect
 import json
 import pickle
 import re
@@ -40,9 +41,10 @@ def test_the_picture_needs_nothing_from_outside():
     assert "@import" not in (ROOT / ".github/method.svg").read_text()
 
 
-def test_every_room_is_named_once_in_reading_order():
-    rooms = re.findall(r"^\| \[(\w+\.py)\]", README, re.M)
-    assert sorted(rooms) == sorted(path.name for path in ROOT.glob("*.py"))
+def test_every_program_is_named_in_reading_order():
+    files = re.findall(r"^(?:\| )?\[(\w+\.py)\]\(\1\)", README.split("## The five")[1], re.M)
+    assert files[:6] == ["tmass.py", "clip_model.py", "data.py", "train.py", "eval.py", "search.py"]
+    assert sorted(files[:6]) == sorted(path.name for path in ROOT.glob("*.py"))
 
 
 def test_each_equation_names_a_function_that_exists():
@@ -77,14 +79,14 @@ def test_every_option_in_the_text_exists_in_some_program(helps):
 
 
 def test_every_data_set_has_a_row_and_a_place_to_look():
-    table = README.split("## Data")[1].split("MSVD's captions")[0]
-    for name in data.READERS:
+    table = README.split("## Data")[1].split("## Train")[0]
+    for name in data.DATASETS:
         row = next(line for line in table.splitlines() if re.match(rf"\|[^|]*`{name}`", line))
         assert "https://" in row, name
 
 
 def test_the_lines_that_convert_msvds_pickle_give_what_the_reader_reads(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = "import json, pickle" + inspect.getdoc(data.read_msvd).split(":", 2)[2]
     with open(tmp_path / "raw-captions.pkl", "wb") as file:
         pickle.dump({"a_0_5": [["a", "dog", "runs"], ["it", "runs"]], "b_1_2": [["a", "cat"]]}, file)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,4 +1,5 @@
-"""The released code's evaluation protocol, literally, and its checkpoints: their tensors must give the same here."""
+"""The released code's protocol, literally, and its checkpoints: the same tensors give the same."""
+
 import csv
 import hashlib
 import shutil
@@ -19,29 +20,45 @@ D, T = 64, 12
 
 @torch.no_grad()
 def literal_released(model, t, f, caption_of, trials):
-    """The honestly pooled video picks the sample; it is scored with the one pooled by its own caption; pair by pair."""
+    """The honestly pooled video picks the sample, the one pooled by its caption scores it."""
     out = torch.empty(len(t), len(f))
     for i in range(len(t)):
         for j in range(len(f)):
-            honest, own = literal_pool(model, t[i], f[j]), literal_pool(model, t[caption_of[j]], f[j])
+            honest, own = (
+                literal_pool(model, t[i], f[j]),
+                literal_pool(model, t[caption_of[j]], f[j]),
+            )
             r = literal_radius(model, torch.tensor([cos(t[i], x) for x in f[j]]))
             samples = [t[i] + r * e for e in model.noise(trials)] if trials else [t[i]]
             out[i, j] = cos(max(samples, key=lambda ts: cos(ts, honest)), own)
     return out
 
 
-@pytest.mark.parametrize("method", [
-    dict(zip(("prior", "radius", "heads", "frames", "pooling"), values)) for values in (
-        ("normal", "linear", 1, 4, "xpool"), ("uniform", "linear", 4, 12, "xpool"), ("normal", "scaled", 2, 3, "xpool"),
-        ("uniform", "mean", 1, 4, "xpool"), ("normal", "none", 1, 7, "xpool"),
-        ("normal", "linear", 1, 5, "query"))], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(zip(("prior", "radius", "heads", "frames", "pooling"), values))
+        for values in (
+            ("normal", "linear", 1, 4, "xpool"),
+            ("uniform", "linear", 4, 12, "xpool"),
+            ("normal", "scaled", 2, 3, "xpool"),
+            ("uniform", "mean", 1, 4, "xpool"),
+            ("normal", "none", 1, 7, "xpool"),
+            ("normal", "linear", 1, 5, "query"),
+        )
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("trials", [0, 1, 8])
 def test_released_scores_equal_the_literal_protocol(method, trials):
     """More texts than videos, captions of the videos in any order among them."""
     model = make(**method)
     t, f = features(9, 6, frames=method["frames"])
     caption_of = torch.tensor([4, 0, 8, 1, 7, 2])
-    got, want = released_scores(model, t, f, caption_of, trials), literal_released(model, t, f, caption_of, trials)
+    got, want = (
+        released_scores(model, t, f, caption_of, trials),
+        literal_released(model, t, f, caption_of, trials),
+    )
     assert (got - want).abs().max() < 5e-6
     honest = model.score(t, f, trials)
     own = got[caption_of, torch.arange(6)]
@@ -59,15 +76,31 @@ def cache(shared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A file as the released code writes it: HF's CLIP under clip., pool_frames, stochastic; random weights."""
+    """A file as the released code writes it: HF's CLIP, pool_frames, stochastic; random weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1, projection_dim=D)
-    hf = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=D,
-                                                        text_config=dict(size, vocab_size=49408, eos_token_id=49407),
-                                                        vision_config=dict(size, image_size=32, patch_size=16)))
+    size = dict(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        projection_dim=D,
+    )
+    hf = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            projection_dim=D,
+            text_config=dict(size, vocab_size=49408, eos_token_id=49407),
+            vision_config=dict(size, image_size=32, patch_size=16),
+        )
+    )
     state = {f"clip.{k}": x for k, x in hf.state_dict().items()}
-    for name in ("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.out_proj", "linear_proj"):
+    for name in (
+        "cross_attn.q_proj",
+        "cross_attn.k_proj",
+        "cross_attn.v_proj",
+        "cross_attn.out_proj",
+        "linear_proj",
+    ):
         state[f"pool_frames.{name}.weight"] = torch.eye(D) + 0.1 * torch.randn(D, D)
         state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
     for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
@@ -75,7 +108,9 @@ def released(tmp_path_factory):
         state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
     state["stochastic.std_branch.linear_proj.weight"] = 0.3 * torch.randn(D, T)
     state["stochastic.std_branch.linear_proj.bias"] = 0.1 * torch.randn(D)
-    state["stochastic.std_branch.learnable_scalar"] = torch.tensor([float("nan")])  # uninitialised there
+    state["stochastic.std_branch.learnable_scalar"] = torch.tensor(
+        [float("nan")]
+    )  # uninitialised there
     path = tmp_path_factory.mktemp("released") / "model_best.pth"
     torch.save(dict(epoch=5, state_dict=state, optimizer={"param_groups": []}), path)
     return path, state, hf
@@ -85,12 +120,20 @@ def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     path, state, hf = released
     model, tokenizer, config = load_checkpoint(path)
-    assert config["released"] and model.config["radius"] == "linear" and model.config["prior"] == "uniform"
+    assert (
+        config["released"]
+        and model.config["radius"] == "linear"
+        and model.config["prior"] == "uniform"
+    )
     assert model.frames == T
     assert tokenizer.vocab_size == 49408
     get = lambda name: state[f"pool_frames.{name}"]  # noqa: E731
-    for ours, theirs in (("q", "cross_attn.q_proj"), ("out", "cross_attn.out_proj"), ("linear", "linear_proj"),
-                         ("ln2", "layer_norm2")):
+    for ours, theirs in (
+        ("q", "cross_attn.q_proj"),
+        ("out", "cross_attn.out_proj"),
+        ("linear", "linear_proj"),
+        ("ln2", "layer_norm2"),
+    ):
         assert torch.equal(getattr(model.pool, ours).weight, get(theirs + ".weight"))
         assert torch.equal(getattr(model.pool, ours).bias, get(theirs + ".bias"))
     g = torch.Generator().manual_seed(1)
@@ -100,7 +143,9 @@ def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
     literal = torch.exp(S @ W.T + b)
     torch.testing.assert_close(literal_radius(model, S), literal)
     torch.testing.assert_close(model.radius(S), literal)
-    torch.testing.assert_close(model.pool(t, f)[0, 1], literal_pool(model, t[0], f[1]), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.pool(t, f)[0, 1], literal_pool(model, t[0], f[1]), atol=2e-5, rtol=1e-4
+    )
     assert (model.score(t, f, 6) - literal_score(model, t, f, 6)).abs().max() < 2e-6
     ids = tokenizer(["a dog runs", "two people talk on a stage"])
     with torch.no_grad():
@@ -114,18 +159,24 @@ def test_released_tmass_equals_its_tensors(released, cache, monkeypatch):
 def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     _, state, _ = released
-    torch.save(dict(state_dict={k: x for k, x in state.items() if not k.startswith("stochastic.")}),
-               tmp_path / "xpool.pth")
+    torch.save(
+        dict(state_dict={k: x for k, x in state.items() if not k.startswith("stochastic.")}),
+        tmp_path / "xpool.pth",
+    )
     model, _, _ = load_checkpoint(tmp_path / "xpool.pth")
     assert model.config["radius"] == "none"
     t, f = torch.randn(2, D), torch.randn(2, T, D)
     assert torch.equal(model.score(t, f, 20), model.score(t, f, 0))
 
 
-@pytest.mark.parametrize("change, named", [(lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
-                                           (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool.extra"),
-                                           (lambda s: s.update({"stochastic.other": torch.ones(1)}),
-                                            "stochastic.other")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
+        (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool.extra"),
+        (lambda s: s.update({"stochastic.other": torch.ones(1)}), "stochastic.other"),
+    ],
+)
 def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, change, named):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     state = dict(released[1])
@@ -136,11 +187,14 @@ def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, ch
 
 
 def archive(clip, path):
-    """A CLIP as OpenAI's files hold it: TorchScript, half precision, three size entries. -> its SHA-256"""
+    """Write a CLIP as OpenAI's files are: TorchScript, half precision, sizes. -> its SHA-256"""
     holder = torch.nn.Module()
-    for name, x in (*clip.state_dict().items(),
-                    ("input_resolution", torch.tensor(32)), ("context_length", torch.tensor(77)),
-                    ("vocab_size", torch.tensor(49408))):
+    for name, x in (
+        *clip.state_dict().items(),
+        ("input_resolution", torch.tensor(32)),
+        ("context_length", torch.tensor(77)),
+        ("vocab_size", torch.tensor(49408)),
+    ):
         *modules, last = name.split(".")
         at = holder
         for module in modules:
@@ -155,7 +209,7 @@ def archive(clip, path):
 
 @pytest.mark.parametrize("form", ["HF", "safetensors", "open_clip", "OpenAI", "name"])
 def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, form):
-    """Nothing trained further: query pooling, no radius, CLIP's vocabulary; the file is read once."""
+    """Not trained further: query pooling, no radius, CLIP's vocabulary; the file is read once."""
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     names = {"safetensors": "clip.safetensors", "open_clip": "openai.bin"}
     hf, path = released[2], tmp_path / names.get(form, "clip.pt")
@@ -176,8 +230,15 @@ def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, f
     model, tokenizer, config = load_checkpoint("ViT-B/16" if form == "name" else path)
     assert len(reads) == 1 and config == dict(zero_shot=True, frames=12) and not model.training
     assert tokenizer.encode("a diagram") == [320, 22697] and tokenizer.context_length == 77
-    assert (model.config["pooling"], model.config["radius"], model.config["support_weight"]) == ("query", "none", 0)
-    assert model.clip.config["quick_gelu"] and load_checkpoint(reads[0], "gelu")[0].clip.config["quick_gelu"] is False
+    assert (model.config["pooling"], model.config["radius"], model.config["support_weight"]) == (
+        "query",
+        "none",
+        0,
+    )
+    assert (
+        model.clip.config["quick_gelu"]
+        and load_checkpoint(reads[0], "gelu")[0].clip.config["quick_gelu"] is False
+    )
     ids, pixels = tokenizer(["a dog runs", "two people talk on a stage"]), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         t, f = model.encode_text(ids), model.encode_video(pixels[:, None].expand(-1, T, -1, -1, -1))
@@ -188,7 +249,9 @@ def test_any_clip_can_be_used_as_it_is(released, cache, monkeypatch, tmp_path, f
     assert (model.score(t, f) - literal_score(model, t, f, 0)).abs().max() < 2e-6
 
 
-def test_the_activation_of_a_trained_checkpoint_can_be_put_right(released, cache, monkeypatch, tmp_path):
+def test_the_activation_of_a_trained_checkpoint_can_be_put_right(
+    released, cache, monkeypatch, tmp_path
+):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
     save_checkpoint(tmp_path / "ours.pt", make(), clip_model.Tokenizer(), {})
     for path in (released[0], tmp_path / "ours.pt"):
@@ -198,11 +261,15 @@ def test_the_activation_of_a_trained_checkpoint_can_be_put_right(released, cache
 
 def test_what_is_neither_a_file_nor_a_name_and_a_clip_of_other_words(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
-    with pytest.raises(WeightsError,
-                       match="ViT-B/31: no such file, and none of the names ViT-B/32, ViT-B/16, ViT-L/14"):
+    with pytest.raises(
+        WeightsError,
+        match="ViT-B/31: no such file, and none of the names ViT-B/32, ViT-B/16, ViT-L/14",
+    ):
         load_checkpoint("ViT-B/31")
     torch.save(make().clip.state_dict(), tmp_path / "small.pt")
-    with pytest.raises(WeightsError, match="small.pt: a CLIP of 514 tokens, and CLIP's vocabulary has 49408"):
+    with pytest.raises(
+        WeightsError, match="small.pt: a CLIP of 514 tokens, and CLIP's vocabulary has 49408"
+    ):
         load_checkpoint(tmp_path / "small.pt")
 
 
@@ -211,18 +278,31 @@ def test_evaluating_a_released_checkpoint_shows_both_numbers(released, cache, ru
         rows = csv.writer(file)
         rows.writerow(("video", "caption"))
         for i in range(4):
-            write_video(tmp_path / f"{i}.mp4", numbered(16)[i * 4:i * 4 + 4])
+            write_video(tmp_path / f"{i}.mp4", numbered(16)[i * 4 : i * 4 + 4])
             rows.writerow((f"{i}.mp4", f"picture number {i}"))
-    done = run("eval.py", "--ckpt", released[0], "--data", tmp_path / "my.csv", "--released-protocol",
-               env={"TMASS_CACHE": str(cache)})
+    done = run(
+        "eval.py",
+        "--ckpt",
+        released[0],
+        "--data",
+        tmp_path / "my.csv",
+        "--released-protocol",
+        env={"TMASS_CACHE": str(cache)},
+    )
     assert done.returncode == 0, done.stderr
-    assert "4 texts, 4 videos" in done.stdout and done.stdout.count("t2v") == 2 and "LEAKING" in done.stdout
+    assert (
+        "4 texts, 4 videos" in done.stdout
+        and done.stdout.count("t2v") == 2
+        and "LEAKING" in done.stdout
+    )
 
 
 def test_without_the_vocabulary_the_message_says_what_goes_where(released, tmp_path, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", str(tmp_path))
     # nothing listens there
-    monkeypatch.setattr(weights, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz")
+    monkeypatch.setattr(
+        weights, "VOCABULARY_URL", "http://127.0.0.1:9/bpe_simple_vocab_16e6.txt.gz"
+    )
     with pytest.raises(WeightsError, match="bpe_simple_vocab_16e6.txt.gz") as error:
         load_checkpoint(released[0])
     assert str(tmp_path) in str(error.value)

@@ -17,7 +17,8 @@ from videos import numbered, write_video
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
-from lib import charts, report
+from lib import common, report, video
+from lib import page as pages
 from lib.weights import save_checkpoint
 from tmass import TMASS
 
@@ -272,7 +273,7 @@ def written(tmp_path_factory):
         x[:, 8:24, 8 * v:8 * v + 8] = torch.tensor([250, 120, 0], dtype=torch.uint8)
         write_video(folder / name, x)
         span = (0, .5) if name.startswith("a_") else ()
-        segments.append(data.Segment(str(folder / name), *span))
+        segments.append(video.Segment(str(folder / name), *span))
     captions = [EVIL, *(f"caption {i} {'W' * 150}" for i in range(1, 16))]
     ann = data.Annotations(segments, captions, [i % 8 for i in range(16)])
     model = make_model()
@@ -329,7 +330,7 @@ def test_the_right_video_and_its_rank(written):
 def test_a_tied_rank_hides_no_video():
     """Six videos tie: the right one's rank, 3.5, is nobody's place; nor is 3 of five that tie."""
     for V in (5, 6):
-        segments = [data.Segment(f"{v}.mp4") for v in range(V)]
+        segments = [video.Segment(f"{v}.mp4") for v in range(V)]
         ann = data.Annotations(segments, ["a"], [V - 1])
         strips = dict.fromkeys(range(V), "")
         rank = (V + 1) / 2
@@ -374,7 +375,7 @@ def test_search_report(written, tmp_path):
 def test_the_matching_frame_is_framed(tmp_path):
     """At most six frames, with the one nearest to the time among them, each with its own time."""
     write_video(tmp_path / "x.mp4", numbered(240), fps=10)
-    segment = data.Segment(str(tmp_path / "x.mp4"), 10, 20)
+    segment = video.Segment(str(tmp_path / "x.mp4"), 10, 20)
     for at, frames, place, says in ((11.0, 12, 0, "0:00:11"), (18.5, 12, 5, "0:00:18"),
                                     (14.4, 4, 1, "0:00:13"), (0.0, 12, 0, "0:00:10")):
         images = Page(report.strip(segment, frames, at)).images
@@ -389,7 +390,7 @@ def test_the_matching_frame_is_framed(tmp_path):
 def test_unwritable(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "missing" / "r.html", tmp_path / "folder"):
-        with pytest.raises(data.DataError, match="cannot be written"):
+        with pytest.raises(common.DataError, match="cannot be written"):
             report.write_search_report(str(path), {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
@@ -403,18 +404,18 @@ def test_names_that_are_not_unicode(tmp_path):
 def test_odd_logs(tmp_path):
     """No log, an empty one, one of something else, one row: never an error."""
     path = tmp_path / "log.csv"
-    assert charts.training_charts(path) == {}
+    assert pages.training_charts(path) == {}
     logs = {"": 0, "a,b\n1,2\n": 0, "step,loss\nx,y\n": 0, "step,loss\n5,1.5\n": 1,
             "step,loss\n5,nan\n": 0, "step,val_R1\n5,0\n": 1}
     for text, curves in logs.items():
         path.write_text(text)
-        assert len(charts.training_charts(path)) == curves, text
+        assert len(pages.training_charts(path)) == curves, text
 
 
 def test_ticks():
     """Round numbers, few enough to be read, that cover what they stand for."""
     for low, high in ((0, 1), (0, 104), (.37, .44), (-3, 5), (130.2, 131.9), (1, 280)):
-        found = charts.ticks(low, high)
+        found = pages.ticks(low, high)
         assert 4 <= len(found) <= 11 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
         step = found[1] - found[0]
         assert found[0] - low < step and high - found[-1] < step

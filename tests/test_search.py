@@ -41,7 +41,7 @@ def ask(folder, capsys, monkeypatch):  # noqa: F811
     """ask("a dog", "--videos", DIR) -> what stands on standard output, and on standard error."""
     def ask(*args, ckpt=folder / "model.pt", expect=0):
         common = ["--ckpt", ckpt, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *args, *common, room=se)
+        status, out, err = called(capsys, monkeypatch, *args, *common, program=se)
         assert status == expect, (out, err)
         return out, err
     return ask
@@ -172,7 +172,7 @@ def test_a_video_opens_nothing_but_itself(tmp_path, name):
     with pytest.raises(DataError, match=name):
         list(read_pieces(tmp_path / name, 4))
     with pytest.raises(DataError, match=name):
-        data.read_frames(data.Segment(tmp_path / name), 4)
+        decode.read_frames(decode.Segment(tmp_path / name), 4)
     assert os.stat(tmp_path / "other.ts").st_atime_ns == before
 
 
@@ -193,12 +193,12 @@ def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # n
             (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
             (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt", "ViT-B/32")):
         common = ["--ckpt", good, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *common, *arguments, room=se)
+        status, out, err = called(capsys, monkeypatch, *common, *arguments, program=se)
         about = str(good), "encoded 0"  # what is said before the error
         err = "".join(line for line in err.splitlines(True) if not line.startswith(about))
         assert one_error(status, out, err, *words), (arguments, status, err)
     bad = tmp_path / "bad"
-    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, room=se)
+    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, program=se)
     assert status == 2 and "1 unreadable left out" in err
     assert "nothing to search" in err.splitlines()[-1] and "x.mp4" in err
 
@@ -220,7 +220,7 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
-    f = ev.encode_videos(model, [data.Segment(str(tmp_path / name), None, None) for name in files])
+    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name), None, None) for name in files])
     scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
     best = scores.argsort(descending=True)[:3]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in best]
@@ -244,7 +244,7 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert (tmp_path / se.INDEX / first[0]).read_bytes() == body  # never rewritten
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v4.mp4"]
     index = se.build_index(model, [str(tmp_path)])
-    segments = [data.Segment(str(tmp_path / name)) for name in files]
+    segments = [decode.Segment(str(tmp_path / name)) for name in files]
     fresh = ev.encode_videos(model, segments)
     assert sorted(index.names) == files
     assert index.shards[0].frames.dtype == index.shards[0].mean.dtype == torch.float16
@@ -506,7 +506,7 @@ def test_a_plain_clip_is_a_checkpoint(
     tokenizer, transform = weights.load_vocabulary(), data.test_transform(32)
     t = clip.encode_text(tokenizer(["a dog runs"]))
     for x in answers(tmp_path / "x.json", "a dog runs"):
-        f = clip.encode_image(transform(decode.read_frames(data.Segment(x["file"]), 12)))
+        f = clip.encode_image(transform(decode.read_frames(decode.Segment(x["file"]), 12)))
         a = (F.cosine_similarity(t, f) / 0.1).softmax(0)
         v = (a[:, None] * F.normalize(f, dim=-1)).sum(0)
         assert x["score"] == pytest.approx(F.cosine_similarity(t[0], v, dim=0).item(), abs=5e-3)

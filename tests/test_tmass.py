@@ -2,7 +2,6 @@
 import inspect
 import math
 import os
-import resource
 import subprocess
 import sys
 
@@ -10,11 +9,17 @@ import pytest
 import torch
 
 import tmass
-from clip_model import CLIP, Tokenizer, WeightsError
+from clip_model import CLIP
 from eval import released_scores
-from lib import weights
-from lib.weights import load_checkpoint, save_checkpoint
-from tmass import TMASS, largest_of_normals, sample_cosines, stochastic_text, support_text, symmetric_cross_entropy
+from lib.common import WeightsError
+from tmass import (
+    TMASS,
+    largest_of_normals,
+    sample_cosines,
+    stochastic_text,
+    support_text,
+    symmetric_cross_entropy,
+)
 
 D, T = 64, 4
 
@@ -411,134 +416,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(grown) / 1024 < 100
-
-
-# ---- checkpoints ----
-
-def test_checkpoint_round_trip(tmp_path):
-    model, tok, path = make(radius="scaled", heads=2), Tokenizer(["a b", "c d"], 16), tmp_path / "m.pt"
-    save_checkpoint(path, model, tok, dict(data="shapes", seed=3), step=7)
-    again, tok2, config = load_checkpoint(path)
-    assert config == dict(data="shapes", seed=3) and tok2.merges == tok.merges and tok2.context_length == 16
-    assert again.config == model.config
-    t, f = features(3, 3)
-    assert torch.equal(again.score(t, f), model.score(t, f)) and not again.training
-    assert torch.load(path, weights_only=True)["step"] == 7
-    assert os.listdir(tmp_path) == ["m.pt"]
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A checkpoint that is there already, and somebody's file beside it. -> (path, its bytes)"""
-    (tmp_path / "m.pt.part").write_text("somebody's")
-    save_checkpoint(tmp_path / "m.pt", make(), Tokenizer(), {}, step=1)
-    return tmp_path / "m.pt", (tmp_path / "m.pt").read_bytes()
-
-
-def left_as_it_was(path, good):
-    return path.read_bytes() == good and sorted(os.listdir(path.parent)) == ["m.pt", "m.pt.part"] and \
-        (path.parent / "m.pt.part").read_text() == "somebody's"
-
-
-def test_failed_save_keeps_the_last_good_file(saved):
-    """A write that the system cuts short, by a limit on the size of files; and a Ctrl-C in the middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # Python ignores the signal that goes with it
-    try:
-        with pytest.raises(WeightsError, match="cannot write checkpoint .*m.pt: .*too large.* is intact"):
-            save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert left_as_it_was(*saved)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", interrupted)
-        save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2)
-    assert left_as_it_was(*saved)
-
-
-@pytest.mark.parametrize("tensors", [{}, {"optimizer": torch.zeros(3_000_000)}], ids=["small", "large"])
-def test_a_full_disk_is_called_one(saved, monkeypatch, tensors):
-    """/dev/full answers every write as a full disk does; torch makes another error of it."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    monkeypatch.setattr(weights, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
-    with pytest.raises(WeightsError, match="no space left on the disk.* is intact"):
-        save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2, **tensors)
-    assert left_as_it_was(*saved)
-
-
-def test_weights_that_are_not_finite_are_not_saved_and_warned_of(saved, capsys):
-    path, good = saved
-    for name, value in (("pool.q.weight", math.nan), ("clip.ln_final.bias", math.inf)):
-        model = make()
-        with torch.no_grad():
-            model.get_parameter(name).view(-1)[3] = value
-        with pytest.raises(WeightsError, match=f"not written.*not finite .{name}.*is intact"):
-            save_checkpoint(path, model, Tokenizer(), {})
-        with pytest.raises(WeightsError, match="not finite"):
-            save_checkpoint(path, make(), Tokenizer(), {}, weights=model.state_dict())
-        assert left_as_it_was(path, good)
-        content = torch.load(path, weights_only=True)
-        torch.save(dict(content, model=model.state_dict()), path.parent / "nan.pt")
-        capsys.readouterr()
-        load_checkpoint(path.parent / "nan.pt")
-        assert f"nan.pt: weights that are not finite ({name})" in capsys.readouterr().out
-        (path.parent / "nan.pt").unlink()
-    large = make()
-    with torch.no_grad():
-        large.pool.q.weight.fill_(3e38)  # finite, though their sum is not
-    save_checkpoint(path, large, Tokenizer(), {})
-    load_checkpoint(path)
-    assert "finite" not in capsys.readouterr().out
-
-
-def test_files_that_are_no_checkpoint_are_named(tmp_path):
-    path = tmp_path / "m.pt"
-    for make_bad, message in ((lambda: None, "m.pt: no such file, and none of the names ViT-B/32"),
-                              (lambda: path.write_bytes(b""), "m.pt: no readable weights"),
-                              (lambda: path.write_text("hello\n"), "m.pt: no readable weights"),
-                              (lambda: torch.save({"weight": torch.ones(2)}, path),
-                               "m.pt: not a CLIP.*nor is it a checkpoint of train.py"),
-                              (lambda: torch.save({"state_dict": 5}, path),
-                               "m.pt: .*none: state_dict; nor is it a checkpoint")):
-        make_bad()
-        with pytest.raises(WeightsError, match=message) as error:
-            load_checkpoint(path)
-        assert "\n" not in str(error.value)
-    save_checkpoint(path, make(), Tokenizer(), {})
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(WeightsError, match="m.pt"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize("change, says", [
-    (lambda c: c.pop("merges"), "it has no 'merges'"), (lambda c: c.pop("config"), "it has no 'config'"),
-    (lambda c: c.pop("version"), "it has no 'version'"),
-    (lambda c: c.update(version=99), "version 99.* reads version 1"), (lambda c: c.update(clip={}), "embed_dim"),
-    (lambda c: c.update(clip=7), "m.pt"), (lambda c: c["clip"].update(shape=3), "shape"),
-    (lambda c: c["clip"].update(patch_size=0), "m.pt"), (lambda c: c["tmass"].update(temperature=3), "temperature"),
-    (lambda c: c["tmass"].update(pooling="max"), "unknown pooling 'max': choose"),
-    (lambda c: c["tmass"].update(heads=0), "heads=0"), (lambda c: c["tmass"].update(frames="four"), "m.pt"),
-    (lambda c: c["tmass"].update(frames=9), "another size: radius.linear.weight"),
-    (lambda c: c["model"].pop("pool.ln1.bias"), "missing: pool.ln1.bias"),
-    (lambda c: c["model"].update(new=torch.ones(1)), "unknown: new"),
-    (lambda c: c.update(model=5), "m.pt"), (lambda c: c["model"].update({"pool.ln1.bias": "x"}), "m.pt"),
-    (lambda c: c.update(merges=["a"]), "'a' is no merge"), (lambda c: c.update(merges=5), "m.pt"),
-    (lambda c: c.update(config=5), "m.pt")])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, change, says):
-    path = tmp_path / "m.pt"
-    save_checkpoint(path, make(), Tokenizer(), {})
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-    with pytest.raises(WeightsError, match=says) as error:
-        load_checkpoint(path)
-    message = str(error.value)
-    assert "\n" not in message and message.startswith(f"{path}: a checkpoint of train.py that can't be used: ")
-    assert message.endswith("; use the program that wrote it, or train again")
 
 
 def test_unknown_choices_are_refused():

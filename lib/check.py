@@ -1,0 +1,89 @@
+"""What of a data set is there, what is missing, and which videos can't be read.
+
+`python data.py check` calls this.
+"""
+import csv
+
+import data
+from lib.common import DataError, Progress, check_output, escaped, output
+from lib.processes import loading
+from lib.video import FrameCache
+
+HEADER = "video,problem\n"  # the first line of what --list writes
+EVERY = 5  # seconds between two lines of progress
+
+
+def check(args):
+    """Print what each split has. -> 0, or 1 where something is missing or bad."""
+    if args.list:
+        check_output("--list", args.list, [HEADER.encode()])
+    frames = args.frames or (6 if args.data == "shapes" else 12)
+    cache = FrameCache(args.cache, frames) if args.cache else None
+    problems = []  # (video, what is the matter)
+    for split in _splits(args.data):
+        try:
+            annotations = data.load_annotations(args.data, args.root, split, args.videos)
+        except DataError as error:
+            if args.data not in data.DATASETS:
+                raise
+            problems.append(("", f"{split}: {error}"))
+            print(escaped(f"{split:5s} {error}"))
+            continue
+        problems += _check_split(args, split, annotations, frames, cache)
+    if args.list:
+        with output("--list", args.list) as part:
+            with open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(HEADER)
+                csv.writer(file, lineterminator="\n").writerows(problems)
+    return 1 if problems else 0
+
+
+def _splits(name):
+    """The splits that a data set has; a csv without a split column has one."""
+    if name.endswith(".csv") and not data.has_splits(name):
+        return ["all"]
+    return data.DATASETS[name].splits() if name in data.DATASETS else data.SPLITS
+
+
+def _check_split(args, split, annotations, frames, cache):
+    """Print what a split has. -> its problems, (video, what is the matter)."""
+    there, lines = data.present(annotations, skip_bad=True)
+    paths = {segment.path for segment in there.segments}
+    away = [segment.path for segment in annotations.segments if segment.path not in paths]
+    missing = [(path, f"missing {line}") for path, line in zip(away, lines)]
+    texts = len(annotations.captions)
+    videos = len(annotations.segments)
+    published = (None, None)
+    if args.data in data.DATASETS:
+        published = data.DATASETS[args.data].published.get(split, published)
+    counts = [f"{texts} texts", f"{videos} videos"]
+    for k, number in enumerate(published):
+        if number:
+            counts[k] += f" (published {number})"
+    print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
+    _print_problems(missing)
+    bad = []
+    if args.decode:
+        bad = _decode(there.segments, frames, cache, args.workers)
+        print(f"      {videos - len(missing) - len(bad)} decode, {len(bad)} don't")
+        _print_problems(bad)
+    return missing + bad
+
+
+def _decode(segments, frames, cache, workers):
+    """Read every segment. -> (file, what is wrong with it) of those that can't be read."""
+    dataset = data.VideoDataset(segments, frames, len, cache)
+    progress = Progress("decoding", len(segments), every=EVERY)
+    bad = []
+    keys = [[v] for v in range(len(segments))]
+    with loading(dataset, keys, list, min(workers, len(segments))) as batches:
+        for v, (item,) in enumerate(batches):
+            if isinstance(item, DataError):
+                bad.append((segments[v].path, f"bad: {item}"))
+            progress.update(v + 1)
+    return bad
+
+
+def _print_problems(problems):
+    for line in data.first_ten([line for _, line in problems]):
+        print(f"      {escaped(line)}")

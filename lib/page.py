@@ -1,0 +1,344 @@
+"""What a page is made of: its style, tables, pictures, and charts as inline SVG.
+
+A page is one HTML file, without scripts or anything from the network. Text that comes from users
+(captions, file names) passes `esc`. Charts can be read without colours.
+"""
+import base64
+import csv
+import html
+import math
+import os
+import platform
+import time
+from typing import NamedTuple
+
+import av
+import torch
+import torchvision
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2.functional import resize
+
+from lib.common import DataError, clock, escaped, output
+from lib.video import read_segment
+
+# Colours by name, so that the dark scheme changes only these; charts have classes of their own.
+STYLE = """
+:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
+--rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
+@media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;
+--rule:#353a42;--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header,footer{max-width:1180px;margin:0 auto;padding:0 clamp(14px,3vw,32px)}
+header{padding-top:clamp(20px,4vw,44px)}
+footer{padding-top:28px;padding-bottom:40px;font-size:.85rem}
+h1{font-size:clamp(1.5rem,4vw,2.1rem);line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
+h2{font-size:1.25rem;margin:2.6rem 0 .3rem}
+h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
+h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
+p{margin:.5rem 0 .8rem}
+h1,h4,p,dd,.file,li{overflow-wrap:anywhere}
+.soft,figcaption,footer{color:var(--soft)}
+.soft{font-size:.92rem}
+.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px;
+margin-top:16px}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;
+min-width:0;margin:0}
+.card h2{margin-top:0}
+.scroll{overflow-x:auto}
+table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
+tr:last-child>*{border-bottom:0}
+th:first-child{text-align:left;font-weight:500;min-width:7.5em}
+thead th{color:var(--soft);font-weight:500;font-size:.88rem}
+td small{display:block;color:var(--soft);font-size:.78rem;white-space:nowrap}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;
+margin:1.2rem 0}
+.tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;
+padding:12px 16px}
+.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
+.tiles span{color:var(--soft);font-size:.85rem}
+ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
+ol figure{margin:0}
+.strip{display:flex;gap:3px;align-items:flex-start}
+.strip img{flex:1;width:0;height:auto;max-height:120px;object-fit:contain;border-radius:5px;
+background:var(--page)}
+.strip .nearest{outline:4px solid #0072b2;outline-offset:-4px}
+figcaption{font-size:.85rem;display:flex;flex-wrap:wrap;gap:0 .8em;margin-top:3px;
+font-variant-numeric:tabular-nums}
+figcaption b{color:var(--ink)}
+.right{border-left:5px solid var(--good);background:var(--goodbg);padding:7px;border-radius:7px}
+.right .mark{color:var(--good);font-weight:650}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 20px;margin:0}
+dl div{min-width:0}
+dt{color:var(--soft);font-size:.82rem}
+dd{margin:0}
+svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}
+.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}
+.on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
+.off{fill:url(#hatch);stroke:var(--off);stroke-width:1.6;stroke-dasharray:4 2}
+.hatch{stroke:var(--off);stroke-width:1.4;stroke-opacity:.75}
+.whisker{stroke:var(--ink);stroke-width:1.8;fill:none}
+.diamond{fill:var(--card);stroke:var(--ink);stroke-width:1.8}
+[class^=line]{fill:none;stroke:var(--on);stroke-width:2;stroke-linecap:round}
+.line1{stroke-dasharray:7 4;stroke:var(--off)}.line2{stroke-dasharray:2 4;stroke:var(--ink)}
+.line3{stroke-dasharray:9 4 2 4;stroke:var(--soft)}
+.key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
+.key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
+"""
+
+# What .off is filled with: a page needs it once.
+HATCH = """
+<svg width="0" height="0" style="position:absolute;width:0;height:0" aria-hidden="true"><defs>
+<pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse"
+ patternTransform="rotate(45)">
+<path class="hatch" d="M0 0V6"/></pattern></defs></svg>
+"""
+
+
+def esc(x):
+    """Text as HTML: captions and file names may hold anything."""
+    return html.escape(escaped(str(x), keep="\n\t"), quote=True)
+
+
+def page(title, lead, body, settings):
+    """A whole document. title, lead: text; body: HTML; settings: what is a text or a number of it.
+    """
+    versions = dict(Python=platform.python_version(), torch=torch.__version__,
+                    torchvision=torchvision.__version__, av=av.__version__)
+    items = ""
+    for name, value in {**settings, **versions}.items():
+        if isinstance(value, (str, int, float)):
+            items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
+    # The policy makes sure: whatever a caption holds, nothing is run or fetched.
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{esc(title)}</title><style>{STYLE}</style></head><body>{HATCH}
+<header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
+<main>{body}
+<section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
+<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
+"""
+
+
+def write_page(path, text):
+    """Write a page whole. What is no Unicode in file names becomes a character reference."""
+    with output("--report", path) as part:
+        with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+            file.write(text)
+
+
+def html_table(heads, rows):
+    """A table for a page."""
+    body = ""
+    for first, *others in rows:
+        body += f'<tr><th scope="row">{esc(first)}</th>'
+        for cell in others:
+            large, _, small = cell.partition(" ")
+            body += f"<td>{esc(large)} <small>{esc(small)}</small></td>"
+        body += "</tr>"
+    head = ""
+    for name in heads:
+        head += f'<th scope="col">{esc(name)}</th>'
+    return (f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
+# ---- pictures ----
+
+
+def image(frame, name, css="", height=96):
+    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+    # Odd shapes are squeezed: a strip as wide as the page would hide the other frames.
+    width = round(height * frame.shape[2] / frame.shape[1])
+    width = max(16, min(4 * height, width))
+    frame = resize(frame, [height, width], antialias=True)
+    jpeg = encode_jpeg(frame, quality=75).numpy()
+    source = base64.b64encode(jpeg.tobytes()).decode()
+    return (f'<img class="{css}" alt="{esc(name)}" width="{width}" height="{height}" '
+            f'src="data:image/jpeg;base64,{source}">')
+
+
+def strip(segment, frames=6, at=None):
+    """About six of a segment's T frames, the one nearest to the time `at` marked. -> HTML."""
+    try:
+        piece = read_segment(segment, frames)
+    except DataError as e:
+        return f"<p>no picture: {esc(e)}</p>"
+    step = max(1, frames // 6)
+    first = 0
+    nearest = None
+    if at is not None:
+        away = [abs(time - at) for time in piece.times]
+        nearest = away.index(min(away))
+        first = nearest % step  # so that it is among those chosen
+    images = ""
+    for k in range(first, frames, step):
+        name = f"{os.path.basename(segment.path)} at {clock(piece.times[k])}"
+        css = "nearest" if k == nearest else ""
+        images += image(piece.frames[k], name, css)
+    return f'<div class="strip">{images}</div>'
+
+
+def hit(images, rank, score, name, css=""):
+    """One result. images: of `strip`; name: HTML."""
+    return (f'<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>'
+            f'<span>score {score:.4f}</span><span class="file">{name}</span>'
+            "</figcaption></figure></li>")
+
+
+# ---- charts ----
+
+WIDTH = 480
+HEIGHT = 270
+# The edges of the plot in it, pixels from the left and from the top:
+LEFT = 46
+RIGHT = 466
+TOP = 12
+BOTTOM = 226
+MOST_POINTS = 400  # of a curve
+
+
+def ticks(low, high):
+    """Four to nine round numbers between low and high."""
+    step = 10 ** math.floor(math.log10(high - low))
+    while high - low < 4 * step:
+        step /= 2
+    first = math.ceil(low / step - 1e-9)  # rounding must not cost the tick at an end
+    last = math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+class Axes(NamedTuple):
+    """A plot's axes, which place its marks."""
+    x: tuple         # (low, high)
+    y: tuple
+    label: str       # of x
+    unit: str = ""   # of y
+    names: dict = {}  # {x: text}, in place of numbers
+
+    def at_x(self, value):
+        """A value of x -> pixels from the left, as SVG's text."""
+        low, high = self.x
+        return f"{LEFT + (value - low) / (high - low) * (RIGHT - LEFT):.1f}"
+
+    def at_y(self, value):
+        """A value of y -> pixels from the top, as SVG's text."""
+        low, high = self.y
+        return f"{BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP):.1f}"
+
+    def svg(self, about, marks):
+        """The picture. about: what it shows, for those who can't see it; marks: SVG."""
+        # The grid comes first: marks lie on it, and the axis on them.
+        grid = ""
+        for v in ticks(*self.y):
+            grid += (f'<path class="grid" d="M{LEFT} {self.at_y(v)}H{RIGHT}"/>'
+                     f'<text x="{LEFT - 6}" y="{self.at_y(v)}" dy="4" text-anchor="end">'
+                     f"{v:g}{self.unit}</text>")
+        names = self.names or {v: f"{v:g}" for v in ticks(*self.x)}
+        below = ""
+        for v, name in names.items():
+            below += (f'<text x="{self.at_x(v)}" y="{BOTTOM + 17}" text-anchor="middle">'
+                      f"{esc(name)}</text>")
+        return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(about)}">'
+                f'{grid}{below}{marks}<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>'
+                f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+                f"{esc(self.label)}</text></svg>")
+
+
+# The marks of a legend; all others are lines.
+MARKS = {"on": "M1 13V3H25V13Z", "off": "M1 13V3H25V13Z", "diamond": "M13 1L19 7L13 13L7 7Z"}
+
+
+def key(entries):
+    """A legend. entries: {class of the mark: text}."""
+    spans = ""
+    for css, text in entries.items():
+        path = MARKS.get(css, "M1 7H25")
+        spans += ('<span><svg viewBox="0 0 26 14" aria-hidden="true">'
+                  f'<path class="{css}" d="{path}"/></svg>{esc(text)}</span>')
+    return f'<p class="key">{spans}</p>'
+
+
+def histogram_chart(h, about, label):
+    """Relevant and irrelevant pairs over common bins, each as shares of its own kind."""
+    edges = h["edges"]
+    shares = {}
+    for kind in ("irrelevant", "relevant"):
+        total = max(1, sum(h[kind]))
+        shares[kind] = [100 * count / total for count in h[kind]]
+    top = max(1, *shares["relevant"], *shares["irrelevant"])
+    axes = Axes((edges[0], edges[-1]), (0, 1.05 * top), label, "%")
+    marks = ""
+    # Relevant pairs are drawn over the others, and are seen through.
+    for css, heights in zip(("off", "on"), shares.values()):
+        path = f"M{axes.at_x(edges[0])} {axes.at_y(0)}"
+        for height, edge in zip(heights, edges[1:]):
+            path += f"V{axes.at_y(height)}H{axes.at_x(edge)}"
+        marks += f'<path class="{css}" d="{path}V{axes.at_y(0)}Z"/>'
+    return axes.svg(about, marks) + key({"on": "relevant", "off": "irrelevant"})
+
+
+def thirds_chart(rows, label, samples):
+    """R@1 by third: a bar with its interval for the samples, a diamond for the point text."""
+    names = {n: f"{row['third']} ({row['texts']} texts)" for n, row in enumerate(rows)}
+    top = max(max(10, row["high"], row["R1_point"]) for row in rows)
+    axes = Axes((-0.5, len(rows) - 0.5), (0, min(104, 1.08 * top)), label, "%", names)
+    marks = ""
+    for n, row in enumerate(rows):
+        x = axes.at_x(n)
+        y = {name: axes.at_y(row[name]) for name in ("R1", "low", "high", "R1_point")}
+        marks += (f'<path class="on" d="M{x} {BOTTOM}m-34 0V{y["R1"]}h68V{BOTTOM}Z"/>'
+                  f'<path class="whisker" d="M{x} {y["low"]}V{y["high"]}M{x} {y["low"]}m-7 0h14'
+                  f'M{x} {y["high"]}m-7 0h14"/>'
+                  f'<path class="diamond" d="M{x} {y["R1_point"]}m20-7l7 7l-7 7l-7-7Z"/>')
+    about = f"R@1, {label}: " + ", ".join(f"{row['third']} {row['R1']:.1f}" for row in rows)
+    # The bar is what was evaluated; without samples the diamond lies on its top.
+    legend = {"on": f"{samples}, 95 % interval", "diamond": "point text"}
+    return axes.svg(about, marks) + key(legend)
+
+
+def line_chart(curves, about, unit=""):
+    """Curves by training step, which differ in their dashes. curves: {name: [(step, value)]}."""
+    points = [point for curve in curves.values() for point in curve]
+    steps, values = zip(*points)
+    top = max(values) or 1
+    axes = Axes((min(steps), max(steps) + 1), (0, 1.05 * top), "step", unit)
+    marks = ""
+    for n, curve in enumerate(curves.values()):
+        curve = [curve[0], *curve]  # one point alone becomes a line of no length: a dot
+        path = "L".join(f"{axes.at_x(step)} {axes.at_y(value)}" for step, value in curve)
+        marks += f'<path class="line{n}" d="M{path}"/>'
+    legend = {f"line{n}": name for n, name in enumerate(curves)}
+    return axes.svg(about, marks) + key(legend)
+
+
+def read_curve(rows, name):
+    """The finite values of a log's column. -> [(step, value)]."""
+    curve = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    curve = [point for point in curve if math.isfinite(point[1])]
+    return curve[::max(1, len(curve) // MOST_POINTS)]
+
+
+def training_charts(path):
+    """The curves of a log of train.py. -> {title: chart}, empty where there are none."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        losses = {name: read_curve(rows, name) for name in ("loss", "stochastic", "support", "ce")}
+        recall = read_curve(rows, "val_R1")
+    except (OSError, ValueError, KeyError, TypeError):  # no log, or the log of something else
+        return {}
+    losses = {name: curve for name, curve in losses.items() if curve}
+    charts = {}
+    if losses:
+        charts["Training losses"] = line_chart(losses, "losses by training step")
+    if recall:
+        about = "validation R@1 by training step"
+        charts["Validation t2v R@1"] = line_chart({"validation R@1": recall}, about, "%")
+    return charts

@@ -1,0 +1,86 @@
+"""Files of annotations: text, JSON, csv. A DataError names the line that is wrong."""
+import csv
+import io
+import json
+
+from lib.common import DataError
+
+
+def read_text(path, what):
+    """A text file's content. Raises a DataError that says which file is missing, and its place."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: it belongs to {what}; put it there, or choose another "
+                        "--root") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {byte:#x}); save it as "
+                        "UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+def read_json(path, what, kind):
+    """A JSON file that holds a dict or a list, as `kind` says."""
+    try:
+        content = json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the "
+                        "file again") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
+        raise DataError(f"{path}: not JSON that can be read ({error}); fetch the file "
+                        "again") from None
+    if not isinstance(content, kind):
+        expected = "object" if kind is dict else "list"
+        raise DataError(f"{path}: holds no JSON {expected}; fetch the file again")
+    return content
+
+
+def read_table(path, what, columns):
+    """Rows of a csv file, whose header has `columns` at least. -> list of (line number, dict)."""
+    reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
+    rows = []
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, row {line}: {error}; check its double quotes: one that is opened "
+                        "there must be closed, one within a text is written twice") from None
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {header}")
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            times = header.count(name)
+            raise DataError(f"{path} has the column {name} {times} times: one is enough")
+    if len(rows) == 1:
+        raise DataError(f"{path} has a header, but no row below it")
+    for line, fields in rows[1:]:
+        if len(fields) != len(header):
+            raise DataError(f"{path}, row {line}: not as many fields as the header has "
+                            f"({len(fields)}, not {len(header)}); a text with commas belongs in "
+                            "double quotes")
+    return [(line, dict(zip(header, fields))) for line, fields in rows[1:]]
+
+
+def field_of(entry, key, where, kind=str):
+    """A value of a JSON object, of the type that it must have."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+        raise DataError(f"{where}: has no {key!r} as expected; fetch the file again")
+    return entry[key]
+
+
+def sentences(entry, key, where):
+    """A video's captions; none where it has no entry. A string would pass as a list of letters."""
+    texts = entry.get(key)
+    if texts is None:
+        return []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
+    return texts
