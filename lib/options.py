@@ -55,8 +55,10 @@ def check_outputs(args):
     named = {os.path.realpath(args.ckpt): "--ckpt"}
     for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
-        if path is None or (option, path) == ("--json", "-"):  # standard output
+        # --json - is standard output.
+        if path is None or (option, path) == ("--json", "-"):
             continue
+        # The file counts, not how it is spelled.
         other = named.setdefault(os.path.realpath(path), option)
         if other != option:
             raise DataError(f"{option} {path} is the file of {other} too: give each its own")
@@ -66,6 +68,7 @@ def check_outputs(args):
 def load_model(args, job):
     """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
     check_outputs(args)
+    # The first process may download the weights; the others then find them.
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:

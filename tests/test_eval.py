@@ -17,7 +17,7 @@ import data
 import eval as ev
 import search
 from clip_model import CLIP, Tokenizer
-from lib import common, report, video, weights
+from lib import common, exact, report, video, weights
 from lib.video import read_frames
 from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
@@ -171,11 +171,11 @@ def on(folder, *args):
     return ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", *args]
 
 
-def called(capsys, monkeypatch, *args, room=ev):
+def called(capsys, monkeypatch, *args, program=ev):
     """A command line in this process, for the many ways to get it wrong. -> (status, out, err)."""
-    monkeypatch.setattr(sys, "argv", [room.__file__, *map(str, args)])
+    monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, args)])
     try:
-        status = ev.run(room.main)
+        status = ev.run(program.main)
     except SystemExit as e:  # argparse
         status = e.code
     out, err = capsys.readouterr()
@@ -238,7 +238,7 @@ def test_evaluate_equals_literal_loops(folder):
     assert (leaking - sims).abs().max() > 1e-3  # another score
     assert (leaking - sims).diagonal().abs().max() < 1e-5  # but not of the matched pairs
     point = ev.released_scores(model, t, f, caption_of, trials=0)
-    assert (point - model.score(t, f, 0)).diagonal().abs().max() < 1e-5
+    assert (point - exact.score(model, t, f, 0)).diagonal().abs().max() < 1e-5
     result = ev.evaluate(model, tokenizer, ann, trials=3, seed=5, with_dsl=True, released=True)
     assert result["t2v"] == ev.metrics(ev.ranks(sims, ann.owner)[0])
     assert result["released_protocol"]["t2v"] == ev.metrics(ev.ranks(leaking, ann.owner)[0])
@@ -361,6 +361,14 @@ def test_command_line(folder, run, tmp_path, call):
     other = tmp_path / "other.csv"
     names = [folder / "videos" / "v1.mp4", "broken.mp4", folder / "videos" / "v2.mp4", "gone.mp4"]
     other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
+    # a csv without that column: all rows, or the split that training would make
+    rest = ["--data", folder / "one.csv", "--root", folder / "videos"]
+    for more, split in (([], "all"), (["--split", "test"], "test")):
+        assert call(*on(folder, *rest, *more, "--json", tmp_path / "out.json"))[0] == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        expected = data.load_split(str(folder / "one.csv"), str(folder / "videos"), split)
+        assert (found["split"], found["texts"]) == (split, len(expected.captions))
+    assert found["texts"] < 7
     arguments = on(folder, "--data", other)
     status, out, err = call(*arguments, "--skip-bad", "--released-protocol")
     assert status == 0 and "LEAKING" in out, out + err
@@ -479,7 +487,7 @@ def test_saved_scores(folder, tmp_path, call):
     assert torch.equal(content["t2v_ranks"], places[0])
     assert torch.equal(content["v2t_ranks"], places[1])
     model, _, _ = load_checkpoint(folder / "model.pt")
-    assert torch.equal(model.score(content["t"], content["f"], 3), content["sims"])
+    assert torch.equal(exact.score(model, content["t"], content["f"], 3), content["sims"])
     ann = annotations(folder, "many.csv")
     assert (content["captions"], content["owner"].tolist()) == (ann.captions, ann.owner)
     assert [video.Segment(*x) for x in content["clips"]] == ann.segments
@@ -594,7 +602,7 @@ def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path,
     assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
     assert os.listdir(tmp_path) == ["broken.pt"]
     arguments += ["--videos", folder / "videos", "--index", tmp_path / "index"]
-    found = call("a query", *arguments, room=search)
+    found = call("a query", *arguments, program=search)
     assert one_error(*found, "broken.pt", "finite", "a query")
     assert not (tmp_path / "r.json").exists()
 
@@ -649,7 +657,7 @@ def test_evaluation_repeats_what_training_printed(run, call, tmp_path):
 def test_processes_that_cannot_start_or_are_lost(folder, call, monkeypatch):
     """A job half started by hand, a port that is taken, a process that dies: one line each."""
     monkeypatch.setenv("RANK", "0")
-    assert one_error(*call(*on(folder)), "RANK=0", "torchrun")
+    assert one_error(*call(*on(folder)), "process 0", "torchrun")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
