@@ -251,8 +251,9 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     noise = noise_of(model, trials, seed, expected)
 
     # Pairs at once: of those with vectors of width D, and of those with coefficients alone.
-    wide = chunk_mb * 2 ** 16 // ((H + 5) * D)
-    pairs = chunk_mb * 2 ** 14 // (H * T + trials)
+    floats = int(chunk_mb * 2 ** 18)
+    wide = floats // (4 * (H + 5) * D)
+    pairs = floats // (16 * (H * T + trials))
     if t.device.type == "cpu":  # twice as fast where tiles stay in the cache
         wide = min(wide, 256)
         pairs = min(pairs, 16384)

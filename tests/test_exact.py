@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 from test_tmass import (
-    D,
-    T,
     METHODS,
     NAMES,
+    D,
+    T,
     cos,
     features,
     literal_pool,
