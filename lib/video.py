@@ -376,7 +376,7 @@ class FrameCache:
         head, body = file.read_bytes().split(b"\n", 1)
         saved, sizes, crc = json.loads(head)
         if saved != key or zlib.crc32(body) != crc:
-            raise ValueError("another key, or damaged")
+            raise ValueError  # another video or span, or damaged
         jpegs = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
         return torch.stack(decode_jpeg(list(jpegs), ImageReadMode.RGB))
 

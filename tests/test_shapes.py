@@ -357,7 +357,7 @@ def test_training_keeps_the_frames_beside_the_videos(tmp_path, run):
 def settled(folder, *words):
     """The settings of a training that a command line asks for."""
     args = train.parser().parse_args(["--out", str(folder / "new.pt"), *words])
-    train.settle(args)
+    train.settle(args, 1)
     return args
 
 
