@@ -47,5 +47,5 @@ def test_study_md_tells_what_the_runs_say(capsys):
         by[row["variant"]][row["seed"]] = row
     study.tables(by)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    page = (ROOT / "tests" / "STUDY.md").read_text().splitlines()
+    page = (ROOT / "study" / "STUDY.md").read_text().splitlines()
     assert len(lines) > 50 and [line for line in lines if line not in page] == []

@@ -97,8 +97,8 @@ def child(folder, args, file_limit, slow_workers):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if slow_workers:  # as on a busy machine
-        begin = processes._mind_signals
-        processes._mind_signals = lambda ending: (time.sleep(0.2), begin(ending))
+        begin = processes._obey
+        processes._obey = lambda ending: (time.sleep(0.2), begin(ending))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]
