@@ -28,9 +28,8 @@ import clip_model
 import data
 import eval as ev
 import search as se
-from lib import exact
+from lib import exact, processes, weights
 from lib import index as store
-from lib import processes, weights
 from lib import video as decode
 from lib.common import Progress
 from lib.video import DataError, read_pieces, sample_indices
