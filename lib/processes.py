@@ -81,7 +81,7 @@ def start_processes(device):
     rank, world = _place_in_job()
     if world > 1 and device.startswith("cuda:"):
         raise DataError(f"--device {device} puts {world} processes on one GPU: give --device cuda")
-    if world > 1 and device == "mps":
+    if world > 1 and device.startswith("mps"):
         raise DataError("--device mps serves one process: start it without torchrun")
     if world > 1 and device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
@@ -133,7 +133,7 @@ def _place_in_job():
 def _try_device(device):
     """Use a device once. Raises DataError where that fails."""
     try:
-        if device == "mps" and not torch.backends.mps.is_available():
+        if device.startswith("mps") and not torch.backends.mps.is_available():
             raise RuntimeError("this machine or this torch has no MPS")
         torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):
