@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,8 +28,8 @@ import clip_model
 import data
 import eval as ev
 import search as se
+from lib import exact, processes, weights
 from lib import index as store
-from lib import processes, weights
 from lib import video as decode
 from lib.common import Progress
 from lib.video import DataError, read_pieces, sample_indices
@@ -74,8 +75,21 @@ def forked(*args, ckpt, **env):
         os._exit(status)
 
 
+@contextlib.contextmanager
+def killing(pid, timeout=120):
+    """A process that is not done by then is killed, so that nothing waits for it for ever."""
+    timer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """The exit status of a process that `forked` started."""
+    with killing(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def shards(videos):
@@ -220,8 +234,9 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
-    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name), None, None) for name in files])
-    scores = model.score(ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
+    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name)) for name in files])
+    t = ev.encode_texts(model, tokenizer, ["a red dog"])
+    scores = exact.score(model, t, f, expected=True)[0]
     best = scores.argsort(descending=True)[:3]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in best]
     for h, (score, file) in zip(hits["a red dog"], expected):
@@ -332,7 +347,7 @@ def test_pieces_and_the_moment(folder, ask, tmp_path):  # noqa: F811
         for piece in read_pieces(tmp_path / name, T, 600):
             f = model.encode_video(transform(piece.frames)[None]).detach()
             at = piece.times[F.cosine_similarity(t[:, None], f, dim=-1)[0].argmax()]
-            score = model.score(t, f, expected=True).item()
+            score = exact.score(model, t, f, expected=True).item()
             expected.append((score, name, at, piece.start, piece.end))
     expected.sort(key=lambda x: -x[0])
     found = [(os.path.basename(x["file"]), x["at"], x["start"], x["end"]) for x in every]
@@ -446,14 +461,32 @@ def test_queries_from_a_pipe_and_output_for_programs(
                "--device", "cpu"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
-    job.stdin.write(b"a dog\n" * 5000)
-    job.stdin.flush()
-    job.stdout.readline()
-    job.stdout.close()  # as head does
-    with contextlib.suppress(BrokenPipeError):
+    with killing(job.pid):
+        job.stdin.write(b"a dog\n" * 10_000)  # as many as fit: more than can be answered
+        job.stdin.flush()
+        job.stdout.readline()
+        job.stdout.close()  # as head does
+        with contextlib.suppress(BrokenPipeError):
+            job.stdin.close()
+        err = job.stderr.read().decode()
+        assert job.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.mark.slow
+def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # noqa: F811
+    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(folder / "videos"),
+               "--ckpt", str(folder / "model.pt"), "--device", "cpu",
+               "--json", str(tmp_path / "x.json")]
+    queries = [f"a dog {k}" for k in range(50)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
+    job.stdout.close()
+    with killing(job.pid, 300):
+        job.stdin.write("\n".join(queries).encode())
         job.stdin.close()
-    err = job.stderr.read().decode()
-    assert job.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+        err = job.stderr.read().decode()
+        assert job.wait() == 0, err
+    assert list(json.loads((tmp_path / "x.json").read_text())) == queries
 
 
 def test_a_terminal_is_asked(folder):  # noqa: F811
@@ -475,15 +508,16 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         nonlocal seen
         while seen.count(mark) < times:
             seen += os.read(terminal, 4096)
-    read_until(b"query> ", 1)
-    os.write(terminal, b"a dog\n")
-    read_until(b"query> ", 2)
-    os.write(terminal, b"\n")
-    read_until(b"query> ", 3)
-    os.write(terminal, b"\x04")  # Ctrl-D
-    with contextlib.suppress(OSError):  # its end
-        while part := os.read(terminal, 4096):
-            seen += part
+    with killing(pid):
+        read_until(b"query> ", 1)
+        os.write(terminal, b"a dog\n")
+        read_until(b"query> ", 2)
+        os.write(terminal, b"\n")
+        read_until(b"query> ", 3)
+        os.write(terminal, b"\x04")  # Ctrl-D
+        with contextlib.suppress(OSError):  # its end
+            while part := os.read(terminal, 4096):
+                seen += part
     assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
 
 
@@ -750,7 +784,7 @@ def test_search_is_exact(trials, method, expected):
     t = torch.randn(3, D, generator=g)
     f = torch.randn(50, 1, D, generator=g) + 0.7 * torch.randn(50, T, D, generator=g)
     scoring = dict(trials=trials, expected=expected)
-    scores, ids = model.score(t, f.half().float(), **scoring).sort(dim=1, descending=True)
+    scores, ids = exact.score(model, t, f.half().float(), **scoring).sort(dim=1, descending=True)
     for sizes in ([50], [20, 0, 30], [1] * 50):
         index = gallery(f, sizes)
         for shortlist in (0, 50):
@@ -761,9 +795,10 @@ def test_search_is_exact(trials, method, expected):
     points = (F.normalize(t, dim=-1) @ mean.T).sort(dim=1, descending=True).indices
     for i, hits in enumerate(se.search(model, t, index, 4, 4, **scoring)):
         assert {x.file for x in hits} == set(points[i, :4].tolist())
-        exact = model.score(t[i:i + 1], f.half().float()[[x.file for x in hits]], **scoring)[0]
-        assert [x.score for x in hits] == pytest.approx(exact.tolist(), abs=1e-6)
-        assert (exact.diff() <= 0).all()
+        found = f.half().float()[[x.file for x in hits]]
+        again = exact.score(model, t[i:i + 1], found, **scoring)[0]
+        assert [x.score for x in hits] == pytest.approx(again.tolist(), abs=1e-6)
+        assert (again.diff() <= 0).all()
     assert [len(hits) for hits in se.search(model, t, index, 1000, top=99, **scoring)] == [50] * 3
 
 
@@ -776,7 +811,7 @@ def test_one_row_per_file_however_many_pieces_it_has():
     (hits,) = se.search(model, t, index, shortlist=3, top=5)
     assert len(hits) == len({x.file for x in hits}) == 5
     assert sorted(x.file for x in hits[:2]) == [0, 1]
-    scores = model.score(t, f.half().float())[0]
+    scores = exact.score(model, t, f.half().float())[0]
     best = scores.view(6, 10).amax(1)
     assert [x.score for x in hits] == pytest.approx([best[x.file].item() for x in hits], abs=1e-6)
     (hits,) = se.search(model, t, index, shortlist=3, top=3, pieces=True)
