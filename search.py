@@ -488,7 +488,7 @@ def questions(args, job):
         return
     sys.stdin.reconfigure(errors="replace")
     asked = False
-    while line := job.gather(next_line() if job.rank == 0 else None)[0]:
+    while line := job.gather(next_line(args) if job.rank == 0 else None)[0]:
         if line.strip():
             asked = True
             yield [line.strip()]
@@ -499,8 +499,11 @@ def questions(args, job):
         )
 
 
-def next_line():
+def next_line(args):
     """A line of standard input, "" at its end; at a terminal after a prompt."""
+    # Nobody reads the answers any more (| head), and no file is to have them.
+    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
+        return ""
     if not sys.stdin.isatty():
         return sys.stdin.readline()
     try:

@@ -2,7 +2,9 @@
 import contextlib
 import csv
 import os
+import shlex
 import stat
+import sys
 import time
 
 import torch
@@ -11,6 +13,9 @@ from lib.common import WeightsError, clock, remove_parts, write_text
 from lib.weights import check_own, read_weights, save_checkpoint, unusable
 
 START_ONLY = ("resume", "overwrite")  # settings of this start alone
+# Free to change with --resume: the result stays the same.
+FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
+        "grad_checkpoint", "root", "videos")
 
 
 def beside(out, ending):
@@ -30,14 +35,15 @@ def only_run(out):
     with lock, contextlib.ExitStack() as at_end:
         try:
             import fcntl
+            # The system frees it however this process ends.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_parts(out)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             owner = f"{out} is being written by process {lock.read()}"
             raise WeightsError(f"{owner}: choose another --out") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)
         at_end.callback(os.unlink, lock.name)
@@ -45,7 +51,7 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """The checkpoint that --resume goes on from, or None where a run may start in --out.
+    """What --out holds for --resume to go on from; None where a run may start in --out.
 
     Only a run without a step may be replaced, or with --overwrite a finished one.
     """
@@ -63,6 +69,7 @@ def earlier_run(args):
     if not stat.S_ISREG(os.lstat(out).st_mode):
         raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain "
                            "file, new or old")
+    # What is not this program's is never replaced, whatever the options.
     content = {}
     with contextlib.suppress(WeightsError):
         content = read_weights(out)
@@ -71,6 +78,7 @@ def earlier_run(args):
                            "choose another --out")
     if args.resume:
         check_run(content, out)
+        check_unchanged(args, content["config"])
         return content
     finished = content.get("finished", True)
     if finished and not args.overwrite:
@@ -80,6 +88,32 @@ def earlier_run(args):
         raise WeightsError(f"{out} holds an unfinished run at step {content['step']}: --resume it, "
                            "or choose another --out")
     return None
+
+
+def check_unchanged(args, config):
+    """Settings given with --resume must be those of the run, unless they change no result."""
+    for name, before in config.items():
+        now = getattr(args, name, None)
+        if now is not None and now != before and name not in FREE:
+            option = "--" + name.replace("_", "-")
+            raise WeightsError(f"{option} {now} differs from {before} in {args.out}: drop it to "
+                               "resume, or start anew with another --out")
+
+
+def go_on():
+    """The command that continues this run: what the user typed, with --resume."""
+    env = os.environ
+    words = ["python"]
+    if "LOCAL_WORLD_SIZE" in env:
+        words = ["torchrun", "--nproc_per_node", env["LOCAL_WORLD_SIZE"]]
+        # On several nodes it is typed on each.
+        if env["GROUP_WORLD_SIZE"] != "1":
+            words += ["--nnodes", env["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", env["MASTER_ADDR"] + ":29500"]
+    words += sys.argv
+    if "--resume" not in words:
+        words.append("--resume")
+    return shlex.join(words)
 
 
 FAULTS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
@@ -132,7 +166,8 @@ class Log:
         self.job = job
         self.checkpoint = checkpoint
         self.batches = batches
-        self.flags = []  # whether each step since the last reading was finite: on the device
+        # Whether each step since the last reading was finite: on the device, for nothing to wait.
+        self.flags = []
         self.skipped = 0
         self.in_a_row = 0
         path = os.devnull if job.rank else beside(args.out, ".log.csv")
@@ -153,6 +188,7 @@ class Log:
         Too many in a row end the run: ten, or thirty with fp16, which halves the loss' scale at
         each until the gradients fit.
         """
+        # Read together, they cost one wait.
         flags = torch.stack(self.flags).tolist() if self.flags else []
         self.flags.clear()
         for step, finite in enumerate(flags, done - len(flags) + 1):
@@ -173,6 +209,7 @@ class Log:
         """A line and a row. values: name -> (); reading them waits for the device."""
         self.was_finite(done)
         args = self.args
+        # One copy from the device, not one for each number.
         numbers = torch.stack(list(values.values())).tolist()
         row = dict(zip(values, numbers), step=done)
         row["epoch"] = (done - 1) // self.batches.per_epoch + 1
@@ -234,6 +271,7 @@ class Checkpoint:
         if self.best is None or R1 > self.best[1]:
             self.best = [step, R1]
             state = self.model.state_dict()
+            # On the CPU: the device needs its memory for training.
             self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in state.items()}
 
     def save(self, step, finished=False):
@@ -244,6 +282,7 @@ class Checkpoint:
         if not finished:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
+            # The result is another epoch's: beside it stand the weights to go on from.
             if self.best_weights is not None:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:

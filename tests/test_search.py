@@ -28,9 +28,8 @@ import clip_model
 import data
 import eval as ev
 import search as se
-from lib import exact
+from lib import exact, processes, weights
 from lib import index as store
-from lib import processes, weights
 from lib import video as decode
 from lib.common import Progress
 from lib.video import DataError, read_pieces, sample_indices
@@ -235,8 +234,9 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
-    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name), None, None) for name in files])
-    scores = exact.score(model, ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
+    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name)) for name in files])
+    t = ev.encode_texts(model, tokenizer, ["a red dog"])
+    scores = exact.score(model, t, f, expected=True)[0]
     best = scores.argsort(descending=True)[:3]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in best]
     for h, (score, file) in zip(hits["a red dog"], expected):
@@ -462,7 +462,7 @@ def test_queries_from_a_pipe_and_output_for_programs(
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
     with killing(job.pid):
-        job.stdin.write(b"a dog\n" * 5000)
+        job.stdin.write(b"a dog\n" * 10_000)  # as many as fit: more than can be answered
         job.stdin.flush()
         job.stdout.readline()
         job.stdout.close()  # as head does
@@ -470,6 +470,23 @@ def test_queries_from_a_pipe_and_output_for_programs(
             job.stdin.close()
         err = job.stderr.read().decode()
         assert job.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.mark.slow
+def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # noqa: F811
+    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(folder / "videos"),
+               "--ckpt", str(folder / "model.pt"), "--device", "cpu",
+               "--json", str(tmp_path / "x.json")]
+    queries = [f"a dog {k}" for k in range(50)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
+    job.stdout.close()
+    with killing(job.pid, 300):
+        job.stdin.write("\n".join(queries).encode())
+        job.stdin.close()
+        err = job.stderr.read().decode()
+        assert job.wait() == 0, err
+    assert list(json.loads((tmp_path / "x.json").read_text())) == queries
 
 
 def test_a_terminal_is_asked(folder):  # noqa: F811

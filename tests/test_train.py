@@ -35,7 +35,7 @@ from videos import write_video
 import data
 import train
 from eval import format_metrics
-from lib import processes
+from lib import processes, runs
 from lib.processes import ALONE
 from lib.weights import read_weights
 
@@ -98,8 +98,8 @@ def child(folder, args, file_limit, slow_workers):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if slow_workers:  # as on a busy machine
-        begin = processes._mind_signals
-        processes._mind_signals = lambda ending: (time.sleep(0.2), begin(ending))
+        begin = processes._obey
+        processes._obey = lambda ending: (time.sleep(0.2), begin(ending))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]
@@ -985,12 +985,12 @@ def test_videos_in_another_folder_than_the_annotations(own_copy, call):
 def test_commands_to_go_on_with(monkeypatch):
     """Of one process and of two machines; that of one machine is run by another test."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my set.csv"])
-    assert train.go_on() == "python train.py --data 'my set.csv' --resume"
+    assert runs.go_on() == "python train.py --data 'my set.csv' --resume"
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])
     job = dict(LOCAL_WORLD_SIZE="8", GROUP_WORLD_SIZE="2", MASTER_ADDR="node1")
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    assert train.go_on() == ("torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d "
+    assert runs.go_on() == ("torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d "
                              "--rdzv_endpoint node1:29500 train.py --resume")
 
 

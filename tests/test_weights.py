@@ -169,7 +169,7 @@ def test_a_checkpoint_that_was_cut_short(tmp_path):
     (lambda c: c.pop("config"), "it has no 'config'"),
     (lambda c: c.pop("version"), "it has no 'version'"),
     (lambda c: c.update(version=99), "version 99.* reads version 1"),
-    (lambda c: c.update(clip={}), "embed_dim"),
+    (lambda c: c.update(clip={}), "image_size"),
     (lambda c: c.update(clip=7), "m.pt"),
     (lambda c: c["clip"].update(shape=3), "shape"),
     (lambda c: c["clip"].update(patch_size=0), "m.pt"),
