@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+from lib import exact
 from lib.common import DataError, Parser, Progress, WeightsError, output
 from lib.options import add_common, load_model, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
 from lib.video import FrameCache, Segment
-from tmass import sample_cosines
 
 CUTOFFS = (1, 5, 10, 50)
 
@@ -135,7 +135,7 @@ def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
     """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
     sims = t.new_zeros(len(t), len(f))
     for columns in blocks(len(f), 128)[job.rank::job.world]:
-        sims[:, columns] = model.score(t, f[columns], trials, seed, expected)
+        sims[:, columns] = exact.score(model, t, f[columns], trials, seed, expected)
     return job.sum(sims)
 
 
@@ -162,8 +162,8 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
             R = model.radius(S)
             v = model.pool(t[rows], f[columns])               # psi(f_j | t_i)         (N,V,D)
             t_i = t[rows, None]
-            honest = sample_cosines(t_i, v, R, eps)           #                        (N,V,M)
-            leaking = sample_cosines(t_i, own, R, eps)
+            honest = exact.sample_cosines(t_i, v, R, eps)           #                        (N,V,M)
+            leaking = exact.sample_cosines(t_i, own, R, eps)
             best = honest.argmax(-1, keepdim=True)            # m*                     (N,V,1)
             sims[rows, columns] = leaking.gather(-1, best).squeeze(-1)
     return sims

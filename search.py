@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 
 import data
 from eval import encode_texts, lowest_if_nan
+from lib import exact
 from lib.common import DataError, Parser, Progress, WeightsError, clock, escaped, numeric
 from lib.index import ShardWriter, file_shard, fingerprint, newest_shards, open_shards, repack
 from lib.options import add_common, load_model, write_json
@@ -388,7 +389,7 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
         f = f.to(text.device).float()
         S = F.normalize(f, dim=-1) @ F.normalize(text[0], dim=-1)  # cos(t, f_j)  (n,T)
         nearest = S.argmax(1, keepdim=True).cpu()
-        scores.append(model.score(text, f, **scoring)[0])
+        scores.append(exact.score(model, text, f, **scoring)[0])
         moments.append(torch.cat([times.gather(1, nearest), spans], 1))
     scores = torch.cat(scores).cpu()
     scores = lowest_if_nan(scores)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 
+from lib import exact
 from lib.common import clock
 from lib.page import (
     esc,
@@ -166,7 +167,7 @@ def analyze(model, scored, t2v, v2t):
     N, V = sims.shape
     point = sims  # cos(t, v)
     if trials:
-        point = model.score(t, f, 0).cpu()
+        point = exact.score(model, t, f, 0).cpu()
     out = dict(trials=trials, seed=seed)
     described = owner.unique()  # a video without captions has no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner, generator),

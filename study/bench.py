@@ -25,6 +25,7 @@ from measure import (
 )
 
 import data
+from lib import exact
 from lib import video as decode
 from lib.weights import to_openai_names
 from tmass import TMASS
@@ -145,7 +146,7 @@ def scoring(D=512, T=12, M=20):
         sizes.append(10_000)
     for n in sizes:
         t, f = random_features(n, D, T, g, DEVICE)
-        s = seconds({"score": lambda: model.score(t, f, M)}, repeat=3)["score"]
+        s = seconds({"score": lambda: exact.score(model, t, f, M)}, repeat=3)["score"]
         print(f"{n:6d} x {n:<6d} {s:7.2f} s   {s / n / n * 1e6:.2f} us/pair")
 
     t, f = random_features(1000, D, T, g, DEVICE)
@@ -162,17 +163,17 @@ def scoring(D=512, T=12, M=20):
                 torch.mm(grown, e, out=product)
 
     runs = {
-        "score": lambda: model.score(t, f, M),
+        "score": lambda: exact.score(model, t, f, M),
         "floor": floor,
-        "point": lambda: model.score(t, f, 0),
-        "expected": lambda: model.score(t, f, M, expected=True),
-        "X-Pool": lambda: xpool.score(t, f, M),
-        "scaled": lambda: scaled.score(t, f, M),
-        "scaled, expected": lambda: scaled.score(t, f, M, expected=True),
+        "point": lambda: exact.score(model, t, f, 0),
+        "expected": lambda: exact.score(model, t, f, M, expected=True),
+        "X-Pool": lambda: exact.score(xpool, t, f, M),
+        "scaled": lambda: exact.score(scaled, t, f, M),
+        "scaled, expected": lambda: exact.score(scaled, t, f, M, expected=True),
     }
     s = seconds(runs, repeat=5)
-    literal = seconds({"literal": lambda: literal_score(model, t, f, M)}, repeat=1)["literal"]
-    gap = (model.score(t, f, M) - literal_score(model, t, f, M)).abs().max()
+    literal = seconds({"literal": lambda: model.score(t, f, M)}, repeat=1)["literal"]
+    gap = (exact.score(model, t, f, M) - model.score(t, f, M)).abs().max()
     print(f"  1000 x 1000   {s['score']:7.2f} s   {s['score']:.2f} us/pair; the literal formula "
           f"{literal:.1f} s: {literal / s['score']:.0f} times as long; floor {s['floor']:.2f} s: "
           f"we take {s['score'] / s['floor']:.1f} times that")
@@ -182,20 +183,6 @@ def scoring(D=512, T=12, M=20):
           f"{s['point']:.2f} s")
     print(f"  largest difference from the literal formula {gap:.1e}; extra peak memory "
           f"{peak_memory(runs['score']):.2f} GB")
-
-
-def literal_score(model, t, f, trials):
-    """The paper's inference as one would write it: a loop over videos and trials."""
-    eps = model.noise(trials)
-    sims = []
-    for j in range(len(f)):
-        v = model.pool(t, f[j:j + 1])[:, 0]  # psi(f_j | t_i)  (N,D)
-        r = model.radius(F.cosine_similarity(t[:, None], f[j][None], dim=-1))
-        best = torch.full((len(t),), -2.0, device=t.device)
-        for m in range(trials):
-            best = torch.maximum(best, F.cosine_similarity(t + r * eps[m], v, dim=-1))
-        sims.append(best)
-    return torch.stack(sims, 1)
 
 
 # ---- reading videos ----

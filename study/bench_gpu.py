@@ -22,6 +22,7 @@ from measure import (
 
 import data
 import search as se
+from lib import exact
 from lib import index as store
 from tmass import TMASS
 
@@ -162,8 +163,8 @@ def agreement(device, sizes):
     ways = {"sampled": {}, "expected": dict(expected=True), "point text": dict(trials=0)}
     for name, how in ways.items():
         how = dict(trials=sizes["trials"]) | how
-        ours = model.score(t, f, **how)
-        theirs = there.score(t.to(device), f.to(device), **how).cpu()
+        ours = exact.score(model, t, f, **how)
+        theirs = exact.score(there, t.to(device), f.to(device), **how).cpu()
         gap = (ours - theirs).abs().max().item()
         rows.append((f"device against CPU: scores, {name}", judged(gap)))
 
@@ -199,7 +200,7 @@ def scoring(device, sizes):
         t, f = random_features(n, 512, sizes["frames"], g, device)
         for name, expected in (("sampled", False), ("expected", True)):
             def run():
-                model.score(t, f, sizes["trials"], expected=expected)
+                exact.score(model, t, f, sizes["trials"], expected=expected)
             took = median_seconds(run, device, sizes["repeat"])
             memory = peak_memory(run, device)
             measured = f"{took:.3g} s, {took / n / n * 1e6:.3g} us a pair, {memory:.2f} GB"

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
-from lib import video  # noqa: E402
+from lib import exact, video  # noqa: E402
 from lib.shapes import ShapesVideos, shapes_of  # noqa: E402
 from lib.weights import load_checkpoint  # noqa: E402
-from tmass import cosine, largest_of_normals  # noqa: E402
+from tmass import cosine  # noqa: E402
 
 RESULTS, SHAPES = ROOT / "study" / "study.jsonl", ROOT / "data" / "shapes"
 NORMAL = "--radius {} --prior normal --prior-std {} --support-weight {}"
@@ -108,17 +108,17 @@ def brief(sims, owner):
 
 
 def closed_form(model, t, f):
-    """The parts of best-of-20 in closed form (tmass.expected_cosine). t (N,D), f (V,T,D) -> dict of (N,V).
+    """The parts of best-of-20 in closed form (exact.expected_cosine). t (N,D), f (V,T,D) -> dict of (N,V).
 
     s = cos·h + shift + bonus: the point text's cosine, shrunk by h = |t|/τ; what the prior's mean adds; E_M b. Beside
     them the mean of R, and the length of the noise over that of the text, σ|R|/|t|.
     """
     mean, std = (0.5, 12 ** -0.5) if model.prior == "uniform" else (0, model.prior_std)
-    largest = largest_of_normals(20)
+    largest = exact.largest_of_normals(20)
     out = {k: torch.empty(len(t), len(f)) for k in ("cos", "h", "shift", "bonus", "radius", "noise")}
     for rows in torch.arange(len(t)).split(25):
         t_i, v = t[rows, None], model.pool(t[rows], f)
-        R = model.radius(cosine(t[rows, None, None], f))
+        R = model.radius(cosine(t[rows, None, None], f)).expand_as(v)
         c = t_i + mean * R
         tau = (c.square().sum(-1) + std ** 2 * R.square().sum(-1)).sqrt()
         g = R * (v - ((c * v).sum(-1) / tau.square())[..., None] * c)
@@ -164,8 +164,8 @@ def evaluated(runs, name, seed, test):
     model, tokenizer, config = load_checkpoint(path)
     t = encode_texts(model, tokenizer, test.ann.captions)
     f = encode_videos(model, test.ann.segments, cache=config["cache"])
-    mass = model.radius.kind != "none"
-    sims = {str(M): model.score(t, f, M) for M in (TRIALS if mass else (0,))}
+    mass = model.config["radius"] != "none"
+    sims = {str(M): exact.score(model, t, f, M) for M in (TRIALS if mass else (0,))}
     best = sims["20" if mass else "0"]
     row = dict(variant=name, seed=seed, train=VARIANTS[name][1], leak={}, groups={},
                train_seconds=int((runs / f"{name}-{seed}.seconds").read_text()))
@@ -175,11 +175,11 @@ def evaluated(runs, name, seed, test):
     shuffled = torch.randperm(len(each), generator=torch.Generator().manual_seed(0))
     for what, order in (("matched", each), ("shuffled", shuffled)):
         t1 = t[test.first[order]]
-        row["leak"][what] = dict(honest=brief(model.score(t1, f), each),
+        row["leak"][what] = dict(honest=brief(exact.score(model, t1, f), each),
                                  released=brief(released_scores(model, t1, f, each), each))
     p = dict(cos=sims["0"][test.first])
     if mass:
-        sims["expected"] = model.score(t, f, 20, expected=True)
+        sims["expected"] = exact.score(model, t, f, 20, expected=True)
         s, p = sims["expected"][test.first], closed_form(model, t[test.first], f)
         assert (p["cos"] * p["h"] + p["shift"] + p["bonus"] - s).abs().max() < 1e-4
         row["ranking"] = what_moves(p, s)

@@ -1,0 +1,356 @@
+"""Computes what `TMASS.score` computes, many times as fast; and best-of-M's mean in closed form.
+
+`TMASS.score` pools every video for every text through matrices of D x D, and compares M noisy
+copies of every text with every pooled video. Here:
+
+- All that a pooling makes of one video, for whatever text, lies in the span of a few vectors. They
+  are computed once per video, and a text only needs its coefficients: `xpool_span`.
+- cos(t + R·ε_m, v) of M samples takes three products with the samples and no copies of the text:
+  `sample_cosines`.
+- Where all dimensions share one R, it leaves these products, and nothing of width D is computed for
+  a pair: `best_of_scalar`.
+- The mean of the best of M samples over the noise takes no samples at all: `expected_cosine`.
+
+Poolings that SPANS does not name are called as they are, and so is every radius: a new class is
+scored right without a line here.
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tmass import LinearRadius, MeanPool, NoRadius, QueryPool, XPool, cosine
+
+TINY = 1e-16  # the least squared length to divide by
+CPU_WIDE = 256  # on a CPU, tiles of so many pairs stay in the cache: twice as fast
+
+
+# ---- poolings as spans: v_ij = Σ_k c_ijk Z_jk ----
+#
+# Each function takes a pooling and texts (N,D) and returns a function of videos f (V,T,D), which
+# gives their spans Z (V,K,D) and the coefficients c (V,K,N).
+
+
+def xpool_span(pool, t):
+    """The span of XPool, K = T*H + 2.
+
+    Beside the softmax, all of psi is linear in the frames but two normalisations, and these only
+    scale. Let j run over the T*H pairs of a frame and a head, with Wo_h the columns of Wo that belong
+    to the head; let ũ be u minus its mean over D, and g, b weight and bias of a LayerNorm. Then
+
+        u_j = Wo_h (Wv LN1(f_j) + bv)_h + bo/H
+        x = LN2(Σ_j a_j u_j)
+          = Σ_j (a_j/s) g2·ũ_j + b2                  s² = |Σ_j a_j ũ_j|²/D + eps
+        y = x + W x + b
+          = Σ_j (a_j/s) z_j + z_0                    z_j = (I + W) g2·ũ_j,  z_0 = (I + W) b2 + b
+        v = LN3(y)
+          = Σ_j (a_j/s/s') g3·z̃_j + g3·z̃_0/s' + b3   s'² = |Σ_j (a_j/s) z̃_j + z̃_0|²/D + eps
+
+    so that Z = (g3·z̃_1, ..., g3·z̃_TH, g3·z̃_0, b3) and c = (a/s/s', 1/s', 1). Both s are quadratic
+    forms: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and alike s' with z̃.
+    """
+    H = pool.heads
+    q = xpool_query(pool, t)                                           # (H,N,D)
+    Wo = by_head(pool.out.weight.T, H).mT                              # (H,D,D/H)
+    Wu = Wo @ by_head(pool.v.weight, H)                                # (H,D,D)
+    bu = Wo @ by_head(pool.v.bias[:, None], H)                         # (H,D,1)
+    bu = bu.squeeze(-1) + pool.out.bias / H
+
+    def span(f):
+        V, T, D = f.shape
+        f = pool.ln1(f)
+        u = F.linear(f, Wu.flatten(0, 1), bu.flatten())
+        u = centred(u.view(V, T * H, D))
+        x = torch.cat([pool.ln2.weight * u, pool.ln2.bias.expand(V, 1, D)], 1)
+        z = x + x @ pool.linear.weight.T                               # (V,T*H+1,D), z_0 last
+        z[:, -1] += pool.linear.bias
+        z = centred(z)
+        Z = torch.cat([pool.ln3.weight * z, pool.ln3.bias.expand(V, 1, D)], 1)
+
+        a = dots(q.flatten(0, 1), f).view(V, T, H, -1)
+        a = a.softmax(1).flatten(1, 2)                                 # (V,T*H,N)
+        a *= (form(u @ u.mT / D, a) + pool.ln2.eps).rsqrt()            # a/s
+        c = F.pad(a, (0, 0, 0, 1), value=1.0)                          # (a/s, 1)
+        c *= (form(z @ z.mT / D, c) + pool.ln3.eps).rsqrt()            # (a/s/s', 1/s')
+        return Z, F.pad(c, (0, 0, 0, 1), value=1.0)
+    return span
+
+
+def xpool_query(pool, t):
+    """Queries that have met Wk: q·(Wk x) = (Wkᵀ q)·x. t (N,D) -> (H,N,D).
+
+    The bias of k adds one number to all logits of a query, which softmax does not see.
+    """
+    q = pool.split_heads(pool.q(pool.ln1(t))) / math.sqrt(t.shape[1] // pool.heads)
+    return torch.einsum("nhd,hde->hne", q, by_head(pool.k.weight, pool.heads))
+
+
+def pool_few(pool, t, f):
+    """XPool.forward in the order that suits few texts. t (N,D), f (V,T,D) -> v (N,V,D).
+
+    Σ_j a_j Wv x_j = Wv Σ_j a_j x_j: no frame meets a matrix, only what a text has pooled.
+    """
+    f = pool.ln1(f)
+    a = torch.einsum("hnd,vtd->hnvt", xpool_query(pool, t), f).softmax(-1)
+    o = torch.einsum("hnvt,vtd->hnvd", a, f)
+    Wv = by_head(pool.v.weight, pool.heads)
+    o = torch.einsum("hnve,hde->nvhd", o, Wv).flatten(2) + pool.v.bias
+    x = pool.ln2(pool.out(o))
+    return pool.ln3(x + pool.linear(x))
+
+
+def mean_span(pool, t):
+    """The span of MeanPool: the mean frame, which counts once."""
+    def span(f):
+        return f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t))
+    return span
+
+
+def query_span(pool, t):
+    """The span of QueryPool: the frames, of length 1, and the softmax."""
+    t = F.normalize(t, dim=-1)
+
+    def span(f):
+        Z = F.normalize(f, dim=-1)
+        return Z, (dots(t, Z) / 0.1).softmax(1)
+    return span
+
+
+SPANS = {XPool: xpool_span, MeanPool: mean_span, QueryPool: query_span}
+
+
+def by_head(x, H):
+    """(D,...) -> (H,D/H,...)."""
+    return x.unflatten(0, (H, -1))
+
+
+def centred(x):
+    """x minus its mean over the last axis, as LayerNorm does it."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def dots(t, z):
+    """Dot products as one product of two matrices. t (N,D), z (V,K,D) -> (V,K,N)."""
+    return (z.flatten(0, 1) @ t.T).view(*z.shape[:2], len(t))
+
+
+def form(G, a):
+    """The quadratic form aᵀ G a. G (V,K,K), a (V,K,N) -> (V,1,N)."""
+    return (G @ a * a).sum(1, keepdim=True)
+
+
+# ---- the best of M samples ----
+
+
+@torch.no_grad()
+def sample_cosines(t, v, R, eps, products=None):
+    """cos(t + R·ε_m, v) of every sample. t, v (...,D), R (...,D) or (...,1), eps (M,D) -> (...,M).
+
+    products: t·v, |v|², |t|² (...), where they are known.
+    """
+    tv, vv, tt = products or ((t * v).sum(-1), squared(v), squared(t))
+    R = R.expand(*R.shape[:-1], eps.shape[-1])
+    along = (R * v) @ eps.T
+    across = (R * t) @ eps.T
+    square = R.square() @ eps.square().T
+    return cosines_of_products(tv, vv, tt, along, across, square)
+
+
+def cosines_of_products(tv, vv, tt, along, across, square):
+    """(t·v + (R·v)·ε) / (|v| sqrt(|t|² + 2 (R·t)·ε + (R·R)·(ε·ε))). (...), then (...,M) -> (...,M)."""
+    length = square.add_(across, alpha=2).add_(tt[..., None]).clamp_min_(TINY).sqrt_()
+    return along.add_(tv[..., None]).div_(length).div_(vv.clamp_min(TINY).sqrt()[..., None])
+
+
+@torch.no_grad()
+def expected_cosine(t, v, R, mean, std, largest):
+    """The mean of max_m cos(t + R·ε_m, v) over the noise. t, v, R (...,D), or R (...,1) -> (...).
+
+    mean, std: of ε. largest: E_M, the mean of the largest of M standard normals.
+
+    ε = μ + σ z with z ~ N(0, I). That is exact for the normal prior (μ = 0), and holds in effect
+    for the uniform one (μ = 1/2, σ = 1/√12), whose sums over D dimensions are close to normal. Then
+
+        t_s = c + σ R·z            c = t + μ R
+        |t_s|² = |c|² + 2σ (R·c)·z + σ² |R·z|²
+
+    where the last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², to first order in z,
+
+        cos(t_s, v) = (c·v + σ (R·v)·z) / (|v| τ sqrt(1 + 2σ (R·c)·z/τ²))
+                    ≈ (c·v + σ g·z) / (|v| τ)          g = R·(v - k c),  k = c·v/τ².
+
+    This is normal, with mean c·v/(|v| τ) and standard deviation σ|g|/(|v| τ), and the best of M such
+    numbers has the mean (c·v + E_M σ|g|) / (|v| τ): a cosine, shrunk by |t|/τ, and a bonus for a
+    wide mass.
+    """
+    R = R.expand(*R.shape[:-1], v.shape[-1])
+    c = t + mean * R if mean else t
+    cv = (c * v).sum(-1)
+    tau2 = (squared(c) + std ** 2 * squared(R)).clamp_min(TINY)
+    k = (cv / tau2)[..., None]
+    g = torch.addcmul(v, k, c, value=-1).mul_(R)
+    return (cv + largest * std * g.norm(dim=-1)) / (squared(v).clamp_min(TINY) * tau2).sqrt()
+
+
+def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
+    """The same where R (V,N,1) leaves all sums over D. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
+    if torch.is_tensor(noise):
+        along = c.mT @ (Z @ noise.T) * R
+        across = t @ noise.T * R
+        square = noise.square().sum(-1) * R.square()
+        return cosines_of_products(tv, vv, tt, along, across, square).amax(-1)
+    mean, std, largest = noise
+    R = R.squeeze(-1)
+    D = t.shape[1]
+    shift = mean * R
+    cv = tv + shift * (Z.sum(-1, keepdim=True) * c).sum(1)
+    cc = tt + 2 * shift * t.sum(-1) + D * shift.square()
+    tau2 = (cc + D * (std * R).square()).clamp_min(TINY)
+    k = cv / tau2
+    g = R * (vv - 2 * k * cv + k.square() * cc).clamp_min(0).sqrt()
+    return (cv + largest * std * g) / (vv.clamp_min(TINY) * tau2).sqrt()
+
+
+def largest_of_normals(M):
+    """E_M, the mean of the largest of M standard normals: b - ∫ Φ(x)^M dx, x from -b to b.
+
+    Exact to rounding, as the integrand is flat at both ends (for M up to 10^12).
+    """
+    x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+    below = (M * torch.special.log_ndtr(x)).exp()
+    return 12 - torch.trapezoid(below, x).item()
+
+
+def squared(x):
+    """|x|². (...,D) -> (...)."""
+    return x.norm(dim=-1).square()
+
+
+# ---- all pairs ----
+
+
+@torch.no_grad()
+def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
+    """The scores that TMASS.score defines. t (N,D), f (V,T,D) -> sims (N,V).
+
+    trials: M; 0 scores the point text. expected: the mean of the best of M over the noise, which
+    needs no seed. f may be of any precision and on any device: sims are float32, on the device of
+    t, and take about chunk_mb megabytes to compute.
+    """
+    t = t.float()
+    N, D = t.shape
+    V, T, _ = f.shape
+    H = model.config["heads"]
+    pool = model.pool
+    span_of = SPANS.get(type(pool))
+    if N <= T:
+        span_of = None  # it costs 2T products of D x D a video, few texts cost 3 a pair
+        if type(pool) is XPool:
+            pool = functools.partial(pool_few, pool)
+    noise = noise_of(model, trials, seed, expected)
+
+    # Pairs at once: of those with vectors of width D, and of those with coefficients alone.
+    floats = int(chunk_mb * 2 ** 18)
+    wide = floats // (4 * (H + 5) * D)
+    pairs = floats // (16 * (H * T + trials))
+    if t.device.type == "cpu":  # twice as fast where tiles stay in the cache
+        wide = min(wide, 256)
+        pairs = min(pairs, 16384)
+    if span_of is None:
+        n = max(1, min(N, wide))
+        v = wide // n
+    else:
+        n = max(1, min(N, 2048))
+        v = min(pairs // n, 64)
+
+    sims = t.new_empty(N, V)
+    model.pool.eval()  # scoring drops nothing
+    with torch.autocast(t.device.type, enabled=False):
+        model.radius(t.new_zeros(1, T))  # raises where T is not the model's
+        radius = fast_radius(model.radius)
+        for texts in blocks(N, n):
+            t_i = t[texts]
+            span = span_of and span_of(pool, t_i)
+            for videos in blocks(V, v):
+                f_j = f[videos].to(t)
+                if span is None:
+                    best = best_of_pooled(t_i, f_j, pool, radius, noise)
+                else:
+                    best = best_of_span(t_i, f_j, span, radius, noise, wide)
+                sims[texts, videos] = best.T
+    model.pool.train(model.training)
+    return sims
+
+
+def best_of_pooled(t, f, pool, radius, noise):
+    """Scores by calling the pooling. t (N,D), f (V,T,D) -> (V,N)."""
+    v = pool(t, f).transpose(0, 1)                                     # (V,N,D)
+    if noise is None:
+        return cosine(t, v)
+    R = radius(similarities(t, f, radius))
+    return best_of(t, v, R, noise)
+
+
+def best_of_span(t, f, span, radius, noise, wide):
+    """Scores by coefficients, `wide` pairs at a time where R is wide. t (N,D), f (V,T,D) -> (V,N)."""
+    Z, c = span(f)
+    tv = (dots(t, Z) * c).sum(1)                                       # (V,N)
+    vv = form(Z @ Z.mT, c).squeeze(1)                                  # (V,N)
+    tt = squared(t)                                                    # (N)
+    if noise is None:
+        return tv / (vv * tt).sqrt().clamp_min(TINY)
+    S = similarities(t, f, radius)
+    if radius(S[:1, :1]).shape[-1] == 1:
+        return best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
+    best = torch.empty_like(tv)
+    side = math.isqrt(wide)
+    for videos in blocks(len(f), side):
+        for texts in blocks(len(t), side):
+            at = (videos, texts)
+            v = c[videos, :, texts].mT @ Z[videos]                     # (side,side,D)
+            products = tv[at], vv[at], tt[texts]
+            best[at] = best_of(t[texts], v, radius(S[at]), noise, products)
+    return best
+
+
+def best_of(t, v, R, noise, products=None):
+    """Sampled or expected, as the noise says. t, v (...,D), R (...,D) or (...,1) -> (...)."""
+    if torch.is_tensor(noise):
+        return sample_cosines(t, v, R, noise, products).amax(-1)
+    return expected_cosine(t, v, R, *noise)
+
+
+def noise_of(model, trials, seed, expected):
+    """Samples (M,D); or mean, standard deviation and E_M; or None: the point text is scored."""
+    if trials == 0 or type(model.radius) is NoRadius:
+        return None
+    if not expected:
+        eps = model.noise(trials, seed)
+        return eps.T.contiguous().T  # products need its transpose
+    if model.prior == "uniform":
+        return 0.5, 12 ** -0.5, largest_of_normals(trials)
+    return 0.0, model.prior_std, largest_of_normals(trials)
+
+
+def similarities(t, f, radius):
+    """S = cos(t, f_j), or its mean over j where the radius needs no more. -> (V,N,T) or (V,N,1)."""
+    f = F.normalize(f, dim=-1)
+    # Declared by the class itself, as a subclass may compute something else.
+    if vars(type(radius)).get("of_mean"):
+        f = f.mean(1, keepdim=True)
+    return dots(F.normalize(t, dim=-1), f).mT
+
+
+def fast_radius(radius):
+    """LinearRadius with the bias inside the product, which saves a pass; any other as it is."""
+    if type(radius) is not LinearRadius:
+        return radius
+    W = torch.cat([radius.linear.weight.T, radius.linear.bias[None]])  # (T+1,D)
+    return lambda S: (F.pad(S, (0, 1), value=1.0) @ W).exp_()
+
+
+def blocks(total, size):
+    """Slices of at most `size` that make up range(total)."""
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, total, size)]
