@@ -329,6 +329,12 @@ def read_charades(root, split, folders):
 
 
 def read_msvd(root, split, folders):
+    """Its captions come as a pickle of lists of words; captions_msvd.json is {id: [caption, ...]}:
+
+        captions = pickle.load(open("raw-captions.pkl", "rb"))
+        captions = {video: [*map(" ".join, words)] for video, words in captions.items()}
+        json.dump(captions, open("captions_msvd.json", "w"))
+    """
     name = "captions_msvd.json"
     captions = read_json(root / name, "msvd", dict)
     videos = read_text(root / f"{split}_list.txt", "msvd").split()

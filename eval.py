@@ -23,7 +23,7 @@ from lib.options import add_common, load_model, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
-from lib.video import FrameCache, Segment
+from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
 
@@ -65,7 +65,7 @@ def collate(items):
 
     Pixels are None where no item could be read.
     """
-    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, Exception)}
+    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, DataError)}
     read = [x for k, x in enumerate(items) if k not in errors]
     return torch.stack(read) if read else None, errors
 
@@ -88,11 +88,7 @@ def encode_videos(
     """
     kinds = (Segment, str, os.PathLike)
     refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
-    segments = []
-    for x in segments_or_paths:
-        if not isinstance(x, Segment):
-            x = Segment(os.fspath(x))
-        segments.append(x)
+    segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device
@@ -134,6 +130,7 @@ def encode_videos(
 def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
     """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
     sims = t.new_zeros(len(t), len(f))
+    # A score depends on its text and its video alone, so columns can be computed anywhere.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
         sims[:, columns] = exact.score(model, t, f[columns], trials, seed, expected)
     return job.sum(sims)
@@ -187,18 +184,18 @@ def tied_rank(scores, own, dim):
 def ranks(sims, owner):
     """Ranks of the right answers, from 1, float64. sims (N,V), owner (N,) -> t2v (N,), v2t (V,).
 
-    t2v: a text ranks the videos. v2t, as in the published tables: a video ranks the sets of
-    captions, a set being all that describe one video, by its best. A video without captions has no
-    v2t rank, NaN, and is a distractor in t2v.
+    t2v: each text ranks the videos. v2t, as in the published tables: each video ranks the videos
+    by the best score that a caption of theirs has with it. One without captions is no such rival
+    and has the rank NaN, but every text ranks it.
     """
     # On the CPU: Apple's GPUs (--device mps) have no float64.
     sims = lowest_if_nan(sims.cpu())
     owner = torch.as_tensor(owner).cpu()
     N, V = sims.shape
-    own = sims.gather(1, owner[:, None])          # each text with its video          (N,1)
+    own = sims.gather(1, owner[:, None])      # each text with its video               (N,1)
     t2v = tied_rank(sims, own, dim=1)
 
-    best = sims.new_full((V, V), -torch.inf)      # of the captions of v, with video w  (V,V)
+    best = sims.new_full((V, V), -torch.inf)  # of the captions of video v, with w     (V,V)
     rows = owner[:, None].expand(N, V)
     best = best.scatter_reduce(0, rows, sims, "amax")
     described = owner.unique()
@@ -415,6 +412,7 @@ def load_data(args, config, job):
     if not (args.data or trained_on):
         raise DataError(f"{args.ckpt} does not say which data set it was trained on: "
                         "give --data and --root")
+    # Training keeps the absolute path of a .csv.
     same = args.data is None or trained_on in (args.data, os.path.abspath(args.data))
     if same:
         as_trained(args, config, job)
@@ -503,6 +501,7 @@ def main(argv=None):
     if ceiling is not None:
         result["ceiling"] = ceiling
         job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
+    # After the table: if a file can't be written, the numbers are there.
     if job.rank == 0:
         write_results(args, model, scored, result, job)
     return 0

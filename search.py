@@ -213,17 +213,18 @@ def update_index(model, folder, where, mark, job, **encoding):
     -> ({name: Shard}, newest_shards of them, how many files were encoded)
     """
     known = {}
+    size = model.frames, model.clip.embed_dim
     writer = ShardWriter(where, mark)
     # Files may come and go: all processes share out what the first one saw.
     folder = folder._replace(stamps=job.gather(folder.stamps)[0])
-    shards = open_shards(where, mark, known, job)
+    shards = open_shards(where, mark, known, job, size)
     newest = newest_shards(shards, folder.stamps)
     names = [name for name in folder.stamps or () if name not in newest]
     encoded = 0
     if names:
         count = encode_files(model, folder, names, writer, job=job, **encoding)
         encoded = sum(job.gather(count))  # waits for all
-        shards = open_shards(where, mark, known, job)
+        shards = open_shards(where, mark, known, job, size)
         for unsaved in job.gather(writer.unsaved):
             shards.update(unsaved)
         newest = newest_shards(shards, folder.stamps)
@@ -487,7 +488,7 @@ def questions(args, job):
         return
     sys.stdin.reconfigure(errors="replace")
     asked = False
-    while line := job.gather(next_line() if job.rank == 0 else None)[0]:
+    while line := job.gather(next_line(args) if job.rank == 0 else None)[0]:
         if line.strip():
             asked = True
             yield [line.strip()]
@@ -498,8 +499,11 @@ def questions(args, job):
         )
 
 
-def next_line():
+def next_line(args):
     """A line of standard input, "" at its end; at a terminal after a prompt."""
+    # Nobody reads the answers any more (| head), and no file is to have them.
+    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
+        return ""
     if not sys.stdin.isatty():
         return sys.stdin.readline()
     try:

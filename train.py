@@ -27,10 +27,10 @@ from clip_model import CLIP, Tokenizer
 from eval import evaluate, format_metrics
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
 from lib.processes import Stopped, loading, noting_signals, process_died, run, start_processes
-from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, only_run
+from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, go_on, only_run
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
-from lib.weights import load_checkpoint, load_strictly
+from lib.weights import build_own, load_checkpoint, load_strictly
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
 # ---- settings ----
@@ -76,7 +76,7 @@ RECIPES = {  # what differs from BASE, by data set
 }
 RECIPES_ARE = """\
 Recipes, where they differ from the defaults above, which are those of the other data sets.
-msrvtt, lsmdc and didemo are the released commands. None was released for the others: msrvtt-7k and
+msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
 msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
 TINY = dict(  # the CLIP that is trained here, on a CPU
     embed_dim=128,
@@ -89,12 +89,8 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DATASETS = data.names()
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Free to change with --resume: the result stays the same.
-FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
-        "grad_checkpoint", "root", "videos")
 
 
 def learning_rate(step, total, warmup):
@@ -124,8 +120,9 @@ def descend(loss, model, optimizer, scaler):
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     finite = torch.isfinite(loss + norm)
-    optimizer.found_inf = (~finite).float()  # fused AdamW changes nothing where this is 1
-    if loss.device.type != "mps" or finite:  # there it doesn't look: wait
+    # Where found_inf is 1, fused AdamW changes nothing. That of MPS does not look: wait there.
+    optimizer.found_inf = (~finite).float()
+    if loss.device.type != "mps" or finite:
         optimizer.step()
     scaler.update()
     with torch.no_grad():
@@ -137,7 +134,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     """Train to the end, or until a signal is noted. -> that signal after saving, or 0."""
     model = checkpoint.model
     parallel = DistributedDataParallel(model) if job.world > 1 else model
-    gather = functools.partial(Gather.apply, job)
+    gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
@@ -146,19 +143,22 @@ def fit(args, job, checkpoint, batches, splits, noted):
             factor = learning_rate(step, batches.total, args.warmup)
             for group in checkpoint.optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            torch.manual_seed(mixed_seed(args.seed, step))  # noise, dropout: alike in all processes
+            # Noise and dropout are the same in all processes, and when the step is resumed.
+            torch.manual_seed(mixed_seed(args.seed, step))
 
             ids = ids.to(job.device, non_blocking=True)
             pixels = pixels.to(job.device, non_blocking=True)
             with autocast(args, job):
-                losses = parallel(ids, pixels, gather)
+                losses = parallel(ids, pixels, gather=gather)
             norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
             log.flags.append(finite)
 
             done = step + 1
             end_of_epoch = done % batches.per_epoch == 0
+            # A save at an epoch's end belongs behind its validation.
             checkpoint.unsaved = None if end_of_epoch else done
-            if end_of_epoch or done % args.log_every == 0:  # only here the device is waited for
+            # Reading numbers waits for the device: it is done for steps that are logged or saved.
+            if end_of_epoch or done % args.log_every == 0:
                 scale = model.clip.logit_scale.exp()
                 log.step(done, dict(losses, grad_norm=norm, scale=scale), factor)
             if end_of_epoch and splits["val"].segments:
@@ -254,8 +254,10 @@ class Gather(torch.autograd.Function):
     is exactly one process' gradient.
     """
     @staticmethod
-    def forward(ctx, job, x):
-        counts = job.gather(len(x))  # they differ where --skip-bad left pairs out
+    def forward(ctx, job, uneven, x):
+        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
+        # Each adds its own rows to zeros, which is exact.
         first = sum(counts[:job.rank])
         ctx.job = job
         ctx.rows = slice(first, first + len(x))
@@ -265,7 +267,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, gradient[ctx.rows] * ctx.job.world
+        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
@@ -273,9 +275,11 @@ class Gather(torch.autograd.Function):
 def build(args, captions, saved, job):
     """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
-        model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
-        model.load_state_dict(saved.get("training", saved)["model"])
-        return model, Tokenizer(saved["merges"], saved["context_length"])
+        # Where the best weights are another epoch's, those to go on from stand beside them.
+        model, tokenizer, _ = build_own(saved, args.out)
+        if "training" in saved:
+            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
+        return model, tokenizer
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
@@ -285,6 +289,7 @@ def build(args, captions, saved, job):
     model = TMASS(start.clip, **method)
     if args.init:
         new = []
+        # Another radius than the checkpoint's has no weights there; all else must fit.
         if args.radius != start.config["radius"]:
             start.radius = model.radius
             new = [f"radius.{name}" for name in model.radius.state_dict()]
@@ -363,7 +368,7 @@ def parser():
         group.add_argument("--" + name.replace("_", "-"), help=text, **more)
 
     group = p.add_argument_group("data")
-    option("data", f"{', '.join(DATASETS)}, or a .csv (default: shapes)", data_name)
+    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
     option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
     option("videos", "folder of the videos, where they lie apart from the annotations", folder)
     option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
@@ -420,20 +425,16 @@ def parser():
     return p
 
 
-def settle(args, world):
+def settle(args, world=1):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     saved = earlier_run(args)
     config = saved["config"] if saved else {}
-    for name in given.keys() & config.keys() - set(FREE):
-        if given[name] != config[name]:
-            option = "--" + name.replace("_", "-")
-            raise WeightsError(f"{option} {given[name]} differs from {config[name]} in {args.out}: "
-                               "drop it to resume, or start anew with another --out")
     name = args.data or config.get("data", "shapes")
     vars(args).update(BASE | RECIPES.get(name, {}) | config | given | {"data": name})
+    # A mass of no size has no support text: this is X-Pool.
     if args.radius == "none" and "support_weight" not in config.keys() | given.keys():
-        args.support_weight = 0.0  # a mass of no size has no support text: this is X-Pool
+        args.support_weight = 0.0
     folder = os.path.dirname(name) or os.path.join("data", name.split("-")[0])
     args.root = args.root or os.path.abspath(folder)
     if name == "shapes":
@@ -477,7 +478,7 @@ def train(args, job):
     with job.first_alone():
         try:
             model, tokenizer = build(args, splits["train"].captions, saved, job)
-        except ValueError as error:  # of TMASS and CLIP, which know no users
+        except ValueError as error:  # by TMASS and CLIP, of the user's settings
             raise WeightsError(str(error)) from None
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
@@ -493,19 +494,20 @@ def train(args, job):
         if args.pretrain:
             pretrain(model, tokenizer, args, scaler, job)
         checkpoint.save(0)
-    del saved  # all of it has been copied: let the memory go
+    # All of it has been copied: let the memory go.
+    del saved
 
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
-        except Stopped:  # no batch comes; to save, several processes would have to meet
+        except (Stopped, DataError):
+            if not noted:
+                raise
+            # No batch comes: workers are slow, or did not survive the signal. To save, several
+            # processes would have to meet, and others may be gone.
             stopped = noted[0]
             if job.world == 1 and checkpoint.unsaved:
                 checkpoint.save(checkpoint.unsaved)
-        except DataError:
-            if not noted:
-                raise
-            stopped = noted[0]  # which a worker did not survive
         if not stopped:
             checkpoint.save(batches.total, finished=True)
     if stopped:
@@ -581,21 +583,6 @@ def evaluation(args):
         words.append("--skip-bad")
     if args.device != DEVICE:
         words += ["--device", args.device]
-    return shlex.join(words)
-
-
-def go_on():
-    """What the user typed, with --resume."""
-    env = os.environ
-    words = ["python"]
-    if "LOCAL_WORLD_SIZE" in env:
-        words = ["torchrun", "--nproc_per_node", env["LOCAL_WORLD_SIZE"]]
-        if env["GROUP_WORLD_SIZE"] != "1":  # on each node
-            words += ["--nnodes", env["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
-                      "--rdzv_endpoint", env["MASTER_ADDR"] + ":29500"]
-    words += sys.argv
-    if "--resume" not in words:
-        words.append("--resume")
     return shlex.join(words)
 
 

@@ -1,4 +1,4 @@
-"""Shared by all programs: errors, options, seeds, progress, files written whole, and how it ends."""
+"""Shared by all programs: errors, options, what is printed, files written whole, and the end."""
 import argparse
 import contextlib
 import errno
@@ -36,7 +36,8 @@ class WeightsError(UserError):
 CURES = {  # what the system, Python and torch say -> what helps
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|MemoryError":
         "use a smaller --batch, --amp bf16, fewer --workers or, in training, --grad-checkpoint",
-    "Too many open files": "use fewer --workers, or allow more files (ulimit -n 4096)",
+    "Too many open files|items of ancdata":
+        "use fewer --workers, or allow more files (ulimit -n 4096)",
     "shared memory|torch_.*(No space left|Bus error)":
         "give /dev/shm more room (docker run --shm-size 8g, or --ipc=host), or use fewer --workers",
 }
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def numeric(kind, least, most=2 ** 31 - 1):
-    """The type of a numeric option: int or float from least to most; NaN and infinity are neither."""
+    """The type of a numeric option: int or float from least to most, which NaN is not."""
     name = "a whole number" if kind is int else "a number"
 
     def parse(text):
@@ -112,8 +113,11 @@ def mixed_seed(*numbers):
 
 
 def escaped(text, keep=""):
-    """A name from anywhere, for a terminal: what could move its cursor, or turn the writing round,
-    becomes an escape such as \\x1b."""
+    """A name from anywhere, for a terminal.
+
+    What could move the cursor or turn the writing round, unless it is in `keep`, becomes \\x1b
+    and the like.
+    """
     def escape(c):
         odd = unicodedata.category(c).startswith("C") or c in "\u2028\u2029"
         return c.encode("unicode_escape").decode() if odd and c not in keep else c
@@ -197,14 +201,11 @@ def lasting_streams():
             os.fstat(number)
         except OSError:  # else the next file to be opened would be the standard stream
             os.open(os.devnull, os.O_RDWR)
-    before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
-    sys.stderr = Output(sys.stderr or open(os.devnull, "w"))
-    try:
-        yield
-    finally:
-        sys.stdin, sys.stdout, sys.stderr = before
+    out = Output(sys.stdout or open(os.devnull, "w"))
+    err = Output(sys.stderr or open(os.devnull, "w"))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield out
 
 
 # ---- files written whole ----
@@ -212,7 +213,7 @@ def lasting_streams():
 
 @contextlib.contextmanager
 def written_whole(path, flush=True):
-    """A temporary name beside path: what the block writes there becomes path, if the block ends well.
+    """A temporary name beside path; what the block writes there becomes path if it ends well.
 
     A kill or a power cut leaves the old file or the new one, and perhaps a part (`remove_parts`).
     flush=False is for what can be made again: faster, but a power cut may leave an empty file.
@@ -220,7 +221,7 @@ def written_whole(path, flush=True):
     part = _part(path)
     try:
         with open(part, "xb") as file:
-            _lock(file)
+            _lock(file)  # for remove_parts; the system unlocks the file of a process that is killed
             yield part
             if flush:
                 os.fsync(file.fileno())
@@ -235,6 +236,7 @@ def _part(path):
     return f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
 
+# A number of the process would not do instead of a lock: in containers all have the same few.
 def _lock(file):
     """Lock a file until it is closed. -> False if another process has locked it, or nothing can."""
     try:
@@ -264,7 +266,7 @@ def check_output(option, path, marks=(), *, overwrite=False):
         if not os.path.basename(path) or os.path.lexists(path) and not _is_plain(path):
             raise OSError("give a plain file's name in a folder that exists")
         part = _part(path)
-        open(part, "xb").close()  # the folder is there, the name not too long, the disk not read-only
+        open(part, "xb").close()  # the folder is there and writable, the name not too long
         os.unlink(part)
         if os.path.lexists(path):
             with open(path, "r+b") as file:
@@ -273,7 +275,8 @@ def check_output(option, path, marks=(), *, overwrite=False):
         raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
     empty = start in (b"", b"{}")
     if not empty and not overwrite and not any(mark in start for mark in marks):
-        raise DataError(f"{option} {path} exists and is no file that {option} wrote: give another name")
+        raise DataError(f"{option} {path} exists and is no file that {option} wrote: "
+                        "give another name")
     remove_parts(path)
 
 
@@ -294,7 +297,7 @@ def output(option, path):
 
 
 def why_not_written(error):
-    """The system's reason behind an error in writing; torch raises a RuntimeError in front of it."""
+    """The system's reason for a failed write, also behind a RuntimeError of torch; else None."""
     while error and not isinstance(error, OSError):
         error = error.__context__
     if getattr(error, "errno", None) == errno.ENOSPC:
@@ -317,24 +320,23 @@ def program(main, *mistakes):
     A mistake of the user (UserError, `mistakes`), or an error of the system, is one line on stderr
     and status 2. Standard output that nobody reads any more (| head) is none.
     """
-    with lasting_streams():
+    with lasting_streams() as out:
         try:
             status = main()
-            sys.stdout.flush()
-            error = getattr(sys.stdout, "error", None)
-            if isinstance(error, BrokenPipeError):
+            out.flush()
+            if isinstance(out.error, BrokenPipeError):
                 return 0 if status == 1 else status  # 1 is a verdict, for who reads to the end
-            if error:
-                raise DataError(f"standard output cannot be written: {error.strerror}")
+            if out.error:
+                raise DataError(f"standard output cannot be written: {out.error.strerror}")
             return status
         except (UserError, *mistakes) as e:
             line = str(e)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except (OSError, RuntimeError, MemoryError) as e:
+        except (OSError, RuntimeError, MemoryError) as e:  # torch raises a RuntimeError for many
             if not isinstance(e, OSError) and not cure(e):
                 raise  # a fault of the program, whose stack is wanted
-            line = ": ".join(filter(None, [first_line(e), cure(e)]))
+            line = f"{first_line(e)}: {cure(e)}" if cure(e) else first_line(e)
         print(f"error: {escaped(line)}", file=sys.stderr)
         return 2

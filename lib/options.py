@@ -7,7 +7,7 @@ import torch
 
 from lib.common import DataError, WeightsError, check_output, numeric, output
 from lib.weights import load_checkpoint
-from tmass import POOLINGS, PRIORS, MeanPool, QueryPool
+from tmass import POOLINGS, PRIORS
 
 
 def add_common(parser, batch):
@@ -55,8 +55,10 @@ def check_outputs(args):
     named = {os.path.realpath(args.ckpt): "--ckpt"}
     for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
-        if path is None or (option, path) == ("--json", "-"):  # standard output
+        # --json - is standard output.
+        if path is None or (option, path) == ("--json", "-"):
             continue
+        # The file counts, not how it is spelled.
         other = named.setdefault(os.path.realpath(path), option)
         if other != option:
             raise DataError(f"{option} {path} is the file of {other} too: give each its own")
@@ -66,13 +68,14 @@ def check_outputs(args):
 def load_model(args, job):
     """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
     check_outputs(args)
+    # The first process may download the weights; the others then find them.
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:
-        if args.pooling == "xpool":
-            raise WeightsError(f"--pooling xpool: {args.ckpt} has no weights for it; "
+        model.pool = POOLINGS[args.pooling](model.clip.embed_dim, 1, 0.0)
+        if list(model.pool.parameters()):
+            raise WeightsError(f"--pooling {args.pooling}: {args.ckpt} has no weights for it; "
                                "choose mean or query")
-        model.pool = MeanPool() if args.pooling == "mean" else QueryPool()
         model.config = dict(model.config, pooling=args.pooling)
     model.to(job.device)
     model.prior = args.prior or model.prior

@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import resize
 from lib.common import DataError, clock, escaped, output
 from lib.video import read_segment
 
+# Colours by name, so that the dark scheme changes only these; charts have classes of their own.
 STYLE = """
 :root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
 --rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
@@ -111,6 +112,7 @@ def page(title, lead, body, settings):
     for name, value in {**settings, **versions}.items():
         if isinstance(value, (str, int, float)):
             items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
+    # The policy makes sure: whatever a caption holds, nothing is run or fetched.
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -152,6 +154,7 @@ def html_table(heads, rows):
 
 def image(frame, name, css="", height=96):
     """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+    # Odd shapes are squeezed: a strip as wide as the page would hide the other frames.
     width = round(height * frame.shape[2] / frame.shape[1])
     width = max(16, min(4 * height, width))
     frame = resize(frame, [height, width], antialias=True)
@@ -231,6 +234,7 @@ class Axes(NamedTuple):
 
     def svg(self, about, marks):
         """The picture. about: what it shows, for those who can't see it; marks: SVG."""
+        # The grid comes first: marks lie on it, and the axis on them.
         grid = ""
         for v in ticks(*self.y):
             grid += (f'<path class="grid" d="M{LEFT} {self.at_y(v)}H{RIGHT}"/>'
@@ -271,6 +275,7 @@ def histogram_chart(h, about, label):
     top = max(1, *shares["relevant"], *shares["irrelevant"])
     axes = Axes((edges[0], edges[-1]), (0, 1.05 * top), label, "%")
     marks = ""
+    # Relevant pairs are drawn over the others, and are seen through.
     for css, heights in zip(("off", "on"), shares.values()):
         path = f"M{axes.at_x(edges[0])} {axes.at_y(0)}"
         for height, edge in zip(heights, edges[1:]):
@@ -293,6 +298,7 @@ def thirds_chart(rows, label, samples):
                   f'M{x} {y["high"]}m-7 0h14"/>'
                   f'<path class="diamond" d="M{x} {y["R1_point"]}m20-7l7 7l-7 7l-7-7Z"/>')
     about = f"R@1, {label}: " + ", ".join(f"{row['third']} {row['R1']:.1f}" for row in rows)
+    # The bar is what was evaluated; without samples the diamond lies on its top.
     legend = {"on": f"{samples}, 95 % interval", "diamond": "point text"}
     return axes.svg(about, marks) + key(legend)
 

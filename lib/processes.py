@@ -2,18 +2,22 @@
 import contextlib
 import datetime
 import itertools
+import mmap
+import multiprocessing
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection
+from multiprocessing import connection, reduction
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing  # Python's, but tensors travel in shared memory
+from torch.distributed.rendezvous import rendezvous
 
 from lib.common import DataError, UserError, cure, first_line, program
 
@@ -73,26 +77,28 @@ PATIENCE = datetime.timedelta(days=7)
 
 
 def start_processes(device):
-    """Join the job that torchrun started, if it did. -> Job. DataError if job or device can't be had."""
+    """Join the job that torchrun started, if it did. -> Job. Raises DataError where that fails."""
     rank, world = _place_in_job()
-    if rank is not None and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    elif device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > 1:
-        raise DataError(f"--device {device} puts all {world} processes on one GPU: give --device cuda")
-    elif device == "mps" and world > 1:
+    if world > 1 and device.startswith("cuda:"):
+        raise DataError(f"--device {device} puts {world} processes on one GPU: give --device cuda")
+    if world > 1 and device.startswith("mps"):
         raise DataError("--device mps serves one process: start it without torchrun")
-    _try_device(device, rank is not None)
-    if rank is None:
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    _try_device(device)
+    if world == 1:
         return Job(device=torch.device(device))
     if not dist.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
+            store, rank, world = next(rendezvous("env://"))  # this waits 30 minutes at most
+            place = dict(store=store, rank=rank, world_size=world)
+            backend = "nccl" if device.startswith("cuda") else "gloo"
             with _stdout_to_stderr():
-                dist.init_process_group(backend, timeout=PATIENCE)
+                dist.init_process_group(backend, timeout=PATIENCE, **place)
         except (RuntimeError, ValueError) as e:
-            raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them with "
-                            "torchrun, or unset RANK and WORLD_SIZE to run alone") from e
-    return Job(dist.get_rank(), dist.get_world_size(), torch.device(device))
+            raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them "
+                            "with torchrun, or unset RANK and WORLD_SIZE to run alone") from e
+    return Job(rank, world, torch.device(device))
 
 
 @contextlib.contextmanager
@@ -112,36 +118,35 @@ def _stdout_to_stderr():
 
 
 def _place_in_job():
-    """What torchrun says in the environment. -> (rank, world); (None, 1) for a process alone."""
+    """What torchrun says in the environment. -> (rank, world); (0, 1) for a process alone."""
     rank = os.environ.get("RANK")
     world = os.environ.get("WORLD_SIZE")
     if rank is None and world is None:
-        return None, 1
+        return 0, 1
     with contextlib.suppress(TypeError, ValueError):
         if 0 <= int(rank) < int(world):
             return int(rank), int(world)
-    raise DataError(f"process {rank} of {world} (RANK, WORLD_SIZE in the environment): start a job with "
-                    "torchrun, or unset both to run alone")
+    raise DataError(f"process {rank} of {world} (RANK, WORLD_SIZE in the environment): start jobs "
+                    "with torchrun, or unset both to run alone")
 
 
-def _try_device(device, parallel):
+def _try_device(device):
     """Use a device once. Raises DataError where that fails."""
     try:
-        if device == "mps" and not torch.backends.mps.is_available():
-            raise RuntimeError("neither this machine nor this torch has it")
+        if device.startswith("mps") and not torch.backends.mps.is_available():
+            raise RuntimeError("this machine or this torch has no MPS")
         torch.zeros(1, device=device).item()
-        if parallel and device.startswith("cuda"):
+        if device.startswith("cuda:"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as e:  # torch's ways to say so
-        raise DataError(f"--device {device} can't be used ({first_line(e)}): try --device cpu") from e
+        raise DataError(f"--device {device} can't be used ({first_line(e)}): "
+                        "try --device cpu") from e
 
 
 def process_died(error):
-    """Whether an error says that another process of the job is gone, as gloo and NCCL put it."""
-    text = str(error).lower()
-    words = ("peer", "gloo", "nccl", "timed out")
-    joined = dist.is_available() and dist.is_initialized()
-    return joined and (isinstance(error, dist.DistError) or any(word in text for word in words))
+    """Whether an error says that another process of the job is gone, as gloo or NCCL put it."""
+    text = f"{type(error)} {error}"
+    return dist.is_initialized() and re.search("torch.distributed|gloo|nccl|peer", text, re.I)
 
 
 def run(main):
@@ -154,7 +159,7 @@ def run(main):
             raise
         print(f"error: another process of this job died ({first_line(e)})", file=sys.stderr)
     finally:
-        if status != 2 and dist.is_initialized():  # one that failed must not wait for the others
+        if dist.is_initialized() and status != 2:  # what has failed must not wait for the others
             dist.destroy_process_group()
     return status
 
@@ -164,7 +169,7 @@ def run(main):
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # not on Windows
     SIGNALS.append(signal.SIGHUP)
-_noted = []  # by noting_signals, for all who wait
+_noted = []  # by noting_signals, for whoever waits
 
 
 class Stopped(Exception):
@@ -175,17 +180,16 @@ class Stopped(Exception):
 def noting_signals():
     """Note SIGINT, SIGTERM and SIGHUP for the loop to look at. -> list of those that came.
 
-    The second signal of a kind ends the program at once.
+    The second one of a kind ends the program at once.
     """
     def note(number, frame):
         if number in _noted:
             raise KeyboardInterrupt
         _noted.append(number)
 
-    before = {}
-    for number in SIGNALS:
-        before[number] = signal.getsignal(number)
-        if before[number] != signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP
             signal.signal(number, note)
     try:
         yield _noted
@@ -195,26 +199,12 @@ def noting_signals():
         _noted.clear()
 
 
-@contextlib.contextmanager
-def _holding_signals():
-    """Signals wait while workers start, so that none gets one before it can deal with it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # ---- workers that read data ----
 # torch's DataLoader is not used: it hands batches over in a thread, where an error is printed and
-# lost; it raises a worker's death in the middle of any other line; and at exit it waits for ever
-# for workers that ignore SIGTERM. Here each worker does one thing at a time and has a pipe of its
-# own, and whatever happens to it is seen where the next batch is waited for.
+# lost; it raises a worker's death in the middle of any other line; at exit it waits for ever for
+# workers that ignore SIGTERM; and it needs /dev/shm, which is small in a container. Here a worker
+# does one thing at a time: it reads a batch, waits until it is asked for, and hands it over.
 
-AHEAD = 1  # batches that a worker has handed over; it may have read one more
 GRACE = 3  # seconds in which a worker ends when it is asked to; then it is killed
 STUCK = 5  # seconds without a batch after which a signal is not kept waiting for one
 _place = (0, 1)
@@ -230,15 +220,19 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     """`with loading(...) as found:` iterates over what `collate` makes of each list of items.
 
     batches: lists of the dataset's keys, whose order is kept. None: the dataset is a stream of
-    finished batches, divided by worker_place(), and they come as they are ready.
-    Every way out of the block ends the workers within seconds. A worker that dies (out of memory,
-    a crash in a codec) raises a DataError, which names the video if the dataset has `was_reading`.
+    finished batches, divided by worker_place(), and they come as they are ready. What comes is a
+    list or tuple. Every way out of the block ends the workers within seconds. A worker that dies
+    (out of memory, a crash in a codec) is a DataError, which names the video by `was_reading`.
     """
     pool = []
     ending = multiprocessing.RawValue("b", 0)
     source = (dataset, batches, collate)
+    if os.name == "nt":  # Windows has neither descriptors to send nor signals to hold back
+        workers = 0
+    modules = [__name__, type(dataset).__module__]
+    multiprocessing.set_forkserver_preload(modules)  # else each worker imports torch anew
     try:
-        with _holding_signals(), _explaining("workers can't be started"):
+        with _explaining("workers can't be started"):
             for k in range(workers):
                 pool.append(_Worker((k, workers), ending, source))
         found = _receive(pool, dataset, batches is not None) if workers else _read(*source)
@@ -252,46 +246,51 @@ class _Worker:
 
     def __init__(self, place, ending, source):
         self.pipe, other_end = multiprocessing.Pipe()
-        arguments = (place, ending, other_end, source)
+        arguments = (place, ending, self.pipe, other_end, source)
         self.process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        other_end.close()  # else the end of the process would not be that of the pipe
-        for _ in range(AHEAD):
-            self.pipe.send(None)
-
-    def receive(self):
-        """Its next message; then it may send another one."""
-        message = self.pipe.recv()
-        self.pipe.send(None)
-        return message
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it can deal with them
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        other_end.close()  # now the end of the process is the end of the pipe
+        self.pipe.send(None)  # asks for the first batch
 
 
-def _work(place, ending, pipe, source):
-    """The life of a worker: one batch for each message from the main process, then None."""
+def _work(place, ending, main_end, pipe, source):
+    """The life of a worker."""
     global _place
     _place = place
-    _mind_signals(ending)
+    main_end.close()  # only a copy: now the end of the main process is the end of the pipe
     torch.set_num_threads(1)
+    try:
+        _obey(ending)
+        _answer(pipe, source)
+    finally:
+        os._exit(0)  # at once: a signal in the middle of Python's own end would print a stack
+
+
+def _answer(pipe, source):
+    """Hand over a batch whenever the main process asks for one, then None, or what went wrong."""
     last = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         try:
-            with _explaining("a batch can't be handed over"):
+            with _explaining("a batch can't be read or handed over"):
                 for batch in _read(*source):
-                    _await_message(pipe)
-                    pipe.send(batch)  # this moves tensors to shared memory
-        except UserError as e:
+                    pipe.recv()
+                    _send(pipe, batch)
+        except (UserError, OSError) as e:
             last = e
         except Exception:
             last = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
+        pipe.recv()
         pipe.send(last)
-        while True:  # shared memory of the last batches is had from this process
-            _await_message(pipe)
 
 
-def _mind_signals(ending):
-    """In a worker: only the main process ends it.
+def _obey(ending):
+    """In a worker, take signals from the main process only, and only to end.
 
-    A Ctrl-C, or a SIGTERM to the whole job, is for the main process, which may want its batch.
+    A Ctrl-C, or a SIGTERM to the whole job, is not for the worker: its batch may be wanted.
     """
     def handle(number, frame):
         if ending.value:
@@ -299,16 +298,7 @@ def _mind_signals(ending):
 
     for number in SIGNALS:
         signal.signal(number, handle)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def _await_message(pipe):
-    """Wait until the main process wants something; end when it is gone."""
-    parent = multiprocessing.parent_process()
-    if parent.sentinel in connection.wait([pipe, parent.sentinel]):
-        sys.exit()
-    pipe.recv()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _read(dataset, batches, collate):
@@ -325,58 +315,68 @@ def _receive(pool, dataset, in_order):
     """Yield the batches of all workers, in turn or as they are ready."""
     at_work = list(pool)
     while at_work:
-        worker = _wait(at_work[:1] if in_order else at_work, pool, dataset)
+        worker = _wait(at_work[:1] if in_order else at_work)
         try:
             with _explaining("a batch can't be received"):
-                message = worker.receive()
+                message = _received(worker.pipe)
+                if isinstance(message, list):
+                    worker.pipe.send(None)  # asks for the one after it
         except (EOFError, ConnectionError) as e:
             raise _death(worker.process, dataset) from e
-        if isinstance(message, Exception):
-            raise message
         at_work.remove(worker)
-        if message is not None:
+        if isinstance(message, list):
             at_work.append(worker)  # behind the others
             yield message
+        elif message is not None:
+            raise message
 
 
-def _wait(expected, pool, dataset):
-    """Wait for one of the expected workers. -> the first with a message."""
+def _wait(workers):
+    """Wait for a message. -> the first of the workers that has one, or has died."""
     began = time.monotonic()
-    pipes = [worker.pipe for worker in expected]
-    ends = [worker.process.sentinel for worker in pool]
-    while True:
-        ready = connection.wait(pipes + ends, timeout=1)
-        for worker in pool:
-            if worker.process.sentinel in ready:
-                raise _death(worker.process, dataset)
-        for worker in expected:
-            if worker.pipe in ready:
-                return worker
+    pipes = [worker.pipe for worker in workers]
+    while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
             raise Stopped(_noted[0])
+    return workers[pipes.index(ready[0])]
 
 
 def _death(process, dataset):
     """The DataError of a worker that ended by itself."""
-    process.join(1)
+    process.join(GRACE)
     code = process.exitcode or 0
     why = signal.strsignal(-code) if code < 0 else f"exit status {code}"
     reading = ""
     if hasattr(dataset, "was_reading"):
         reading = f" while it read {dataset.was_reading(process.pid)}"
-    return DataError(f"a decoding process died{reading} ({why}): check that video, or the machine's "
-                     "memory (fewer --workers)")
+    return DataError(f"a decoding process died{reading} ({why}): check that video, or the "
+                     "machine's memory (fewer --workers)")
 
 
 @contextlib.contextmanager
 def _explaining(what):
-    """An error of the system inside, if it is one that can be cured, is a DataError that says how."""
+    """An error for which there is a cure becomes a DataError that names it."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as e:
         if not cure(e):
             raise
         raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
+
+
+def _end(pool, ending):
+    """End the workers: what they have in hand may be tidied up, for GRACE seconds in all."""
+    ending.value = 1
+    deadline = time.monotonic() + GRACE
+    try:
+        for worker in pool:
+            worker.process.terminate()
+        for worker in pool:
+            worker.process.join(max(0, deadline - time.monotonic()))
+    finally:
+        for worker in pool:
+            worker.process.kill()
+            worker.process.join(GRACE)
 
 
 def _pinned(batches):
@@ -401,16 +401,52 @@ def _pinned(batches):
         thread.shutdown(wait=False)  # it ends when the workers have ended
 
 
-def _end(pool, ending):
-    """End the workers: what they have in hand may be tidied up, for GRACE seconds in all."""
-    ending.value = 1
-    deadline = time.monotonic() + GRACE
-    try:
-        for worker in pool:
-            worker.process.terminate()
-        for worker in pool:
-            worker.process.join(max(0, deadline - time.monotonic()))
-    finally:
-        for worker in pool:
-            worker.process.kill()
-            worker.process.join()
+# A tensor is copied once, to memory of its own whose descriptor follows the message. That memory
+# outlives the worker, and counts in no /dev/shm.
+
+class _Elsewhere(NamedTuple):
+    """What stands for a tensor in a message."""
+    dtype: torch.dtype
+    shape: tuple
+
+
+def _send(pipe, batch):
+    """Hand a batch over, a list or tuple."""
+    parts = list(batch)
+    files = []
+    for i, part in enumerate(parts):
+        if torch.is_tensor(part) and part.nbytes:
+            files.append(_memory_of(part))
+            parts[i] = _Elsewhere(part.dtype, part.shape)
+    pipe.send(parts)
+    for file in files:
+        reduction.send_handle(pipe, file.fileno(), None)
+        file.close()
+
+
+def _memory_of(tensor):
+    """A copy of a tensor in a file that is memory, or may become so."""
+    if hasattr(os, "memfd_create"):
+        file = open(os.memfd_create("batch"), "r+b", buffering=0)
+    else:  # macOS
+        file = tempfile.TemporaryFile(buffering=0)
+    os.ftruncate(file.fileno(), tensor.nbytes)
+    _mapped(file, tensor).copy_(tensor)
+    return file
+
+
+def _mapped(file, kind):
+    """The tensor in such a file. kind: its dtype and shape."""
+    memory = mmap.mmap(file.fileno(), 0)
+    return torch.frombuffer(memory, dtype=kind.dtype).view(kind.shape)
+
+
+def _received(pipe):
+    """The batch that `_send` sent, as a list; or None, or an exception."""
+    message = pipe.recv()
+    if isinstance(message, list):
+        for i, part in enumerate(message):
+            if isinstance(part, _Elsewhere):
+                with open(reduction.recv_handle(pipe), "r+b") as file:
+                    message[i] = _mapped(file, part)
+    return message

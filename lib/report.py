@@ -57,6 +57,7 @@ def bootstrap(hits, video, generator):
     n = len(texts)
     found = hits.new_zeros(n, hits.shape[1]).index_add(0, group, hits)
     rates = []
+    # One draw at a time: all at once would need RESAMPLES numbers for each video.
     for _ in range(RESAMPLES):
         drawn = torch.randint(n, (n,), generator=generator)
         times = drawn.bincount(minlength=n).double()
@@ -165,9 +166,10 @@ def analyze(model, scored, t2v, v2t):
     generator = torch.Generator().manual_seed(seed)
     owner = torch.tensor(ann.owner)
     N, V = sims.shape
-    point = sims  # cos(t, v)
+    # cos(t, v), which is what sims are where nothing is sampled.
+    point = sims
     if trials:
-        point = exact.score(model, t, f, 0).cpu()
+        point = exact.score(model, t, f, trials=0).cpu()
     out = dict(trials=trials, seed=seed)
     described = owner.unique()  # a video without captions has no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner, generator),
@@ -322,6 +324,7 @@ def analysis_text(a):
 
 # ---- pages ----
 
+
 def segment_name(segment):
     """File name, and the seconds where it is a part of a file."""
     name = os.path.basename(segment.path)
@@ -360,6 +363,7 @@ def query_card(i, sims, ann, rank, top, strips):
     right = ann.owner[i]
     top = min(top, sims.shape[1])
     found = sims[i].topk(top).indices.tolist()
+    # Pairs, not a dict: a rank among ties may be the place of another video.
     places = list(enumerate(found, 1))
     if right not in found:
         places.append((rank, right))

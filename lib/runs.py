@@ -2,15 +2,20 @@
 import contextlib
 import csv
 import os
+import shlex
 import stat
+import sys
 import time
 
 import torch
 
 from lib.common import WeightsError, clock, remove_parts, write_text
-from lib.weights import read_weights, save_checkpoint
+from lib.weights import check_own, read_weights, save_checkpoint, unusable
 
 START_ONLY = ("resume", "overwrite")  # settings of this start alone
+# Free to change with --resume: the result stays the same.
+FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
+        "grad_checkpoint", "root", "videos")
 
 
 def beside(out, ending):
@@ -30,14 +35,15 @@ def only_run(out):
     with lock, contextlib.ExitStack() as at_end:
         try:
             import fcntl
+            # The system frees it however this process ends.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_parts(out)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             owner = f"{out} is being written by process {lock.read()}"
             raise WeightsError(f"{owner}: choose another --out") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)
         at_end.callback(os.unlink, lock.name)
@@ -45,7 +51,7 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """The checkpoint that --resume goes on from, or None where a run may start in --out.
+    """What --out holds for --resume to go on from; None where a run may start in --out.
 
     Only a run without a step may be replaced, or with --overwrite a finished one.
     """
@@ -63,6 +69,7 @@ def earlier_run(args):
     if not stat.S_ISREG(os.lstat(out).st_mode):
         raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain "
                            "file, new or old")
+    # What is not this program's is never replaced, whatever the options.
     content = {}
     with contextlib.suppress(WeightsError):
         content = read_weights(out)
@@ -70,15 +77,79 @@ def earlier_run(args):
         raise WeightsError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
                            "choose another --out")
     if args.resume:
+        check_run(content, out)
+        check_unchanged(args, content["config"])
         return content
     finished = content.get("finished", True)
     if finished and not args.overwrite:
         raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with "
                            "--overwrite")
-    if not finished and content["step"]:
+    if not finished and content.get("step"):
         raise WeightsError(f"{out} holds an unfinished run at step {content['step']}: --resume it, "
                            "or choose another --out")
     return None
+
+
+def check_unchanged(args, config):
+    """Settings given with --resume must be those of the run, unless they change no result."""
+    for name, before in config.items():
+        now = getattr(args, name, None)
+        if now is not None and now != before and name not in FREE:
+            option = "--" + name.replace("_", "-")
+            raise WeightsError(f"{option} {now} differs from {before} in {args.out}: drop it to "
+                               "resume, or start anew with another --out")
+
+
+def go_on():
+    """The command that continues this run: what the user typed, with --resume."""
+    env = os.environ
+    words = ["python"]
+    if "LOCAL_WORLD_SIZE" in env:
+        words = ["torchrun", "--nproc_per_node", env["LOCAL_WORLD_SIZE"]]
+        # On several nodes it is typed on each.
+        if env["GROUP_WORLD_SIZE"] != "1":
+            words += ["--nnodes", env["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", env["MASTER_ADDR"] + ":29500"]
+    words += sys.argv
+    if "--resume" not in words:
+        words.append("--resume")
+    return shlex.join(words)
+
+
+FAULTS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+def check_run(content, path):
+    """Raise a WeightsError unless --resume can go on from this checkpoint."""
+    try:
+        check_own(content)
+        if not all(isinstance(line, str) for line in content["bad_videos"]):
+            raise ValueError("bad_videos is no list of lines")
+        step = content["step"]
+        if content["best"] is not None:
+            best, R1 = content["best"]
+            if not 0 <= best <= step or not 0 <= R1 <= 100:
+                raise ValueError(f"best is {content['best']!r:.60}")
+        if not content["finished"]:
+            content["optimizer"]["param_groups"]
+    except FAULTS as error:
+        raise unusable(path, error) from None
+
+
+def load_optimizer(optimizer, saved):
+    """Go on from a saved state_dict(). Raises ValueError if it is of another optimizer."""
+    rates = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for before, group in zip(rates, optimizer.param_groups):
+        for name in before.keys() & group.keys() - {"params", "lr"}:
+            if group[name] != before[name]:
+                raise ValueError(f"the optimizer's {name} is {group[name]!r:.60}, the settings say "
+                                 f"{before[name]}")
+        for p in group["params"]:
+            # load_state_dict compares no shapes.
+            for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
+                if optimizer.state[p][name].shape != p.shape:
+                    raise ValueError(f"the optimizer's {name} is of another size")
 
 
 class Log:
@@ -95,7 +166,8 @@ class Log:
         self.job = job
         self.checkpoint = checkpoint
         self.batches = batches
-        self.flags = []  # whether each step since the last reading was finite: on the device
+        # Whether each step since the last reading was finite: on the device, for nothing to wait.
+        self.flags = []
         self.skipped = 0
         self.in_a_row = 0
         path = os.devnull if job.rank else beside(args.out, ".log.csv")
@@ -116,6 +188,7 @@ class Log:
         Too many in a row end the run: ten, or thirty with fp16, which halves the loss' scale at
         each until the gradients fit.
         """
+        # Read together, they cost one wait.
         flags = torch.stack(self.flags).tolist() if self.flags else []
         self.flags.clear()
         for step, finite in enumerate(flags, done - len(flags) + 1):
@@ -136,6 +209,7 @@ class Log:
         """A line and a row. values: name -> (); reading them waits for the device."""
         self.was_finite(done)
         args = self.args
+        # One copy from the device, not one for each number.
         numbers = torch.stack(list(values.values())).tolist()
         row = dict(zip(values, numbers), step=done)
         row["epoch"] = (done - 1) // self.batches.per_epoch + 1
@@ -181,8 +255,11 @@ class Checkpoint:
         self.bad_videos = []
         self.unsaved = None       # a step that may be saved at any time
         if saved:
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved.get("scaler", {}))
+            try:
+                load_optimizer(optimizer, saved["optimizer"])
+                scaler.load_state_dict(saved.get("scaler", {}))
+            except FAULTS as error:
+                raise unusable(args.out, error) from None
             self.step = saved["step"]
             self.best = saved["best"]
             self.bad_videos = saved["bad_videos"]
@@ -194,6 +271,7 @@ class Checkpoint:
         if self.best is None or R1 > self.best[1]:
             self.best = [step, R1]
             state = self.model.state_dict()
+            # On the CPU: the device needs its memory for training.
             self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in state.items()}
 
     def save(self, step, finished=False):
@@ -204,6 +282,7 @@ class Checkpoint:
         if not finished:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
+            # The result is another epoch's: beside it stand the weights to go on from.
             if self.best_weights is not None:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:

@@ -105,7 +105,9 @@ POSE = _table("""
     right angle  |  0   | .12 | .12
     right radius |  .39 | .03 | 0
 """)  # how shots are seen: the mean, how far it differs from shot to shot, and how far it moves
-MEAN, SPREAD, REACH = torch.tensor([[float(x) for x in row[1:]] for row in POSE]).T
+NUMBERS = [list(map(float, row[1:])) for row in POSE]
+MEAN, SPREAD, REACH = torch.tensor(NUMBERS).T  # each (14,)
+LEFT_OUT = torch.tensor([.06, .06, 0, .04, 0, .04])  # how often a caption leaves out each fact
 CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 queries have a quarter of 500's noise
 FRAMES = 24  # per video
 RATE = 8  # frames per second
@@ -127,7 +129,8 @@ PAINTS = torch.cat([_paints(row) for row in COLOURS])
 CELLS = 1021  # with a speck each, before they repeat
 # Each cell has four random numbers: x, y and rarity of its speck, and one more; three of them are
 # also the colour of confetti. They are here twice, so that the sum of two indices is an index.
-SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0))
+SPECKS = SPECKS.repeat(1, 2)
 
 
 def _specks(x, y, density, radius, px):
@@ -153,16 +156,20 @@ def _draw_sky(sky, x, y, time, px):
     picture = picture.repeat(1, 1, 1, x.shape[2])
     name = SKIES[sky][0]
     if name == "at night":
-        amount, _ = _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)
+        across = x * 4 + time / 4
+        amount, _ = _specks(across, y * 4, .6, .12, px * 4)
     elif name == "at sunset":
-        amount = (.3 - torch.hypot(x - .1 * time.sin(), y - .35)) / px + .5
+        distance = torch.hypot(x - .1 * time.sin(), y - .35)
+        amount = (.3 - distance) / px + .5
     elif name == "in the rain":
         streak = (x * 9 - y * 3 + time * 2) % 1
         amount = (.12 - (streak - .5).abs()) * 2
     elif name == "in a snowfall":
-        amount, _ = _specks(x * 3.5 + time / 4, y * 3.5 + time, .7, .16, px * 3.5)
+        across = x * 3.5 + time / 4
+        amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
     elif name == "under green lights":
-        amount = (x * 4 + (3 * y + time).sin()).sin() * .6
+        bend = (3 * y + time).sin()
+        amount = (x * 4 + bend).sin() * .6
     else:
         return picture
     return picture.lerp_(others[0], amount.clamp_(0, 1))
@@ -188,10 +195,12 @@ def _draw_ground(ground, x, y, time, px):
         hill = -.45 + .16 * (2.4 * x + time / 3).sin()
         amount = (hill - y) / px + .5
     if name in ("on the sea", "on lava"):
-        wave = (10 * y + 1.3 * (3 * x + time).sin() + time).sin()
+        bend = 1.3 * (3 * x + time).sin()
+        wave = (10 * y + bend + time).sin()
         amount = (wave - .4) / px / 9 + .5
     paint, second = _paints(GROUNDS[ground])
-    return paint.repeat(1, *amount.shape).lerp_(second, amount.clamp_(0, 1)), horizon
+    picture = paint.repeat(1, *amount.shape)
+    return picture.lerp_(second, amount.clamp_(0, 1)), horizon
 
 
 def _span(numbers):
@@ -210,16 +219,19 @@ def _alike(values):
 
 def _draw_scenery(picture, facts, x, y, time, px):
     """Draw skies and grounds, each only in the rows of pixels where some picture shows it."""
-    first = int((y > .15 + px).all(0).sum())  # row with ground
-    last = int((y > -.11 - px).any(0).sum())  # row without sky
+    # the horizon is never above .15 nor below -.11
+    first = int((y > .15 + px).all(0).sum())  # row that has ground
+    last = int((y > -.11 - px).any(0).sum())  # row that has no sky
     for sky, rows in _alike(facts[:, 0]):
-        picture[:, rows, :last] = _draw_sky(sky, x[rows], y[rows, :last], time[rows], px)
+        above = y[rows, :last]
+        picture[:, rows, :last] = _draw_sky(sky, x[rows], above, time[rows], px)
     for ground, rows in _alike(facts[:, 1]):
         below = y[rows, first:]
         soil, horizon = _draw_ground(ground, x[rows], below, time[rows], px)
-        cover = (horizon - below[:, :last - first]) / px + .5
+        cover = (horizon - y[rows, first:last]) / px + .5
+        sky = picture[:, rows, first:last]
         both = soil[:, :, :last - first]
-        both[:] = picture[:, rows, first:last].lerp(both, cover.clamp_(0, 1))
+        both[:] = sky.lerp(both, cover.clamp_(0, 1))
         picture[:, rows, first:] = soil
 
 
@@ -236,7 +248,9 @@ def _outline(shape, x, y):
     if name == "cross":
         x = x.abs()
         y = y.abs()
-        return torch.maximum(torch.minimum(x, y) - .3, torch.maximum(x, y) - .9)
+        nearer = torch.minimum(x, y)
+        farther = torch.maximum(x, y)
+        return torch.maximum(nearer - .3, farther - .9)
     # Triangle and star are fans of equal sectors, folded into one half of a sector. Their edge
     # there runs from the tip (1, 0) to a corner (ex, ey) before it.
     tips, inner, grow = (3, .5, .08) if name == "triangle" else (5, .45, .04)
@@ -245,7 +259,8 @@ def _outline(shape, x, y):
     angle = (turn % 1 - .5).abs() * 2 * half
     ex = 1 - inner * math.cos(half)
     ey = inner * math.sin(half)
-    beyond = ey * (r * angle.cos() - 1) + ex * r * angle.sin()
+    beyond = ey * (r * angle.cos() - 1)
+    beyond = beyond + ex * r * angle.sin()
     return beyond / math.hypot(ex, ey) - grow
 
 
@@ -261,7 +276,8 @@ def _draw_sticker(picture, facts, pose, x, y, px):
         across = right * angle.cos() - up * angle.sin()
         along = right * angle.sin() + up * angle.cos()
         distance = _outline(shape, across, along).mul_(radius)
-        near = distance.amin(0) < .4 / 2.2 + px  # (S,S), elsewhere nothing changes
+        # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
+        near = distance.amin(0) < .4 / 2.2 + px
         height = _span(near.any(1).nonzero())
         width = _span(near.any(0).nonzero())
         distance = distance[:, height, width]
@@ -290,11 +306,14 @@ def draw_shots(facts, pose, size):
     _draw_scenery(picture, facts, x, y, time, px)
     for strewn, rows in _alike(confetti.flatten()):
         if strewn:
-            s = time[rows]
-            amount, cell = _specks(x[rows] * 3 + s / 3, y[rows] * 3 - s / 2, .4, .16, px * 3)
-            picture[:, rows] = picture[:, rows].lerp(SPECKS[[3, 0, 1]][:, cell], amount)
+            across = x[rows] * 3 + time[rows] / 3
+            along = y[rows] * 3 - time[rows] / 2
+            amount, cell = _specks(across, along, .4, .16, px * 3)
+            paint = SPECKS[[3, 0, 1]][:, cell]
+            picture[:, rows] = picture[:, rows].lerp(paint, amount)
     _draw_sticker(picture, facts[:, 2:4], pose[:, 6:10], x, y, px)
     _draw_sticker(picture, facts[:, 4:6], pose[:, 10:14], x, y, px)
+    # in place: pages of memory cost as much as the arithmetic
     picture.mul_(light).mul_(255).clamp_(0, 255)
     return picture.byte().transpose(0, 1)
 
@@ -316,7 +335,7 @@ def _describe(facts, generator, forms, second):
     """
     n = len(facts)
     u, v = torch.rand(2, n, 6, generator=generator)
-    says = facts.where(u >= torch.tensor([.06, .06, 0, .04, 0, .04]), -1)
+    says = facts.where(u >= LEFT_OUT, -1)
     chosen = torch.randint(len(forms), (n,), generator=generator).tolist()
     wordings = (v < second).long().tolist()
     texts = []
@@ -522,8 +541,10 @@ def _render(videos, workers):
                 says += mentioned
                 target += [i] * len(mentioned)
             progress.update(i + 1)
+    if not target:
+        return rows, None
     columns = map(torch.tensor, (facts, owner, says, target))
-    return rows, oracle_ceiling(*columns) if target else None
+    return rows, oracle_ceiling(*columns)
 
 
 def shapes_ceiling(root=None):

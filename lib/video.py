@@ -36,9 +36,19 @@ class Piece(NamedTuple):
     frames: torch.Tensor
 
 
-def read_frames(segment, frames):
-    """T frames of a Segment, taken evenly. -> uint8 (T,3,H,W), upright. Raises DataError."""
-    return read_segment(segment, frames).frames
+def as_segment(segment_or_path):
+    """A Segment as it is; a path as the Segment that is the whole file."""
+    if isinstance(segment_or_path, Segment):
+        return segment_or_path
+    return Segment(os.fspath(segment_or_path))
+
+
+def read_frames(segment_or_path, frames):
+    """T frames, taken evenly, of a Segment or a file. -> uint8 (T,3,H,W), upright.
+
+    Raises DataError, which names the file.
+    """
+    return read_segment(as_segment(segment_or_path), frames).frames
 
 
 def read_segment(segment, frames):
@@ -376,7 +386,7 @@ class FrameCache:
         head, body = file.read_bytes().split(b"\n", 1)
         saved, sizes, crc = json.loads(head)
         if saved != key or zlib.crc32(body) != crc:
-            raise ValueError("another key, or damaged")
+            raise ValueError  # another video or span, or damaged
         jpegs = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
         return torch.stack(decode_jpeg(list(jpegs), ImageReadMode.RGB))
 

@@ -27,6 +27,7 @@ from measure import (
 import data
 from lib import exact
 from lib import video as decode
+from lib.video import FrameCache, Segment, read_frames
 from lib.weights import to_openai_names
 from tmass import TMASS
 
@@ -258,11 +259,11 @@ def data_(videos=8, T=12):
     torch.set_num_threads(1)  # as a DataLoader's worker
     with tempfile.TemporaryDirectory() as folder:
         g = torch.Generator().manual_seed(0)
-        segments = [data.Segment(f"{folder}/{k}.mp4") for k in range(videos)]
+        segments = [Segment(f"{folder}/{k}.mp4") for k in range(videos)]
         for segment in segments:
             camera_video(segment.path, 375, g)
         ann = data.Annotations(segments, ["-"] * videos, list(range(videos)))
-        cache = data.FrameCache(f"{folder}/cache", T)
+        cache = FrameCache(f"{folder}/cache", T)
         plain = data.PairDataset(ann, T, data.train_transform(224))
         cached = data.PairDataset(ann, T, data.train_transform(224), cache=cache)
 
@@ -273,7 +274,7 @@ def data_(videos=8, T=12):
         runs = {
             "decode": lambda: epoch(plain),
             "cache": lambda: epoch(cached),
-            "decoding": lambda: [data.read_frames(segment, T) for segment in segments],
+            "decoding": lambda: [read_frames(segment, T) for segment in segments],
             "reading": lambda: [cache.read(segment) for segment in segments],
         }
         opencv = opencv_reader(T)
@@ -292,7 +293,7 @@ def data_(videos=8, T=12):
             gap = 0
             for segment in segments:
                 other = opencv(segment.path).int()
-                apart = (data.read_frames(segment, T).int() - other).abs().max()
+                apart = (read_frames(segment, T).int() - other).abs().max()
                 gap = max(gap, apart.item())
             print(f"decoding takes {s['decoding'] / s['opencv']:.2f} of OpenCV's time "
                   f"({s['opencv'] / videos * 1e3:.1f} ms a video, seeking each frame); largest "

@@ -24,6 +24,8 @@ import data
 import search as se
 from lib import exact
 from lib import index as store
+from lib.processes import loading
+from lib.video import FrameCache, Segment
 from tmass import TMASS
 
 FULL = dict(
@@ -289,8 +291,8 @@ def measure_training(name, precision, again, device, sizes):
 # ---- the loader ----
 
 def stack_pixels(items):
-    """Items of PairDataset -> pixels (B,T,3,P,P)."""
-    return torch.stack([pixels for pixels, _, _ in items])
+    """Items of PairDataset -> [pixels (B,T,3,P,P)]."""
+    return [torch.stack([pixels for pixels, _, _ in items])]
 
 
 def loader(device, sizes, rates):
@@ -299,12 +301,12 @@ def loader(device, sizes, rates):
         g = torch.Generator().manual_seed(0)
         path = os.path.join(folder, "0.mp4")
         camera_video(path, 375, g)
-        segments = [data.Segment(path)]
+        segments = [Segment(path)]
         for k in range(1, sizes["videos"]):
-            segments.append(data.Segment(os.path.join(folder, f"{k}.mp4")))
+            segments.append(Segment(os.path.join(folder, f"{k}.mp4")))
             os.link(path, segments[k].path)
         T = sizes["frames"]
-        cache = data.FrameCache(os.path.join(folder, "cache"), T)
+        cache = FrameCache(os.path.join(folder, "cache"), T)
         for segment in segments:
             cache.read(segment)
         ann = data.Annotations(segments, ["-"] * len(segments), list(range(len(segments))))
@@ -317,8 +319,8 @@ def loader(device, sizes, rates):
         pin = torch.device(device).type == "cuda"
         took = []
         start = time.perf_counter()
-        with data.loading(dataset, batches, stack_pixels, sizes["workers"], pin) as loaded:
-            for pixels in loaded:
+        with loading(dataset, batches, stack_pixels, sizes["workers"], pin) as loaded:
+            for (pixels,) in loaded:
                 pixels.to(device, non_blocking=True)
                 synchronize(device)
                 took.append(time.perf_counter() - start)

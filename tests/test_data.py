@@ -1,4 +1,5 @@
-"""Videos of every container, annotation files of every data set, the frame cache, and users' mistakes."""
+"""Videos of every container, all data sets' files, the frame cache, and users' mistakes."""
+
 import contextlib
 import csv
 import json
@@ -33,7 +34,8 @@ def test_sampling_rule():
     assert sample_indices(3, 5) == [0, 1, 2, 2, 2]
     assert sample_indices(1, 2) == [0, 0]
     for n in range(12, 200):
-        bounds = [int(x) for x in torch.linspace(0, n, 13, dtype=torch.float64) + 1e-9]  # as the paper's code states it
+        # as the paper's code states it
+        bounds = [int(x) for x in torch.linspace(0, n, 13, dtype=torch.float64) + 1e-9]
         assert sample_indices(n, 12) == [(a + b - 1) // 2 for a, b in zip(bounds, bounds[1:])]
 
 
@@ -62,7 +64,10 @@ def make(folder, name, n=100):
         write_video(path, numbered(n), fps=25, **FILES[name])
         if name.startswith("fragmented"):  # as cameras and browsers write it: no index at all
             options = {"movflags": "frag_keyframe+empty_moov"}
-            with av.open(str(path)) as source, av.open(str(path) + ".mp4", "w", options=options) as out:
+            with (
+                av.open(str(path)) as source,
+                av.open(str(path) + ".mp4", "w", options=options) as out,
+            ):
                 stream = out.add_stream_from_template(source.streams.video[0])
                 for packet in source.demux(video=0):
                     if packet.dts is not None:
@@ -77,12 +82,15 @@ def test_exact_frames(folder, name):
     path = make(folder, name)
     for T in (1, 12, 110):
         assert numbers(read_frames(Segment(path), T)) == sample_indices(100, T)
+    assert torch.equal(read_frames(path, 12), read_frames(Segment(str(path)), 12))
+    assert torch.equal(read_frames(str(path), 12), read_frames(path, 12))
     x = read_frames(Segment(str(path), 1.0, 2.0), 5)
     assert x.dtype == torch.uint8 and x.shape == (5, 3, 64, 64) and x.is_contiguous()
     assert numbers(x) == [25 + i for i in sample_indices(25, 5)]
     assert numbers(read_frames(Segment(path, 3.5), 4)) == [88 + i for i in sample_indices(12, 4)]
     assert numbers(read_frames(Segment(path, None, 0.2), 8)) == [0, 1, 2, 3, 4, 4, 4, 4]
-    shorter = read_frames(Segment(path, 2.0, 31.0), 5)  # than its annotation says, as some of didemo
+    # than its annotation says, as some of didemo
+    shorter = read_frames(Segment(path, 2.0, 31.0), 5)
     assert numbers(shorter) == [50 + i for i in sample_indices(50, 5)]
     with pytest.raises(DataError, match=f"{name} ends after 4.0 s, before the clip's start at 9"):
         read_frames(Segment(path, 9.0, 10.0), 4)
@@ -114,7 +122,7 @@ for frames in DataLoader(sys.argv[1:] * 4, collate_fn=read, **workers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no worker is forked")
 def test_workers_read_after_the_process_that_forks_them_has(tmp_path):
-    """Threads that a conversion leaves behind are missing in the copy: it would wait for them for ever."""
+    """Threads that a conversion leaves behind are missing in the copy: it would wait for them."""
     write_video(tmp_path / "x.mp4", numbered(40, 320))
     command = [sys.executable, "-c", READ_THEN_FORK, str(tmp_path / "x.mp4")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -133,8 +141,11 @@ def test_variable_frame_rate(tmp_path):
             frame.pts = i if i < 30 else 30 + 4 * (i - 30)  # slows down to a quarter
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    assert numbers(read_frames(Segment(path), 12)) == sample_indices(60, 12)  # by frames, not by time
-    assert numbers(read_frames(Segment(path, 1.2, None), 3)) == [30 + i for i in sample_indices(30, 3)]
+    # by frames, not by time
+    assert numbers(read_frames(Segment(path), 12)) == sample_indices(60, 12)
+    assert numbers(read_frames(Segment(path, 1.2, None), 3)) == [
+        30 + i for i in sample_indices(30, 3)
+    ]
 
 
 @pytest.mark.parametrize("angle", [90, -90])
@@ -151,7 +162,8 @@ def test_rotation_and_odd_metadata(tmp_path, angle):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")))
         file.mux(stream.encode())
     assert b"qqqqqqqq" in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(b"qqqqqqqq", b"caf\xe9 \xff\xfe\xe9"))  # a title that is not UTF-8
+    # a title that is not UTF-8
+    path.write_bytes(path.read_bytes().replace(b"qqqqqqqq", b"caf\xe9 \xff\xfe\xe9"))
     y = read_frames(Segment(path), 2)
     assert y.shape == (2, 3, 64, 32)
     y = y if angle == 90 else y.flip(2)
@@ -199,7 +211,9 @@ def bad_videos(folder, tmp_path):
     (tmp_path / "text.mp4").write_text("This is not a video.\n" * 50)
     noise = torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0))
     (tmp_path / "noise.mp4").write_bytes(bytes(noise.tolist()))
-    write_video(tmp_path / "picture.png", numbered(1), codec="png", container="image2", pix_fmt="rgb24")
+    write_video(
+        tmp_path / "picture.png", numbered(1), codec="png", container="image2", pix_fmt="rgb24"
+    )
     os.replace(tmp_path / "picture.png", tmp_path / "picture.mp4")
     with av.open(str(tmp_path / "audio.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=16000)
@@ -210,8 +224,18 @@ def bad_videos(folder, tmp_path):
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     (tmp_path / "folder.mp4").mkdir()
-    return ["missing.mp4", "empty.mp4", "cut.mp4", "cut_index.mp4", "header.avi", "text.mp4", "noise.mp4",
-            "picture.mp4", "audio.mp4", "folder.mp4"]
+    return [
+        "missing.mp4",
+        "empty.mp4",
+        "cut.mp4",
+        "cut_index.mp4",
+        "header.avi",
+        "text.mp4",
+        "noise.mp4",
+        "picture.mp4",
+        "audio.mp4",
+        "folder.mp4",
+    ]
 
 
 def test_bad_videos_name_the_file(folder, tmp_path):
@@ -238,7 +262,8 @@ def test_damaged_videos_give_what_they_hold(folder, tmp_path):
 
 
 def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
-    g, random = torch.Generator().manual_seed(1), lambda n: torch.randint(0, n, (1,), generator=g).item()
+    g = torch.Generator().manual_seed(1)
+    random = lambda n: torch.randint(0, n, (1,), generator=g).item()
     outcomes = Counter()
     for k in range(200):
         name = list(FILES)[k % len(FILES)]
@@ -258,13 +283,18 @@ def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
 def test_frames_of_other_sizes_are_brought_to_the_first():
     a, b = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(3, 4, 6, dtype=torch.uint8)
     got = decode._fill([None, a, None, b])
-    assert [x.shape for x in got] == [(3, 8, 8)] * 4 and got[3].min() == 1 and got[2] is a and got[0] is a
+    assert [x.shape for x in got] == [(3, 8, 8)] * 4
+    assert got[3].min() == 1
+    assert got[2] is a
+    assert got[0] is a
 
 
 # ---- transforms and datasets ----
 
 def test_transforms():
-    x = torch.randint(0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(
+        0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     for transform in (data.train_transform(32), data.test_transform(32)):
         y = transform(x)
         assert y.shape == (5, 3, 32, 32) and y.dtype == torch.uint8
@@ -275,7 +305,11 @@ def test_transforms():
 
 
 def pair_items(dataset, items, workers):
-    return list(DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, collate_fn=lambda x: x))
+    return list(
+        DataLoader(
+            dataset, sampler=items, batch_size=None, num_workers=workers, collate_fn=lambda x: x
+        )
+    )
 
 
 def test_augmentation_depends_on_seed_epoch_and_item_only(folder):
@@ -291,15 +325,19 @@ def test_augmentation_depends_on_seed_epoch_and_item_only(folder):
         assert a[1:] == b[1:] == c[1:] and torch.equal(a[0], b[0]) and torch.equal(a[0], c[0])
     assert [x[1:] for x in here] == [("a", 0), ("b", 1), ("a", 0), ("c", 2), ("a", 0)]
     assert not torch.equal(here[0][0], here[2][0])  # another epoch
-    assert not torch.equal(here[0][0], PairDataset(ann, 4, data.train_transform(32), seed=4)[0, 0][0])
-    assert PairDataset(ann, 4, data.train_transform(32), seed=2 ** 62)[5, 0][0].shape == (4, 3, 32, 32)
+    assert not torch.equal(
+        here[0][0], PairDataset(ann, 4, data.train_transform(32), seed=4)[0, 0][0]
+    )
+    pixels, _, _ = PairDataset(ann, 4, data.train_transform(32), seed=2 ** 62)[5, 0]
+    assert pixels.shape == (4, 3, 32, 32)
 
 
 def test_augmentation_leaves_the_gpu_generator_alone(folder, monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     torch.manual_seed(1)
-    assert seeded == [1]  # what the dataset must not do: with --workers 0 it runs in the process that trains
+    # what the dataset must not do: with --workers 0 it runs in the process that trains
+    assert seeded == [1]
     ann = data.Annotations([Segment(str(make(folder, "bframes.mp4")))], ["a"], [0])
     assert PairDataset(ann, 4, data.train_transform(32))[0, 0][1] == "a" and seeded == [1]
 
@@ -309,7 +347,9 @@ def test_bad_video_is_a_value(folder, tmp_path):
     pairs = PairDataset(data.Annotations(clips, ["a", "b"], [0, 1]), 4, data.test_transform(32))
     for workers in (0, 1):
         good, bad = pair_items(VideoDataset(clips, 4, data.test_transform(32)), [0, 1], workers)
-        assert good.shape == (4, 3, 32, 32) and isinstance(bad, DataError) and "gone.mp4" in str(bad)
+        assert good.shape == (4, 3, 32, 32)
+        assert isinstance(bad, DataError)
+        assert "gone.mp4" in str(bad)
         good, bad = pair_items(pairs, [(0, 0), (0, 1)], workers)
         assert good[1:] == ("a", 0) and isinstance(bad, DataError) and "gone.mp4" in str(bad)
 
@@ -324,7 +364,8 @@ def film(folder, tmp_path):
 
 
 def close(a, b):
-    return a.shape == b.shape and (a.float() - b.float()).abs().mean() < 4  # JPEG's loss on hard edges
+    # JPEG's loss on hard edges
+    return a.shape == b.shape and (a.float() - b.float()).abs().mean() < 4
 
 
 def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
@@ -335,7 +376,8 @@ def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
     with open(film.path, "wb") as file:  # same size and time, nothing to decode in it
         file.write(bytes(stat.st_size))
     os.utime(film.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert torch.equal(cache.read(film), first)  # the same pixels whether it came from the video or the cache
+    # the same pixels whether it came from the video or the cache
+    assert torch.equal(cache.read(film), first)
     assert torch.equal(FrameCache(tmp_path / "c", 6).read(film), first)  # a later run
     with pytest.raises(DataError, match="film.mp4"):
         FrameCache(tmp_path / "c", 7).read(film)  # another T is another file
@@ -358,8 +400,13 @@ def test_cache_sees_a_changed_video(film, folder, tmp_path):
 
 
 def test_large_videos_are_cached_small(tmp_path):
-    write_video(tmp_path / "large.mp4", torch.full((4, 300, 400, 3), 90, dtype=torch.uint8), preset="ultrafast")
-    assert FrameCache(tmp_path / "c", 2).read(Segment(str(tmp_path / "large.mp4"))).shape == (2, 3, 256, 341)
+    write_video(
+        tmp_path / "large.mp4",
+        torch.full((4, 300, 400, 3), 90, dtype=torch.uint8),
+        preset="ultrafast",
+    )
+    frames = FrameCache(tmp_path / "c", 2).read(Segment(str(tmp_path / "large.mp4")))
+    assert frames.shape == (2, 3, 256, 341)
 
 
 def test_corrupt_cache_file_is_replaced(film, tmp_path):
@@ -369,7 +416,16 @@ def test_corrupt_cache_file_is_replaced(film, tmp_path):
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[-200] ^= 255
-    for damage in (b"", b"\n", whole[:50], whole[:-100], bytes(flipped), b"[]\n" + whole, b"1\n", bytes(3000)):
+    for damage in (
+        b"",
+        b"\n",
+        whole[:50],
+        whole[:-100],
+        bytes(flipped),
+        b"[]\n" + whole,
+        b"1\n",
+        bytes(3000),
+    ):
         file.write_bytes(damage)
         assert torch.equal(cache.read(film), first) and file.read_bytes() == whole
 
@@ -382,7 +438,9 @@ def read_many(folder, clips, out):
 def test_two_processes_share_a_cache(film, tmp_path):
     context = multiprocessing.get_context("fork")
     clips, out = [Segment(film.path, s / 10) for s in range(10)] * 2, context.Queue()
-    people = [context.Process(target=read_many, args=(tmp_path / "c", clips, out)) for _ in range(2)]
+    people = [
+        context.Process(target=read_many, args=(tmp_path / "c", clips, out)) for _ in range(2)
+    ]
     [p.start() for p in people]
     want = sum(sum(numbers(read_frames(clip, 4))) for clip in clips)
     assert [out.get(timeout=60) for _ in people] == [want, want]
@@ -398,7 +456,9 @@ def test_unwritable_cache_warns_once(film, tmp_path, capfd):
     dataset = VideoDataset([film] * 3, 4, data.test_transform(64), cache)
     assert all(close(x, frames) for x in pair_items(dataset, [0, 1, 2], 2))
     err = capfd.readouterr().err
-    assert err.count("warning: frame cache") == 1 and str(tmp_path / "file" / "c") in err and len(err.splitlines()) == 1
+    assert err.count("warning: frame cache") == 1
+    assert str(tmp_path / "file" / "c") in err
+    assert len(err.splitlines()) == 1
 
 
 def with_full_disk(folder, clip, out):
@@ -418,24 +478,32 @@ def test_the_warning_says_what_is_wrong_with_the_cache(film, tmp_path, monkeypat
     (tmp_path / "file").write_text("mine")
     assert close(FrameCache(tmp_path / "file", 4).read(film), read_frames(film, 4))
     assert (tmp_path / "file").read_text() == "mine"
-    assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
-                                      "videos are decoded each time\n")
+    assert capfd.readouterr().err == (
+        f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
+        "videos are decoded each time\n"
+    )
     monkeypatch.setattr(decode, "written_whole", on_a_full_disk)
     cache = FrameCache(tmp_path / "c", 4)
-    assert close(cache.read(film), read_frames(film, 4)) and close(cache.read(film), read_frames(film, 4))
-    assert capfd.readouterr().err == (f"warning: frame cache {tmp_path}/c can't be written (No space left on device): "
-                                      "videos are decoded each time\n")
+    assert close(cache.read(film), read_frames(film, 4))
+    assert close(cache.read(film), read_frames(film, 4))
+    assert capfd.readouterr().err == (
+        f"warning: frame cache {tmp_path}/c can't be written (No space left on device): "
+        "videos are decoded each time\n"
+    )
 
 
 def test_what_others_are_writing_stays(film, tmp_path):
     cache = FrameCache(tmp_path / "c", 4)
     first = cache.read(film)
     whole, = (tmp_path / "c").iterdir()
-    parts = [tmp_path / "c" / f"{whole.name}{end}" for end in (".part", ".77.part", ".1.0a0b0c0d.part")]
+    parts = [
+        tmp_path / "c" / f"{whole.name}{end}" for end in (".part", ".77.part", ".1.0a0b0c0d.part")
+    ]
     for part in parts:
         part.write_bytes(b"half")
     whole.unlink()
-    assert torch.equal(cache.read(film), first) and all(part.read_bytes() == b"half" for part in parts)
+    assert torch.equal(cache.read(film), first)
+    assert all(part.read_bytes() == b"half" for part in parts)
 
 
 def test_full_disk_falls_back_to_decoding(film, tmp_path, capfd):
@@ -464,37 +532,55 @@ def test_csv(tmp_path):
                  ["/abs/b.mp4", " b ", "test", "", "2"],
                  encoding="utf-8-sig")  # as Excel writes it: with a byte order mark
     train = load_annotations(name, split="train")
-    assert relative(train, tmp_path) == [("a.mp4", None, None), ("a.mp4", 1.5, 3.0)] and train.owner == [0, 0, 1]
-    assert train.captions == ['Ein Café, "rot"\nund blau', "again", "a part"] and train.where[1] == f"{name}, row 5"
+    assert relative(train, tmp_path) == [("a.mp4", None, None), ("a.mp4", 1.5, 3.0)]
+    assert train.owner == [0, 0, 1]
+    assert train.captions == ['Ein Café, "rot"\nund blau', "again", "a part"]
+    assert train.where[1] == f"{name}, row 5"
     assert load_annotations(name, split="test").segments == [Segment("/abs/b.mp4", None, 2.0)]
-    assert load_annotations(name, split="test").captions == ["b"] and load_annotations(name, split="val").segments == []
+    assert load_annotations(name, split="test").captions == ["b"]
+    assert load_annotations(name, split="val").segments == []
     assert len(load_annotations(name, split="all").captions) == 4
     assert load_annotations(name, "/elsewhere").segments[0].path == "/elsewhere/a.mp4"
     assert load_split(name, split="train").captions == train.captions
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([["file", "caption"], ["a", "b"]], "has no column video"),
-    ([["video", "text"], ["a", "b"]], "has no column caption"),
-    ([], "has no column video, caption"),
-    ([["video;caption"], ["a.mp4;x"]], "its first line is ['video;caption']"),
-    ([["video", "caption"]], "has a header, but no row below it"),
-    ([["video", "caption", "video"], ["a.mp4", "x", "b.mp4"]], "has the column video 2 times"),
-    ([["video", "caption"], ["a.mp4", "two\nlines"], ["b.mp4", ""]], "row 4: empty caption"),
-    ([["video", "caption"], ["a.mp4", ""], ["b.mp4", "x"]], "row 2: empty caption"),
-    ([["video", "caption"], [], ["a.mp4", "two\nlines", "too much"], ["b.mp4", "x"]], "row 3: not as many fields"),
-    ([["video", "caption"], ["a.mp4", "x"], ["b.mp4", "y" * 200_000]], "row 3: field larger than"),
-    ([["video", "caption"], ["a.mp4", "x"], ["a.mp4", " "]], "row 3: empty caption"),
-    ([["video", "caption"], ["", "x"]], "row 2: empty video"),
-    ([["video", "caption"], ["a.mp4"]], "row 2: not as many fields"),
-    ([["video", "caption"], ["a.mp4", "one", "two"]], "row 2: not as many fields"),
-    ([["video", "caption", "split"], ["a.mp4", "one"]], "row 2: not as many fields"),
-    ([["video", "caption", "split"], ["a.mp4", "one", "training"]], "row 2: split 'training' must be"),
-    ([["video", "caption", "start"], ["a.mp4", "x", "soon"]], "row 2: start 'soon'"),
-    ([["video", "caption", "start", "end"], ["a.mp4", "x", "3", "3"]], "row 2: end 3.0 must come after start 3.0"),
-    ([["video", "caption", "start"], ["a.mp4", "x", "-1"]], "row 2: end None"),
-    ([["video", "caption", "end"], ["a.mp4", "x", "nan"]], "row 2: end nan"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([["file", "caption"], ["a", "b"]], "has no column video"),
+        ([["video", "text"], ["a", "b"]], "has no column caption"),
+        ([], "has no column video, caption"),
+        ([["video;caption"], ["a.mp4;x"]], "its first line is ['video;caption']"),
+        ([["video", "caption"]], "has a header, but no row below it"),
+        ([["video", "caption", "video"], ["a.mp4", "x", "b.mp4"]], "has the column video 2 times"),
+        ([["video", "caption"], ["a.mp4", "two\nlines"], ["b.mp4", ""]], "row 4: empty caption"),
+        ([["video", "caption"], ["a.mp4", ""], ["b.mp4", "x"]], "row 2: empty caption"),
+        (
+            [["video", "caption"], [], ["a.mp4", "two\nlines", "too much"], ["b.mp4", "x"]],
+            "row 3: not as many fields",
+        ),
+        (
+            [["video", "caption"], ["a.mp4", "x"], ["b.mp4", "y" * 200_000]],
+            "row 3: field larger than",
+        ),
+        ([["video", "caption"], ["a.mp4", "x"], ["a.mp4", " "]], "row 3: empty caption"),
+        ([["video", "caption"], ["", "x"]], "row 2: empty video"),
+        ([["video", "caption"], ["a.mp4"]], "row 2: not as many fields"),
+        ([["video", "caption"], ["a.mp4", "one", "two"]], "row 2: not as many fields"),
+        ([["video", "caption", "split"], ["a.mp4", "one"]], "row 2: not as many fields"),
+        (
+            [["video", "caption", "split"], ["a.mp4", "one", "training"]],
+            "row 2: split 'training' must be",
+        ),
+        ([["video", "caption", "start"], ["a.mp4", "x", "soon"]], "row 2: start 'soon'"),
+        (
+            [["video", "caption", "start", "end"], ["a.mp4", "x", "3", "3"]],
+            "row 2: end 3.0 must come after start 3.0",
+        ),
+        ([["video", "caption", "start"], ["a.mp4", "x", "-1"]], "row 2: end None"),
+        ([["video", "caption", "end"], ["a.mp4", "x", "nan"]], "row 2: end nan"),
+    ],
+)
 def test_csv_mistakes(tmp_path, rows, message):
     name = table(tmp_path / "my.csv", *rows)
     with pytest.raises(DataError) as e:
@@ -515,8 +601,14 @@ def test_a_quote_in_the_wrong_place_says_where(tmp_path, text, row):
 
 
 def test_rows_are_named_by_the_line_they_begin_in(tmp_path):
-    name = table(tmp_path / "my.csv", ["video", " caption "], ["a.mp4", "one\ntwo"], [], ["b.mp4", "three\nfour\nfive"],
-                 ["c.mp4", "six"])
+    name = table(
+        tmp_path / "my.csv",
+        ["video", " caption "],
+        ["a.mp4", "one\ntwo"],
+        [],
+        ["b.mp4", "three\nfour\nfive"],
+        ["c.mp4", "six"],
+    )
     ann = load_annotations(name)
     lines = open(name).read().splitlines()
     for where, clip in zip(ann.where, ann.segments):
@@ -525,11 +617,14 @@ def test_rows_are_named_by_the_line_they_begin_in(tmp_path):
 
 def test_csv_files_that_are_none(tmp_path):
     (tmp_path / "open.csv").write_text('video,caption\na.mp4,"never closed\n' + "b.mp4,x\n" * 30000)
-    (tmp_path / "header.csv").write_text('"video,caption\n' + "a.mp4,x\n" * 30000)  # nor is this quote
+    # nor is this quote
+    (tmp_path / "header.csv").write_text('"video,caption\n' + "a.mp4,x\n" * 30000)
     assert program(lambda: data.main(["check", "--data", str(tmp_path / "header.csv")])) == 2
     (tmp_path / "latin.csv").write_bytes("video,caption\na.mp4,café\n".encode("latin-1"))
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(DataError, match="latin.csv, row 2: not UTF-8 text .byte 0xe9.; save it as UTF-8"):
+    with pytest.raises(
+        DataError, match="latin.csv, row 2: not UTF-8 text .byte 0xe9.; save it as UTF-8"
+    ):
         load_annotations(tmp_path / "latin.csv")
     for name in ("open.csv", "header.csv", "latin.csv", "folder.csv", "gone.csv"):
         for load in (load_annotations, load_split):
@@ -544,18 +639,26 @@ def test_csv_files_that_are_none(tmp_path):
 def test_csv_without_split_column_is_divided_by_name(tmp_path):
     rows = [[f"v{i // 2}.mp4", f"caption {i}"] for i in range(400)]
     name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
-    assert len(load_annotations(name, split="val").captions) == 400  # as the file says: every row in any split
+    # as the file says: every row in any split
+    assert len(load_annotations(name, split="val").captions) == 400
     parts = {s: load_split(name, split=s) for s in data.SPLITS}
     paths = {s: {c.path for c in ann.segments} for s, ann in parts.items()}
     assert sum(map(len, paths.values())) == len(set.union(*paths.values())) == 200
-    assert 140 <= len(paths["train"]) <= 175 and len(paths["val"]) >= 10 and len(paths["test"]) >= 10
+    assert 140 <= len(paths["train"]) <= 175
+    assert len(paths["val"]) >= 10
+    assert len(paths["test"]) >= 10
     for ann in parts.values():
         number = [int(os.path.basename(c.path)[1:-4]) for c in ann.segments]
         assert all(int(c.split()[1]) // 2 == number[o] for c, o in zip(ann.captions, ann.owner))
         assert [int(w.split()[-1]) for w in ann.where] == [2 + 2 * n for n in number]
     more = tmp_path / "elsewhere"
     more.mkdir()
-    grown = table(more / "other.csv", ["video", "caption"], *[[f"new{i}.mp4", "x"] for i in range(50)], *reversed(rows))
+    grown = table(
+        more / "other.csv",
+        ["video", "caption"],
+        *[[f"new{i}.mp4", "x"] for i in range(50)],
+        *reversed(rows),
+    )
     for split in data.SPLITS:  # more rows, in another order, in another folder: no video moves
         now = {os.path.basename(c.path) for c in load_split(grown, split=split).segments}
         assert {os.path.basename(p) for p in paths[split]} <= now
@@ -581,8 +684,11 @@ def test_a_small_csv_without_splits_can_train_and_test(tmp_path):
             grown = divided(tmp_path, files[::-1] + [f"new{i}.mp4" for i in range(200)])
             for split, others in (("test", ("train", "val")), ("train", ("test", "val"))):
                 moved = [x for x in now[split] if any(x in grown[other] for other in others)]
-                assert len(moved) <= 2 and (not moved or len(now[split]) <= 2)  # only those that made up the two move
-    name = table(tmp_path / "one.csv", ["video", "caption", "start"], ["v0.mp4", "x", 0], ["v0.mp4", "y", 5])
+                # only those that made up the two move
+                assert len(moved) <= 2 and (not moved or len(now[split]) <= 2)
+    name = table(
+        tmp_path / "one.csv", ["video", "caption", "start"], ["v0.mp4", "x", 0], ["v0.mp4", "y", 5]
+    )
     with pytest.raises(DataError, match="one.csv has one video and no split column"):
         [load_split(name, split=s) for s in ("train", "test")]
 
@@ -614,7 +720,10 @@ def msrvtt(root):
     videos = [dict(video_id=f"video{i}", split="train") for i in range(12)]
     sentences = []
     for k in range(3):
-        sentences += [dict(caption=f"sentence {k} of {i}", video_id=f"video{i}", sen_id=3 * i + k) for i in range(12)]
+        sentences += [
+            dict(caption=f"sentence {k} of {i}", video_id=f"video{i}", sen_id=3 * i + k)
+            for i in range(12)
+        ]
     (root / "MSRVTT_data.json").write_text(json.dumps(dict(videos=videos, sentences=sentences)))
     table(root / "MSRVTT_train.9k.csv", ["video_id"], *[[f"video{i}"] for i in range(10)])
     table(root / "MSRVTT_train.7k.csv", ["video_id"], *[[f"video{i}"] for i in range(7)])
@@ -631,15 +740,20 @@ def test_msrvtt(tmp_path):
     names = [os.path.basename(c.path) for c in train.segments]
     assert all(c.endswith(f"of {names[o][5:-4]}") for c, o in zip(train.captions, train.owner))
     assert paths(train, root)[:3] == ["videos/video0.mp4", "videos/all/video1.mp4", "video2.mp4"]
-    assert len(load_annotations("msrvtt-7k", root).segments) == 7 and load_annotations("msrvtt", root, "val").segments == []
+    assert len(load_annotations("msrvtt-7k", root).segments) == 7
+    assert load_annotations("msrvtt", root, "val").segments == []
     test = load_split("msrvtt", root, "test")
-    assert test.captions == ["a, b", "c"] and paths(test, root) == ["videos/video11.mp4", "videos/video10.mp4"]
+    assert test.captions == ["a, b", "c"]
+    assert paths(test, root) == ["videos/video11.mp4", "videos/video10.mp4"]
     # val_videos: held out of train by a seeded choice
     held, kept = load_split("msrvtt", root, "val", 3, 5), load_split("msrvtt", root, "train", 3, 5)
     assert len(held.segments) == 3 and len(held.captions) == 9
     assert len(kept.segments) == 7 and not set(held.segments) & set(kept.segments)
-    assert held == load_split("msrvtt", root, "val", 3, 5) != load_split("msrvtt", root, "val", 3, 6)
-    assert load_split("msrvtt", root, "val").segments == [] and load_split("msrvtt", root, "train") == train
+    assert (
+        held == load_split("msrvtt", root, "val", 3, 5) != load_split("msrvtt", root, "val", 3, 6)
+    )
+    assert load_split("msrvtt", root, "val").segments == []
+    assert load_split("msrvtt", root, "train") == train
     with pytest.raises(DataError, match="--val-videos 10: msrvtt has 10"):
         load_split("msrvtt", root, "train", 10)
 
@@ -649,12 +763,20 @@ def test_missing_and_broken_annotation_files(tmp_path):
         load_annotations("msrvtt", tmp_path / "nowhere")
     root = msrvtt(tmp_path)
     for content, message in (
-            (None, "is missing: it belongs to msrvtt"), ("{", "line 1: not valid JSON"), ("[]", "JSON object"),
-            ("{}", "'sentences'"),
-            ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
-            ('{"sentences": [{"video_id": "video1", "caption": ""}]}', "sentence 1: empty caption"),
-            ('{"sentences": [{"video_id": "video1", "caption": "x"}, {}]}', "sentence 2: has no 'video_id'")):
-        (root / "MSRVTT_data.json").unlink() if content is None else (root / "MSRVTT_data.json").write_text(content)
+        (None, "is missing: it belongs to msrvtt"),
+        ("{", "line 1: not valid JSON"),
+        ("[]", "JSON object"),
+        ("{}", "'sentences'"),
+        ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
+        ('{"sentences": [{"video_id": "video1", "caption": ""}]}', "sentence 1: empty caption"),
+        (
+            '{"sentences": [{"video_id": "video1", "caption": "x"}, {}]}',
+            "sentence 2: has no 'video_id'",
+        ),
+    ):
+        (root / "MSRVTT_data.json").unlink() if content is None else (
+            root / "MSRVTT_data.json"
+        ).write_text(content)
         with pytest.raises(DataError, match="MSRVTT_data.json") as e:
             load_annotations("msrvtt", root)
         assert message in str(e.value)
@@ -664,7 +786,9 @@ GOOD = "0001_American_Beauty_00.00.51.926-00.00.54.129"
 
 
 def lsmdc_row(clip, sentence="SOMEONE waits."):
-    return "\t".join([clip, "00.00.51.926", "00.00.54.129", "00.00.51.926", "00.00.54.129", sentence])
+    return "\t".join(
+        [clip, "00.00.51.926", "00.00.54.129", "00.00.51.926", "00.00.54.129", sentence]
+    )
 
 
 def test_lsmdc(tmp_path):
@@ -675,14 +799,23 @@ def test_lsmdc(tmp_path):
     ann = load_annotations("lsmdc", tmp_path)
     assert ann.captions == ["SOMEONE waits.", 'He says "no', "Again"]
     assert ann.owner == [0, 1, 0]  # a clip that repeats is one video
-    assert relative(ann, tmp_path) == [(f"videos/0001_American_Beauty/{GOOD}.avi", None, None), (
-        "videos/3002_30_MINUTES_OR_LESS/3002_30_MINUTES_OR_LESS_00.00.05.016-00.00.06.821.avi", None, None)]
+    assert relative(ann, tmp_path) == [
+        (f"videos/0001_American_Beauty/{GOOD}.avi", None, None),
+        (
+            "videos/3002_30_MINUTES_OR_LESS/3002_30_MINUTES_OR_LESS_00.00.05.016-00.00.06.821.avi",
+            None,
+            None,
+        ),
+    ]
     (tmp_path / "LSMDC16_challenge_1000_publictect.csv").write_text(lsmdc_row(GOOD))
     assert len(load_annotations("lsmdc", tmp_path, "test").captions) == 1
     (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row(GOOD) + "\n" + GOOD + "\tshort\n")
-    with pytest.raises(DataError, match="LSMDC16_annos_val.csv, row 2: 2 tab-separated fields, expected 6"):
+    with pytest.raises(
+        DataError, match="LSMDC16_annos_val.csv, row 2: 2 tab-separated fields, expected 6"
+    ):
         load_annotations("lsmdc", tmp_path, "val")
-    (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row("") + "\n")  # "/.avi" would lie outside the folder
+    # "/.avi" would lie outside the folder
+    (tmp_path / "LSMDC16_annos_val.csv").write_text(lsmdc_row("") + "\n")
     with pytest.raises(DataError, match="LSMDC16_annos_val.csv, row 1: clip id ''"):
         load_annotations("lsmdc", tmp_path, "val")
 
@@ -696,12 +829,21 @@ def didemo_row(video, ends="tensor([[31]])", starts="tensor([[0]])"):
 
 def test_didemo_segments_become_one_paragraph(tmp_path):
     """The LocalizingMoments project's json has an entry per described segment."""
-    segments = [("a.mp4", "a dog runs."), ("b.mp4", "rain"), ("a.mp4", "then it sits"), ("c.avi", "x"),
-                ("a.mp4", "it barks.")]
-    entries = [dict(video=v, description=d, times=[[0, 0]], annotation_id=k) for k, (v, d) in enumerate(segments)]
+    segments = [
+        ("a.mp4", "a dog runs."),
+        ("b.mp4", "rain"),
+        ("a.mp4", "then it sits"),
+        ("c.avi", "x"),
+        ("a.mp4", "it barks."),
+    ]
+    entries = [
+        dict(video=v, description=d, times=[[0, 0]], annotation_id=k)
+        for k, (v, d) in enumerate(segments)
+    ]
     (tmp_path / "test_data.json").write_text(json.dumps(entries))
     ann = load_annotations("didemo", tmp_path, "test")
-    assert ann.captions == ["a dog runs. then it sits it barks.", "rain", "x"] and ann.owner == [0, 1, 2]
+    assert ann.captions == ["a dog runs. then it sits it barks.", "rain", "x"]
+    assert ann.owner == [0, 1, 2]
     assert paths(ann, tmp_path) == ["videos/a.mp4", "videos/b.mp4", "videos/c.avi"]
     assert ann.where == [f"test_data.json, entry {k}" for k in (1, 2, 4)]
 
@@ -725,7 +867,8 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys, monkeypatch)
     data.warn_once.cache_clear()
     assert load_annotations("didemo", tmp_path, "val") == ann and capsys.readouterr().err == ""
     assert numbers(read_frames(ann.segments[1], 2)) == [25 + i for i in sample_indices(25, 2)]
-    assert numbers(read_frames(ann.segments[3], 2)) == [75, 75]  # no time at all: the one frame there
+    # no time at all: the one frame there
+    assert numbers(read_frames(ann.segments[3], 2)) == [75, 75]
 
 
 def test_a_video_is_found_under_another_suffix(tmp_path):
@@ -743,17 +886,27 @@ def test_didemo(tmp_path):
     rows = [didemo_row(name) for name in ("12@N01_dot.", "34@N02.mp4", "56@N03.mpg")]
     table(tmp_path / "didemo_test_label.csv", DIDEMO, *rows)
     ann = load_annotations("didemo", tmp_path, "test")
-    assert paths(ann, tmp_path) == ["videos/12@N01_dot.avi", "videos/34@N02.mov", "videos/56@N03.mpg"]
+    assert paths(ann, tmp_path) == [
+        "videos/12@N01_dot.avi",
+        "videos/34@N02.mov",
+        "videos/56@N03.mpg",
+    ]
     assert all(c[1:] == (0, 31) for c in ann.segments)
     assert ann.captions == ["one. two, three"] * 3
-    table(tmp_path / "didemo_val_label.csv", DIDEMO, didemo_row("a.mp4"), didemo_row("b.mp4", "tensor([[]])"))
+    table(
+        tmp_path / "didemo_val_label.csv",
+        DIDEMO,
+        didemo_row("a.mp4"),
+        didemo_row("b.mp4", "tensor([[]])"),
+    )
     with pytest.raises(DataError, match="didemo_val_label.csv, row 3: .*no seconds"):
         load_annotations("didemo", tmp_path, "val")
     entries = [dict(video="34@N02.mp4", description=["a dog.", "a cat."], times=[[0, 0]]),
                dict(video="c.mp4", description="whole", times=[])]
     (tmp_path / "train_data.json").write_text(json.dumps(entries))
     ann = load_annotations("didemo", tmp_path, "train")
-    assert ann.captions == ["a dog. a cat.", "whole"] and paths(ann, tmp_path) == ["videos/34@N02.mov", "videos/c.mp4"]
+    assert ann.captions == ["a dog. a cat.", "whole"]
+    assert paths(ann, tmp_path) == ["videos/34@N02.mov", "videos/c.mp4"]
 
 
 def test_vatex(tmp_path):
@@ -761,7 +914,12 @@ def test_vatex(tmp_path):
                dict(videoID="uncutvideo1_000012_000022", chCap=["x"], enCap=["three"]),
                dict(videoID="nocaptions1_000000_000010", chCap=["x"]),
                dict(videoID="gonegonego1_000001_000011", enCap=["four"])]
-    touch(tmp_path, "videos/abc_-defg12_000005_000015.mp4", "videos/uncutvideo1.mp4", "videos/abc_-defg12.mp4")
+    touch(
+        tmp_path,
+        "videos/abc_-defg12_000005_000015.mp4",
+        "videos/uncutvideo1.mp4",
+        "videos/abc_-defg12.mp4",
+    )
     (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(entries))
     ann = load_annotations("vatex", tmp_path)
     assert relative(ann, tmp_path) == [
@@ -772,29 +930,46 @@ def test_vatex(tmp_path):
     with pytest.raises(DataError, match="val_list.txt is missing"):
         load_annotations("vatex", tmp_path, "val")
     (tmp_path / "val_list.txt").write_text("uncutvideo1_000012_000022\n")
-    (tmp_path / "test_list.txt").write_text("abc_-defg12_000005_000015\r\ngonegonego1_000001_000011\n")
+    (tmp_path / "test_list.txt").write_text(
+        "abc_-defg12_000005_000015\r\ngonegonego1_000001_000011\n"
+    )
     assert load_annotations("vatex", tmp_path, "val").captions == ["three"]
     assert load_annotations("vatex", tmp_path, "test").captions == ["one", "two", "four"]
-    (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps([entries[0], dict(videoID="short_1_2")]))
+    (tmp_path / "vatex_training_v1.0.json").write_text(
+        json.dumps([entries[0], dict(videoID="short_1_2")])
+    )
     with pytest.raises(DataError, match="vatex_training_v1.0.json, entry 2: videoID 'short_1_2'"):
         load_annotations("vatex", tmp_path)
 
 
 def test_charades(tmp_path):
     head = ["id", "subject", "scene", "script", "length"]
-    table(tmp_path / "Charades_v1_train.csv", head,
-          *[[f"V{i}", "S", "Kitchen", f"A person, no {i}", "30"] for i in range(4)], ["V9", "S", "x", "", "3"])
-    table(tmp_path / "Charades_v1_test.csv", head, ["46GP8", "HR43", "Kitchen", "A person cooks\nand eats.", "24.8"],
-          ["N11GT", "0KZ7"])
+    table(
+        tmp_path / "Charades_v1_train.csv",
+        head,
+        *[[f"V{i}", "S", "Kitchen", f"A person, no {i}", "30"] for i in range(4)],
+        ["V9", "S", "x", "", "3"],
+    )
+    table(
+        tmp_path / "Charades_v1_test.csv",
+        head,
+        ["46GP8", "HR43", "Kitchen", "A person cooks\nand eats.", "24.8"],
+        ["N11GT", "0KZ7"],
+    )
     train = load_annotations("charades", tmp_path)
-    assert paths(train, tmp_path) == [f"videos/V{i}.mp4" for i in range(4)] and train.captions[2] == "A person, no 2"
-    assert [len(load_split("charades", tmp_path, split, 1).segments) for split in ("val", "train")] == [1, 3]
+    assert paths(train, tmp_path) == [f"videos/V{i}.mp4" for i in range(4)]
+    assert train.captions[2] == "A person, no 2"
+    assert [
+        len(load_split("charades", tmp_path, split, 1).segments) for split in ("val", "train")
+    ] == [1, 3]
     with pytest.raises(DataError, match="Charades_v1_test.csv, row 4: not as many fields"):
         load_annotations("charades", tmp_path, "test")
 
 
 def test_msvd(tmp_path):
-    (tmp_path / "captions_msvd.json").write_text(json.dumps({"a_1_2": ["x", "y"], "b_3_4": ["z"], "other_1_2": ["w"]}))
+    (tmp_path / "captions_msvd.json").write_text(
+        json.dumps({"a_1_2": ["x", "y"], "b_3_4": ["z"], "other_1_2": ["w"]})
+    )
     (tmp_path / "test_list.txt").write_text("b_3_4\na_1_2\nnever_5_6\n")
     touch(tmp_path, "videos/a_1_2.mp4")
     ann = load_annotations("msvd", tmp_path, "test")
@@ -823,21 +998,33 @@ def test_videos_may_lie_elsewhere_as_their_site_packs_them(tmp_path, folder):
 
 def test_archives_as_their_sites_name_them(tmp_path):
     table(tmp_path / "Charades_v1_test.csv", ["id", "script"], ["46GP8", "A person cooks."])
-    touch(tmp_path, "mp4/Charades_v1_480/46GP8.mp4", "mp4/MSRVTT/videos/all/video10.mp4", "mp4/TestVideo/video11.mp4")
+    touch(
+        tmp_path,
+        "mp4/Charades_v1_480/46GP8.mp4",
+        "mp4/MSRVTT/videos/all/video10.mp4",
+        "mp4/TestVideo/video11.mp4",
+    )
     ann = load_annotations("charades", tmp_path, "test", tmp_path / "mp4")
     assert relative(ann, tmp_path) == [("mp4/Charades_v1_480/46GP8.mp4", None, None)]
     ann = load_annotations("msrvtt", msrvtt(tmp_path), "test", tmp_path / "mp4")
-    assert paths(ann, tmp_path) == ["mp4/TestVideo/video11.mp4", "mp4/MSRVTT/videos/all/video10.mp4"]
+    assert paths(ann, tmp_path) == [
+        "mp4/TestVideo/video11.mp4",
+        "mp4/MSRVTT/videos/all/video10.mp4",
+    ]
 
 
 def test_videos_of_a_csv_may_lie_elsewhere(tmp_path):
     (tmp_path / "clips").mkdir()
-    name = table(tmp_path / "my.csv", ["video", "caption"], *[[f"v{i}.mp4", "x"] for i in range(200)])
+    name = table(
+        tmp_path / "my.csv", ["video", "caption"], *[[f"v{i}.mp4", "x"] for i in range(200)]
+    )
     there = {s: load_split(name, None, s, videos=tmp_path / "clips") for s in data.SPLITS}
     assert there["test"].segments[0].path.startswith(str(tmp_path / "clips" / "v"))
     for split in data.SPLITS:  # where they lie changes no split
         here = load_split(name, None, split)
-        assert [os.path.basename(c.path) for c in there[split].segments] == [os.path.basename(c.path) for c in here.segments]
+        assert [os.path.basename(c.path) for c in there[split].segments] == [
+            os.path.basename(c.path) for c in here.segments
+        ]
     assert data.main(["check", "--data", name, "--videos", str(tmp_path)]) == 1
     touch(tmp_path / "clips", *[f"v{i}.mp4" for i in range(200)])
     assert data.main(["check", "--data", name, "--videos", str(tmp_path / "clips")]) == 0
@@ -849,7 +1036,9 @@ def test_captions_of_another_kind(tmp_path, bad):
     (tmp_path / "vatex_training_v1.0.json").write_text(json.dumps(entries))
     (tmp_path / "captions_msvd.json").write_text(json.dumps({"a_1_2": bad}))
     (tmp_path / "train_list.txt").write_text("a_1_2\n")
-    (tmp_path / "train_data.json").write_text(json.dumps([dict(video="a.mp4", description=bad, times=[])]))
+    (tmp_path / "train_data.json").write_text(
+        json.dumps([dict(video="a.mp4", description=bad, times=[])])
+    )
     files = {"vatex": "vatex_training_v1.0.json, entry 1", "msvd": "captions_msvd.json",
              "didemo": "train_data.json, entry 1"}
     for name, file in files.items():
@@ -866,7 +1055,8 @@ def test_real_annotation_files(shared, tmp_path):
         assert len(ann.captions) == n and all(c[1:] == (0, 31) for c in ann.segments)
     msvd = {s: load_annotations("msvd", shared / "msvd", s) for s in data.SPLITS}
     assert len(set().union(*(a.segments for a in msvd.values()))) == 1970  # no video in two splits
-    assert [len(msvd[s].segments) for s in data.SPLITS] == [1200, 100, 670] and len(msvd["test"].captions) == 27763
+    assert [len(msvd[s].segments) for s in data.SPLITS] == [1200, 100, 670]
+    assert len(msvd["test"].captions) == 27763
     assert sorted(Counter(msvd["test"].owner).values())[::669] == [21, 81]
     for file in (shared / "msrvtt").iterdir():
         shutil.copy(file, tmp_path)
@@ -874,8 +1064,10 @@ def test_real_annotation_files(shared, tmp_path):
         sentences=[dict(caption="x", video_id=f"video{i}", sen_id=i) for i in range(10000)])))
     train, test = (load_annotations("msrvtt", tmp_path, split) for split in ("train", "test"))
     small = load_annotations("msrvtt-7k", tmp_path)
-    assert [len(a.segments) for a in (train, small, test)] == [9000, 7010, 1000] and len(test.captions) == 1000
-    assert set(small.segments) < set(train.segments) and not set(test.segments) & set(train.segments)
+    assert [len(a.segments) for a in (train, small, test)] == [9000, 7010, 1000]
+    assert len(test.captions) == 1000
+    assert set(small.segments) < set(train.segments)
+    assert not set(test.segments) & set(train.segments)
     assert len(set(test.captions)) == 995
 
 
@@ -887,11 +1079,16 @@ def test_missing_videos_are_counted_and_ten_named(tmp_path):
     with pytest.raises(DataError) as e:
         present(ann)
     text = str(e.value)
-    assert "28 of 30 videos are missing" in text and text.count(".mp4 (") == 10 and f"v0.mp4 ({name}, row 2)" in text
+    assert "28 of 30 videos are missing" in text
+    assert text.count(".mp4 (") == 10
+    assert f"v0.mp4 ({name}, row 2)" in text
     assert "--skip-bad" in text
     found, lines = present(ann, skip_bad=True)
-    assert found.captions == ["c3", "c29", "again"] and found.owner == [0, 1, 0] and len(lines) == 28
-    assert paths(found, tmp_path) == ["v3.mp4", "v29.mp4"] and found.where == [f"{name}, row 5", f"{name}, row 31"]
+    assert found.captions == ["c3", "c29", "again"]
+    assert found.owner == [0, 1, 0]
+    assert len(lines) == 28
+    assert paths(found, tmp_path) == ["v3.mp4", "v29.mp4"]
+    assert found.where == [f"{name}, row 5", f"{name}, row 31"]
     assert present(found) == (found, [])
 
 
@@ -910,8 +1107,15 @@ def test_check(run, folder, tmp_path, capsys):
     (tmp_path / "b.mp4").write_text("not a video")
     name = table(tmp_path / "my.csv", ["video", "caption"], ["a.mp4", "x"])
     assert data.main(["check", "--data", name, "--decode", "--workers", "1"]) == 0
-    assert "1 texts, 1 videos, 0 of them missing\n      1 decode, 0 don't\n" in capsys.readouterr().out
-    name = table(tmp_path / "my.csv", ["video", "caption", "split"], ["a.mp4", "x", "train"], ["b.mp4", "y", "test"])
+    assert (
+        "1 texts, 1 videos, 0 of them missing\n      1 decode, 0 don't\n" in capsys.readouterr().out
+    )
+    name = table(
+        tmp_path / "my.csv",
+        ["video", "caption", "split"],
+        ["a.mp4", "x", "train"],
+        ["b.mp4", "y", "test"],
+    )
     assert data.main(["check", "--data", name]) == 0
     assert data.main(["check", "--data", name, "--decode", "--workers", "0"]) == 1
     out = capsys.readouterr().out
@@ -927,28 +1131,42 @@ def films(folder, tmp_path, good, bad, missing):
         else:
             (tmp_path / name).write_text("not a video")
     names += [f"gone {i}, é.mp4" for i in range(missing)]
-    return table(tmp_path / "my.csv", ["video", "caption"], *[[name, f"of {name}"] for name in names])
+    return table(
+        tmp_path / "my.csv", ["video", "caption"], *[[name, f"of {name}"] for name in names]
+    )
 
 
 def test_check_lists_everything(folder, tmp_path, capsys):
     name, file = films(folder, tmp_path, 1, 12, 13), tmp_path / "list.csv"
-    assert data.main(["check", "--data", name, "--decode", "--workers", "0", "--list", str(file)]) == 1
+    assert (
+        data.main(["check", "--data", name, "--decode", "--workers", "0", "--list", str(file)]) == 1
+    )
     out = capsys.readouterr().out
     assert out.count("      missing ") == 10 and "      and 3 more\n" in out
-    assert out.count("      bad: video ") == 10 and "      and 2 more\n" in out and "1 decode, 12 don't" in out
+    assert out.count("      bad: video ") == 10
+    assert "      and 2 more\n" in out
+    assert "1 decode, 12 don't" in out
     head, *rows = csv.reader(open(file, newline="", encoding="utf-8"))
     assert head == ["video", "problem"] and len(rows) == 25
     assert [p for p, _ in rows] == [str(tmp_path / f"gone {i}, é.mp4") for i in range(13)] + [
         str(tmp_path / f"bad{i}.mp4") for i in range(12)]
-    assert rows[0][1] == f"missing {tmp_path}/gone 0, é.mp4 ({name}, row 15)" and rows[13][1].startswith("bad: video ")
+    assert rows[0][1] == f"missing {tmp_path}/gone 0, é.mp4 ({name}, row 15)"
+    assert rows[13][1].startswith("bad: video ")
     table(name, ["video", "caption"], ["good0.mp4", "x"])
     assert data.main(["check", "--data", name, "--list", str(file)]) == 0
     assert file.read_text() == "video,problem\n"  # such a list is replaced; nothing else is:
     (tmp_path / "link.csv").symlink_to(file)
     os.mkfifo(tmp_path / "pipe")
     before = open(name).read()
-    for path in (name, tmp_path, tmp_path / "good0.mp4", tmp_path / "link.csv", tmp_path / "pipe", "/dev/null",
-                 tmp_path / "none" / "x.csv"):
+    for path in (
+        name,
+        tmp_path,
+        tmp_path / "good0.mp4",
+        tmp_path / "link.csv",
+        tmp_path / "pipe",
+        "/dev/null",
+        tmp_path / "none" / "x.csv",
+    ):
         assert program(lambda: data.main(["check", "--data", name, "--list", str(path)])) == 2
         err = capsys.readouterr().err
         assert re.match(f"error: --list {path} (cannot be written|exists and is no file)", err)
@@ -961,11 +1179,22 @@ def test_check_shows_odd_names_escaped(tmp_path, run):
     root = os.fsencode(tmp_path) + b"/caf\xe9"  # not UTF-8, as on old disks
     os.mkdir(root)
     name = table(tmp_path / "my.csv", ["video", "caption"], ["a\x1b[31m.mp4", "x"])
-    out = run("data.py", "check", "--data", name, "--root", os.fsdecode(root), "--list", tmp_path / "list.csv",
-              env=dict(PYTHONIOENCODING="utf-8:strict"))
+    out = run(
+        "data.py",
+        "check",
+        "--data",
+        name,
+        "--root",
+        os.fsdecode(root),
+        "--list",
+        tmp_path / "list.csv",
+        env=dict(PYTHONIOENCODING="utf-8:strict"),
+    )
     assert out.returncode == 1 and out.stderr == ""
     assert f"missing {tmp_path}/caf\\udce9/a\\x1b[31m.mp4 ({name}, row 2)" in out.stdout
-    assert (tmp_path / "list.csv").read_bytes().splitlines()[1].startswith(root + b"/a\x1b[31m.mp4,")
+    assert (
+        (tmp_path / "list.csv").read_bytes().splitlines()[1].startswith(root + b"/a\x1b[31m.mp4,")
+    )
 
 
 def test_check_tells_how_far_decoding_is(folder, tmp_path, capsys, monkeypatch):
@@ -1020,7 +1249,9 @@ def test_check_mistakes(run, tmp_path, capsys):
 
 def test_render_never_passes_off_another_data_set(tmp_path, capsys):
     def command(n):
-        return program(lambda: shapes.main(["--root", str(tmp_path / "s"), "--videos", str(n), "1", "1"]))
+        return program(
+            lambda: shapes.main(["--root", str(tmp_path / "s"), "--videos", str(n), "1", "1"])
+        )
 
     assert command(2) == 0 and command(2) == 0
     assert command(3) == 2 and "holds another data set already" in capsys.readouterr().err

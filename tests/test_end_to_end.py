@@ -1,11 +1,15 @@
 """What README promises, typed as README types it: train, evaluate and search on real mp4 files."""
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
-from test_readme import COMMANDS
+from conftest import ROOT
+from test_readme import COMMANDS, README
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,21 @@ def test_search_finds_what_was_asked_for(trained, run):
     assert found >= 6, (parts, done.stdout)  # among 10 of 30: chance 3.3
     again = run("search.py", queries[0], *gallery, cwd=folder)
     assert "encoded 0 videos, 30 in the index" in again.stderr
+
+
+def test_readmes_python_runs(trained):
+    """The way in from Python; the small data set has videos of lower numbers."""
+    folder, _ = trained
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    code = code.replace("(1600, 1601, 1602)", "(130, 131, 132)")
+    code += "print(sims.shape, R.shape, t_s.shape)"
+    code = code.replace("print(model.score", "sims = (model.score", 1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 3]) torch.Size([2, 3, 128]) torch.Size([20, 128])" in done.stdout
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from clip_model import CLIP, Tokenizer
 from lib import common, exact, report, video, weights
 from lib.video import read_frames
 from lib.weights import load_checkpoint, save_checkpoint
-from tmass import TMASS
+from tmass import POOLINGS, TMASS, MeanPool
 
 D, T, NAN = 64, 4, float("nan")
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -171,11 +171,11 @@ def on(folder, *args):
     return ["--ckpt", folder / "model.pt", "--workers", 0, "--device", "cpu", *args]
 
 
-def called(capsys, monkeypatch, *args, room=ev):
+def called(capsys, monkeypatch, *args, program=ev):
     """A command line in this process, for the many ways to get it wrong. -> (status, out, err)."""
-    monkeypatch.setattr(sys, "argv", [room.__file__, *map(str, args)])
+    monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, args)])
     try:
-        status = ev.run(room.main)
+        status = ev.run(program.main)
     except SystemExit as e:  # argparse
         status = e.code
     out, err = capsys.readouterr()
@@ -361,6 +361,14 @@ def test_command_line(folder, run, tmp_path, call):
     other = tmp_path / "other.csv"
     names = [folder / "videos" / "v1.mp4", "broken.mp4", folder / "videos" / "v2.mp4", "gone.mp4"]
     other.write_text("video,caption\n" + "".join(f"{name},caption\n" for name in names))
+    # a csv without that column: all rows, or the split that training would make
+    rest = ["--data", folder / "one.csv", "--root", folder / "videos"]
+    for more, split in (([], "all"), (["--split", "test"], "test")):
+        assert call(*on(folder, *rest, *more, "--json", tmp_path / "out.json"))[0] == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        expected = data.load_split(str(folder / "one.csv"), str(folder / "videos"), split)
+        assert (found["split"], found["texts"]) == (split, len(expected.captions))
+    assert found["texts"] < 7
     arguments = on(folder, "--data", other)
     status, out, err = call(*arguments, "--skip-bad", "--released-protocol")
     assert status == 0 and "LEAKING" in out, out + err
@@ -533,14 +541,23 @@ def scores(folder, tmp_path, call):
     return scores
 
 
-def test_another_pooling(scores, tmp_path, call):
-    """mean and query suit a checkpoint of xpool; xpool needs its weights."""
+class FirstFrame(MeanPool):
+    """A pooling that only this test knows."""
+
+    def forward(self, t, f):
+        return f[:, 0].expand(len(t), -1, -1)
+
+
+def test_another_pooling(scores, tmp_path, call, monkeypatch):
+    """A pooling without weights suits a checkpoint of xpool; xpool needs its weights."""
+    monkeypatch.setitem(POOLINGS, "first", FirstFrame)
     content = scores()
     t, f = content["t"], content["f"]
     unit = F.normalize(f, dim=-1)
     cos = torch.einsum("nd,vtd->nvt", F.normalize(t, dim=-1), unit)
     query = torch.einsum("nvt,vtd->nvd", (cos / 0.1).softmax(-1), unit)
-    for name, v in dict(mean=f.mean(1).expand(len(t), -1, -1), query=query).items():
+    videos = dict(mean=f.mean(1)[None], query=query, first=f[None, :, 0])
+    for name, v in videos.items():
         content = scores("--pooling", name)
         literal = F.cosine_similarity(t[:, None], v, dim=-1)
         assert (content["sims"] - literal).abs().max() < 1e-5
@@ -594,7 +611,7 @@ def test_scores_that_are_not_finite_are_never_a_result(weight, folder, tmp_path,
     assert one_error(status, out, err, "broken.pt", "not finite") and "R@1" not in out
     assert os.listdir(tmp_path) == ["broken.pt"]
     arguments += ["--videos", folder / "videos", "--index", tmp_path / "index"]
-    found = call("a query", *arguments, room=search)
+    found = call("a query", *arguments, program=search)
     assert one_error(*found, "broken.pt", "finite", "a query")
     assert not (tmp_path / "r.json").exists()
 
@@ -649,7 +666,7 @@ def test_evaluation_repeats_what_training_printed(run, call, tmp_path):
 def test_processes_that_cannot_start_or_are_lost(folder, call, monkeypatch):
     """A job half started by hand, a port that is taken, a process that dies: one line each."""
     monkeypatch.setenv("RANK", "0")
-    assert one_error(*call(*on(folder)), "RANK=0", "torchrun")
+    assert one_error(*call(*on(folder)), "process 0", "torchrun")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

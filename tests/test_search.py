@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def ask(folder, capsys, monkeypatch):  # noqa: F811
     """ask("a dog", "--videos", DIR) -> what stands on standard output, and on standard error."""
     def ask(*args, ckpt=folder / "model.pt", expect=0):
         common = ["--ckpt", ckpt, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *args, *common, room=se)
+        status, out, err = called(capsys, monkeypatch, *args, *common, program=se)
         assert status == expect, (out, err)
         return out, err
     return ask
@@ -74,8 +75,21 @@ def forked(*args, ckpt, **env):
         os._exit(status)
 
 
+@contextlib.contextmanager
+def killing(pid, timeout=120):
+    """A process that is not done by then is killed, so that nothing waits for it for ever."""
+    timer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """The exit status of a process that `forked` started."""
+    with killing(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def shards(videos):
@@ -193,12 +207,12 @@ def test_mistakes_are_one_line(folder, run, tmp_path, capsys, monkeypatch):  # n
             (["x", "--videos", videos, "-n", "--index", tmp_path / "i"], "without -n"),
             (["x", "--videos", videos, "--ckpt", "nosuch.pt"], "nosuch.pt", "ViT-B/32")):
         common = ["--ckpt", good, "--workers", 0, "--device", "cpu"]
-        status, out, err = called(capsys, monkeypatch, *common, *arguments, room=se)
+        status, out, err = called(capsys, monkeypatch, *common, *arguments, program=se)
         about = str(good), "encoded 0"  # what is said before the error
         err = "".join(line for line in err.splitlines(True) if not line.startswith(about))
         assert one_error(status, out, err, *words), (arguments, status, err)
     bad = tmp_path / "bad"
-    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, room=se)
+    status, out, err = called(capsys, monkeypatch, *common, "x", "--videos", bad, program=se)
     assert status == 2 and "1 unreadable left out" in err
     assert "nothing to search" in err.splitlines()[-1] and "x.mp4" in err
 
@@ -220,8 +234,9 @@ def test_search_refreshes_its_index(folder, ask, tmp_path):  # noqa: F811
     assert all(list(h) == ["rank", "score", "file", "at", "start", "end"] for h in hits["a cat"])
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     files = ["below/v3.MP4", "v0.mp4", "v1.mp4", "v2.mp4"]
-    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name), None, None) for name in files])
-    scores = exact.score(model, ev.encode_texts(model, tokenizer, ["a red dog"]), f, expected=True)[0]
+    f = ev.encode_videos(model, [decode.Segment(str(tmp_path / name)) for name in files])
+    t = ev.encode_texts(model, tokenizer, ["a red dog"])
+    scores = exact.score(model, t, f, expected=True)[0]
     best = scores.argsort(descending=True)[:3]
     expected = [(scores[v].item(), str(tmp_path / files[v])) for v in best]
     for h, (score, file) in zip(hits["a red dog"], expected):
@@ -446,14 +461,32 @@ def test_queries_from_a_pipe_and_output_for_programs(
                "--device", "cpu"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
-    job.stdin.write(b"a dog\n" * 5000)
-    job.stdin.flush()
-    job.stdout.readline()
-    job.stdout.close()  # as head does
-    with contextlib.suppress(BrokenPipeError):
+    with killing(job.pid):
+        job.stdin.write(b"a dog\n" * 10_000)  # as many as fit: more than can be answered
+        job.stdin.flush()
+        job.stdout.readline()
+        job.stdout.close()  # as head does
+        with contextlib.suppress(BrokenPipeError):
+            job.stdin.close()
+        err = job.stderr.read().decode()
+        assert job.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.mark.slow
+def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # noqa: F811
+    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(folder / "videos"),
+               "--ckpt", str(folder / "model.pt"), "--device", "cpu",
+               "--json", str(tmp_path / "x.json")]
+    queries = [f"a dog {k}" for k in range(50)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
+    job.stdout.close()
+    with killing(job.pid, 300):
+        job.stdin.write("\n".join(queries).encode())
         job.stdin.close()
-    err = job.stderr.read().decode()
-    assert job.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+        err = job.stderr.read().decode()
+        assert job.wait() == 0, err
+    assert list(json.loads((tmp_path / "x.json").read_text())) == queries
 
 
 def test_a_terminal_is_asked(folder):  # noqa: F811
@@ -475,15 +508,16 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         nonlocal seen
         while seen.count(mark) < times:
             seen += os.read(terminal, 4096)
-    read_until(b"query> ", 1)
-    os.write(terminal, b"a dog\n")
-    read_until(b"query> ", 2)
-    os.write(terminal, b"\n")
-    read_until(b"query> ", 3)
-    os.write(terminal, b"\x04")  # Ctrl-D
-    with contextlib.suppress(OSError):  # its end
-        while part := os.read(terminal, 4096):
-            seen += part
+    with killing(pid):
+        read_until(b"query> ", 1)
+        os.write(terminal, b"a dog\n")
+        read_until(b"query> ", 2)
+        os.write(terminal, b"\n")
+        read_until(b"query> ", 3)
+        os.write(terminal, b"\x04")  # Ctrl-D
+        with contextlib.suppress(OSError):  # its end
+            while part := os.read(terminal, 4096):
+                seen += part
     assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
 
 

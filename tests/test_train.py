@@ -29,12 +29,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from test_weights import DAMAGE, soon  # noqa: F401
 from videos import write_video
 
 import data
 import train
 from eval import format_metrics
-from lib import processes
+from lib import processes, runs
 from lib.processes import ALONE
 from lib.weights import read_weights
 
@@ -97,8 +98,8 @@ def child(folder, args, file_limit, slow_workers):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if slow_workers:  # as on a busy machine
-        begin = processes._mind_signals
-        processes._mind_signals = lambda ending: (time.sleep(0.2), begin(ending))
+        begin = processes._obey
+        processes._obey = lambda ending: (time.sleep(0.2), begin(ending))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as on the command line
     sys.argv = ["train.py", *args]
@@ -232,9 +233,9 @@ def test_settings_of_the_method_are_written_once():
 
 
 def test_a_data_set_without_a_recipe_trains_with_the_default_one(here, monkeypatch):
-    assert set(train.RECIPES) < set(train.DATASETS)
+    assert set(train.RECIPES) < set(data.names())
     for name in ("vatex", "charades"):
-        assert name in train.DATASETS and name not in train.RECIPES
+        assert name in data.names() and name not in train.RECIPES
         args = train.parser().parse_args(["--data", name])
         assert train.settle(args, 1) is None
         assert {k: getattr(args, k) for k in train.BASE} == train.BASE
@@ -278,8 +279,8 @@ for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
         ddp = DistributedDataParallel(model)
         torch.manual_seed(5)  # noise and dropout
-        gather = functools.partial(train.Gather.apply, Job(rank, 2))
-        out = ddp(ids[rows], video[rows], gather)
+        gather = functools.partial(train.Gather.apply, Job(rank, 2), cut != 4)
+        out = ddp(ids[rows], video[rows], gather=gather)
         out["loss"].backward()
         two = {k: p.grad for k, p in model.named_parameters()}
         torch.manual_seed(5)
@@ -585,6 +586,62 @@ def test_out_replaces_nothing_but_a_run_that_may_go(here, call):
     assert os.path.islink("link.pt")
     status, out, err = call(*SMALL, "--epochs", 1, "--overwrite")
     assert status == 0 and read_weights("model.pt")["step"] == 6
+
+
+def unfinished(**values):
+    return lambda content: content.update(values)
+
+
+def rate(**values):
+    return lambda content: content["optimizer"]["param_groups"][0].update(values)
+
+
+def moments(content):
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+RUN_DAMAGE = [
+    lambda c: c.pop("optimizer"),
+    unfinished(optimizer=5),
+    lambda c: c["optimizer"]["param_groups"].pop(),
+    rate(peak="x"),
+    rate(betas=5),
+    rate(weight_decay=None),
+    moments,
+    *(unfinished(step=x) for x in ("1", 1.5, -1, None, True)),
+    *(unfinished(best=x) for x in (5, ["x", 1], [1, "x"], [1, math.nan])),
+    *(unfinished(bad_videos=x) for x in (5, None, [5])),
+    unfinished(training=5),
+    unfinished(scaler=5),
+    unfinished(finished="no"),
+]
+
+
+@pytest.fixture(scope="session")
+def one_step(videos, tmp_path_factory, start):
+    """What an unfinished run holds."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "set").symlink_to(videos / "set")
+    job = start(folder, *SMALL, "--epochs", 300).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    return folder / "model.pt"
+
+
+def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
+    wrong = []
+    for number, damage in enumerate([*DAMAGE, *RUN_DAMAGE]):
+        content = read_weights(one_step)
+        damage(content)
+        torch.save(content, "model.pt")
+        try:
+            status, out, err = call("--resume", "--workers", 0)
+        except Exception as error:
+            wrong.append((number, repr(error)))
+            continue
+        if status != 2 or err.count("\n") != 1 or "model.pt" not in err:
+            wrong.append((number, status, err[-300:]))
+    assert not wrong
 
 
 def test_a_run_with_steps_is_not_overwritten_and_one_without_is(here, start, call):
@@ -928,12 +985,12 @@ def test_videos_in_another_folder_than_the_annotations(own_copy, call):
 def test_commands_to_go_on_with(monkeypatch):
     """Of one process and of two machines; that of one machine is run by another test."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my set.csv"])
-    assert train.go_on() == "python train.py --data 'my set.csv' --resume"
+    assert runs.go_on() == "python train.py --data 'my set.csv' --resume"
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])
     job = dict(LOCAL_WORLD_SIZE="8", GROUP_WORLD_SIZE="2", MASTER_ADDR="node1")
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    assert train.go_on() == ("torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d "
+    assert runs.go_on() == ("torchrun --nproc_per_node 8 --nnodes 2 --rdzv_backend c10d "
                              "--rdzv_endpoint node1:29500 train.py --resume")
 
 
