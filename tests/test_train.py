@@ -28,8 +28,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from test_weights import DAMAGE, soon  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
 import data
