@@ -28,8 +28,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from test_weights import DAMAGE, soon  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
 import data
@@ -634,6 +634,7 @@ def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
         content = read_weights(one_step)
         damage(content)
         torch.save(content, "model.pt")
+        signal.alarm(20)  # for each
         try:
             status, out, err = call("--resume", "--workers", 0)
         except Exception as error:

@@ -212,7 +212,7 @@ def weight(make_another):
 
 
 DAMAGE = [
-    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 0, -5, True, 17)),
+    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 16.0, 0, -5, True, 17)),
     *(setting("clip", context_length=x) for x in ("48", 48.0, 0, -5)),
     *(setting("clip", **{name: 10 ** 5}) for name in ("vision_layers", "text_layers")),
     *(setting("clip", embed_dim=x) for x in (64.0, None, [64], 10 ** 30)),
