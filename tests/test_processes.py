@@ -276,6 +276,20 @@ def test_a_worker_that_does_not_go_is_killed():
     assert time.monotonic() - started < 6 and gone(pids, 0.5)
 
 
+def test_a_worker_that_dies_before_it_is_asked_is_said_to_have_died(monkeypatch):
+    """On a busy machine the main process comes to its pipe only after the worker's end."""
+    begin = multiprocessing.Process.start
+
+    def start(process):
+        begin(process)
+        process.join(5)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    with pytest.raises(DataError, match="a decoding process died .exit status 9"):
+        with loading(Numbers(at0="exit"), [[0]], together, workers=1) as found:
+            list(found)
+
+
 def test_the_first_error_is_kept():
     """An exception that is kept, with its frames, keeps no worker either."""
     for dataset, kind, words in (

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import pty
 import random
@@ -301,6 +302,32 @@ def test_damaged_shards_are_left_out(ask, tmp_path):
     content = torch.load(path, weights_only=True)
     torch.save(dict(content, frames=content["frames"][:1]), path)  # parts that don't fit together
     assert "is damaged and left out" in ask("noise", "--videos", tmp_path)[1]
+
+
+@pytest.mark.parametrize("change", [
+    *(lambda c, x=x: c.update(files=x) for x in (
+        5, None, (), ["0.mp4"], [("0.mp4", (1, 2))], [(5, (1, 2), None)],
+        [("0.mp4", 7, None)], [("0.mp4", ("1", 2), None)], [("0.mp4", (1, 2), 5)])),
+    *(lambda c, name=name: c.update({name: c[name].to_sparse()})
+      for name in ("frames", "mean", "times", "spans", "file")),
+    *(lambda c, name=name: c[name].fill_(math.nan) for name in ("times", "spans")),
+    *(lambda c, name=name: c.update({name: c[name].double()}) for name in ("frames", "file")),
+    lambda c: c.update(mean=c["mean"].to("meta")),
+    lambda c: c.update(frames=[1]),
+    lambda c: c.update(frames=c["frames"][:, :2], times=c["times"][:, :2]),    # another T
+    lambda c: c.update(frames=c["frames"][..., :9], mean=c["mean"][:, :9]),    # another D
+])
+def test_shards_of_other_types_and_sizes_are_damaged(tmp_path, change):
+    path = tmp_path / "x.shard"
+    times = torch.arange(4).float()[None]
+    shard = store.file_shard(torch.randn(1, 4, 16), times, times[:, :2], ("0.mp4", (1, 2), None))
+    store.write_shard(tmp_path, path.name, shard)
+    content = dict(torch.load(path, weights_only=True), mark="a")
+    torch.save(content, path)
+    assert store.read_shard(path, "a", (4, 16)).files == shard.files
+    change(content)
+    torch.save(content, path)
+    assert store.read_shard(path, "a", (4, 16)) is None
 
 
 def test_mostly_empty_shards_are_repacked(ask, tmp_path, monkeypatch):

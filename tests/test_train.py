@@ -635,6 +635,7 @@ def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
         content = copy.deepcopy(whole)
         damage(content)
         torch.save(content, "model.pt")
+        signal.alarm(20)  # for each
         try:
             status, out, err = call("--resume", "--workers", 0)
         except Exception as error:

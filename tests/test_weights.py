@@ -99,8 +99,7 @@ def test_a_full_disk_is_called_one(saved, monkeypatch, size):
     full = lambda path, mode: open("/dev/full", mode)
     monkeypatch.setattr(weights, "open", full, raising=False)
     with pytest.raises(WeightsError, match="cannot write .*the disk is full; .* is intact"):
-        optimizer = torch.zeros(size)
-        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2, optimizer=optimizer)
+        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, optimizer=torch.zeros(size))
     assert_left_as_it_was(*saved)
 
 
@@ -213,7 +212,7 @@ def weight(make_another):
 
 
 DAMAGE = [
-    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 0, -5, True, 17)),
+    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 16.0, 0, -5, True, 17)),
     *(setting("clip", context_length=x) for x in ("48", 48.0, 0, -5)),
     *(setting("clip", **{name: 10 ** 5}) for name in ("vision_layers", "text_layers")),
     *(setting("clip", embed_dim=x) for x in (64.0, None, [64], 10 ** 30)),
