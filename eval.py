@@ -23,7 +23,7 @@ from lib.options import add_common, load_model, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
-from lib.video import FrameCache, Segment
+from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
 
@@ -88,11 +88,7 @@ def encode_videos(
     """
     kinds = (Segment, str, os.PathLike)
     refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
-    segments = []
-    for x in segments_or_paths:
-        if not isinstance(x, Segment):
-            x = Segment(os.fspath(x))
-        segments.append(x)
+    segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device

@@ -213,17 +213,18 @@ def update_index(model, folder, where, mark, job, **encoding):
     -> ({name: Shard}, newest_shards of them, how many files were encoded)
     """
     known = {}
+    size = model.frames, model.clip.embed_dim
     writer = ShardWriter(where, mark)
     # Files may come and go: all processes share out what the first one saw.
     folder = folder._replace(stamps=job.gather(folder.stamps)[0])
-    shards = open_shards(where, mark, known, job)
+    shards = open_shards(where, mark, known, job, size)
     newest = newest_shards(shards, folder.stamps)
     names = [name for name in folder.stamps or () if name not in newest]
     encoded = 0
     if names:
         count = encode_files(model, folder, names, writer, job=job, **encoding)
         encoded = sum(job.gather(count))  # waits for all
-        shards = open_shards(where, mark, known, job)
+        shards = open_shards(where, mark, known, job, size)
         for unsaved in job.gather(writer.unsaved):
             shards.update(unsaved)
         newest = newest_shards(shards, folder.stamps)

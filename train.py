@@ -30,7 +30,7 @@ from lib.processes import Stopped, loading, noting_signals, process_died, run, s
 from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, go_on, only_run
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
-from lib.weights import load_checkpoint, load_strictly
+from lib.weights import build_own, load_checkpoint, load_strictly
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
 # ---- settings ----
@@ -275,9 +275,11 @@ class Gather(torch.autograd.Function):
 def build(args, captions, saved, job):
     """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
-        model = TMASS(CLIP(**saved["clip"]), **saved["tmass"])
-        model.load_state_dict(saved.get("training", saved)["model"])
-        return model, Tokenizer(saved["merges"], saved["context_length"])
+        # Where the best weights are another epoch's, those to go on from stand beside them.
+        model, tokenizer, _ = build_own(saved, args.out)
+        if "training" in saved:
+            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
+        return model, tokenizer
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:

@@ -36,8 +36,8 @@ def xpool_span(pool, t):
     """The span of XPool, K = T*H + 2.
 
     Beside the softmax, all of psi is linear in the frames but two normalisations, and these only
-    scale. Let j run over the T*H pairs of a frame and a head, with Wo_h the columns of Wo that belong
-    to the head; let ũ be u minus its mean over D, and g, b weight and bias of a LayerNorm. Then
+    scale. Let j run over the T*H pairs of a frame and a head, with Wo_h the columns of Wo for
+    the head; let ũ be u minus its mean over D, and g, b weight and bias of a LayerNorm. Then
 
         u_j = Wo_h (Wv LN1(f_j) + bv)_h + bo/H
         x = LN2(Σ_j a_j u_j)
@@ -158,7 +158,9 @@ def sample_cosines(t, v, R, eps, products=None):
 
 
 def cosines_of_products(tv, vv, tt, along, across, square):
-    """(t·v + (R·v)·ε) / (|v| sqrt(|t|² + 2 (R·t)·ε + (R·R)·(ε·ε))). (...), then (...,M) -> (...,M)."""
+    """(t·v + (R·v)·ε) / (|v| sqrt(|t|² + 2 (R·t)·ε + (R·R)·(ε·ε))). (...), then (...,M) ->
+    (...,M).
+    """
     length = square.add_(across, alpha=2).add_(tt[..., None]).clamp_min_(TINY).sqrt_()
     return along.add_(tv[..., None]).div_(length).div_(vv.clamp_min(TINY).sqrt()[..., None])
 
@@ -175,13 +177,13 @@ def expected_cosine(t, v, R, mean, std, largest):
         t_s = c + σ R·z            c = t + μ R
         |t_s|² = |c|² + 2σ (R·c)·z + σ² |R·z|²
 
-    where the last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², to first order in z,
+    where the last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², to 1st order in z,
 
         cos(t_s, v) = (c·v + σ (R·v)·z) / (|v| τ sqrt(1 + 2σ (R·c)·z/τ²))
                     ≈ (c·v + σ g·z) / (|v| τ)          g = R·(v - k c),  k = c·v/τ².
 
-    This is normal, with mean c·v/(|v| τ) and standard deviation σ|g|/(|v| τ), and the best of M such
-    numbers has the mean (c·v + E_M σ|g|) / (|v| τ): a cosine, shrunk by |t|/τ, and a bonus for a
+    This is normal, with mean c·v/(|v| τ) and standard deviation σ|g|/(|v| τ), and the best of M of
+    these has the mean (c·v + E_M σ|g|) / (|v| τ): a cosine, shrunk by |t|/τ, and a bonus for a
     wide mass.
     """
     R = R.expand(*R.shape[:-1], v.shape[-1])
@@ -251,8 +253,9 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     noise = noise_of(model, trials, seed, expected)
 
     # Pairs at once: of those with vectors of width D, and of those with coefficients alone.
-    wide = chunk_mb * 2 ** 16 // ((H + 5) * D)
-    pairs = chunk_mb * 2 ** 14 // (H * T + trials)
+    floats = int(chunk_mb * 2 ** 18)
+    wide = floats // (4 * (H + 5) * D)
+    pairs = floats // (16 * (H * T + trials))
     if t.device.type == "cpu":  # twice as fast where tiles stay in the cache
         wide = min(wide, 256)
         pairs = min(pairs, 16384)
@@ -292,7 +295,9 @@ def best_of_pooled(t, f, pool, radius, noise):
 
 
 def best_of_span(t, f, span, radius, noise, wide):
-    """Scores by coefficients, `wide` pairs at a time where R is wide. t (N,D), f (V,T,D) -> (V,N)."""
+    """Scores by coefficients, `wide` pairs at a time where R is wide. t (N,D), f (V,T,D) ->
+    (V,N).
+    """
     Z, c = span(f)
     tv = (dots(t, Z) * c).sum(1)                                       # (V,N)
     vv = form(Z @ Z.mT, c).squeeze(1)                                  # (V,N)

@@ -124,24 +124,38 @@ def write_shard(folder, name, shard):
             torch.save(content, file)
 
 
-def read_shard(path, mark):
-    """-> Shard, memory-mapped; None where the file is damaged. Raises FileNotFoundError."""
+def read_shard(path, mark, size=None):
+    """-> Shard, memory-mapped; None where the file is damaged. Raises FileNotFoundError.
+
+    size: (T,D) of the model. No checksums: a shard may have gigabytes.
+    """
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shard = Shard(*(content[name] for name in Shard._fields))
         known = content["format"] == FORMAT and content["mark"] == mark
-        return shard if known and fits_together(shard) else None
+        return shard if known and fits_together(shard, size) else None
     except FileNotFoundError:
         raise
     except Exception:  # a damaged file fails in zip, pickle or torch, each with errors of its own
         return None
 
 
-def fits_together(shard):
-    """Do the sizes of a shard's tensors agree, and are its file numbers those of files?"""
+def fits_together(shard, size=None):
+    """Are a shard's tensors and files of the types and sizes of a Shard, and its times numbers?"""
     P, T, D = shard.frames.shape
-    shapes = [tuple(x.shape) for x in shard[1:5]]
-    if shapes != [(P, D), (P, T), (P, 2), (P,)]:
+    shapes = [(P, T, D), (P, D), (P, T), (P, 2), (P,)]
+    kinds = [torch.float16, torch.float16, torch.float32, torch.float32, torch.int32]
+    for x, shape, kind in zip(shard, shapes, kinds):
+        plain = x.layout == torch.strided and x.device.type == "cpu"
+        if not plain or x.shape != shape or x.dtype != kind:
+            return False
+    for name, stamp, why in shard.files:
+        stamped = stamp is None or [type(part) for part in stamp] == [int, int]
+        if type(name) is not str or not stamped or type(why) not in (str, type(None)):
+            return False
+    if type(shard.files) is not list or size not in (None, (T, D)):
+        return False
+    if not shard.times.isfinite().all() or not shard.spans.isfinite().all():
         return False
     if P == 0:
         return True
@@ -203,10 +217,11 @@ def shard_names(folder, mark):
     return sorted(name for name in names if name.startswith(mark))
 
 
-def open_shards(folder, mark, known, job):
+def open_shards(folder, mark, known, job, size=None):
     """All sound shards of a folder, the same on all processes. -> {name: Shard}
 
     known: {name: Shard, or None where it is damaged}: those opened before; new ones are added.
+    size: (T,D) of the model.
     """
     # Processes of other searches may repack meanwhile: all of ours must see the same shards.
     for attempt in range(100):
@@ -216,7 +231,7 @@ def open_shards(folder, mark, known, job):
                 if name in known:
                     continue
                 path = os.path.join(folder, name)
-                known[name] = read_shard(path, mark)
+                known[name] = read_shard(path, mark, size)
                 if known[name] is None:
                     job.say(
                         f"{escaped(path)} is damaged and left out: its files are encoded again; "

@@ -7,7 +7,7 @@ import torch
 
 from lib.common import DataError, WeightsError, check_output, numeric, output
 from lib.weights import load_checkpoint
-from tmass import POOLINGS, PRIORS, MeanPool, QueryPool
+from tmass import POOLINGS, PRIORS
 
 
 def add_common(parser, batch):
@@ -72,10 +72,10 @@ def load_model(args, job):
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:
-        if args.pooling == "xpool":
-            raise WeightsError(f"--pooling xpool: {args.ckpt} has no weights for it; "
+        model.pool = POOLINGS[args.pooling](model.clip.embed_dim, 1, 0.0)
+        if list(model.pool.parameters()):
+            raise WeightsError(f"--pooling {args.pooling}: {args.ckpt} has no weights for it; "
                                "choose mean or query")
-        model.pool = MeanPool() if args.pooling == "mean" else QueryPool()
         model.config = dict(model.config, pooling=args.pooling)
     model.to(job.device)
     model.prior = args.prior or model.prior

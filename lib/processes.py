@@ -81,7 +81,7 @@ def start_processes(device):
     rank, world = _place_in_job()
     if world > 1 and device.startswith("cuda:"):
         raise DataError(f"--device {device} puts {world} processes on one GPU: give --device cuda")
-    if world > 1 and device == "mps":
+    if world > 1 and device.startswith("mps"):
         raise DataError("--device mps serves one process: start it without torchrun")
     if world > 1 and device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
@@ -133,7 +133,7 @@ def _place_in_job():
 def _try_device(device):
     """Use a device once. Raises DataError where that fails."""
     try:
-        if device == "mps" and not torch.backends.mps.is_available():
+        if device.startswith("mps") and not torch.backends.mps.is_available():
             raise RuntimeError("this machine or this torch has no MPS")
         torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):
@@ -258,12 +258,20 @@ class _Worker:
 
 
 def _work(place, ending, main_end, pipe, source):
-    """The life of a worker: a batch whenever the main process asks for one, then None."""
+    """The life of a worker."""
     global _place
     _place = place
     main_end.close()  # only a copy: now the end of the main process is the end of the pipe
-    _obey(ending)
     torch.set_num_threads(1)
+    try:
+        _obey(ending)
+        _answer(pipe, source)
+    finally:
+        os._exit(0)  # at once: a signal in the middle of Python's own end would print a stack
+
+
+def _answer(pipe, source):
+    """Hand over a batch whenever the main process asks for one, then None, or what went wrong."""
     last = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         try:
@@ -311,16 +319,16 @@ def _receive(pool, dataset, in_order):
         try:
             with _explaining("a batch can't be received"):
                 message = _received(worker.pipe)
-                if message is not None:
+                if isinstance(message, list):
                     worker.pipe.send(None)  # asks for the one after it
         except (EOFError, ConnectionError) as e:
             raise _death(worker.process, dataset) from e
         at_work.remove(worker)
-        if isinstance(message, Exception):
-            raise message
-        if message is not None:
+        if isinstance(message, list):
             at_work.append(worker)  # behind the others
             yield message
+        elif message is not None:
+            raise message
 
 
 def _wait(workers):
@@ -335,7 +343,7 @@ def _wait(workers):
 
 def _death(process, dataset):
     """The DataError of a worker that ended by itself."""
-    process.join(1)
+    process.join(GRACE)
     code = process.exitcode or 0
     why = signal.strsignal(-code) if code < 0 else f"exit status {code}"
     reading = ""
@@ -434,7 +442,7 @@ def _mapped(file, kind):
 
 
 def _received(pipe):
-    """What `_send` sent, as a list; or None, or an exception."""
+    """The batch that `_send` sent, as a list; or None, or an exception."""
     message = pipe.recv()
     if isinstance(message, list):
         for i, part in enumerate(message):

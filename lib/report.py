@@ -169,7 +169,7 @@ def analyze(model, scored, t2v, v2t):
     # cos(t, v), which is what sims are where nothing is sampled.
     point = sims
     if trials:
-        point = exact.score(model, t, f, 0).cpu()
+        point = exact.score(model, t, f, trials=0).cpu()
     out = dict(trials=trials, seed=seed)
     described = owner.unique()  # a video without captions has no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner, generator),

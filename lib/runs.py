@@ -10,7 +10,7 @@ import time
 import torch
 
 from lib.common import WeightsError, clock, remove_parts, write_text
-from lib.weights import read_weights, save_checkpoint
+from lib.weights import check_own, read_weights, save_checkpoint, unusable
 
 START_ONLY = ("resume", "overwrite")  # settings of this start alone
 # Free to change with --resume: the result stays the same.
@@ -77,13 +77,14 @@ def earlier_run(args):
         raise WeightsError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
                            "choose another --out")
     if args.resume:
+        check_run(content, out)
         check_unchanged(args, content["config"])
         return content
     finished = content.get("finished", True)
     if finished and not args.overwrite:
         raise WeightsError(f"{out} holds a finished run: choose another --out, or replace it with "
                            "--overwrite")
-    if not finished and content["step"]:
+    if not finished and content.get("step"):
         raise WeightsError(f"{out} holds an unfinished run at step {content['step']}: --resume it, "
                            "or choose another --out")
     return None
@@ -113,6 +114,42 @@ def go_on():
     if "--resume" not in words:
         words.append("--resume")
     return shlex.join(words)
+
+
+FAULTS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+def check_run(content, path):
+    """Raise a WeightsError unless --resume can go on from this checkpoint."""
+    try:
+        check_own(content)
+        if not all(isinstance(line, str) for line in content["bad_videos"]):
+            raise ValueError("bad_videos is no list of lines")
+        step = content["step"]
+        if content["best"] is not None:
+            best, R1 = content["best"]
+            if not 0 <= best <= step or not 0 <= R1 <= 100:
+                raise ValueError(f"best is {content['best']!r:.60}")
+        if not content["finished"]:
+            content["optimizer"]["param_groups"]
+    except FAULTS as error:
+        raise unusable(path, error) from None
+
+
+def load_optimizer(optimizer, saved):
+    """Go on from a saved state_dict(). Raises ValueError if it is of another optimizer."""
+    rates = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for before, group in zip(rates, optimizer.param_groups):
+        for name in before.keys() & group.keys() - {"params", "lr"}:
+            if group[name] != before[name]:
+                raise ValueError(f"the optimizer's {name} is {group[name]!r:.60}, the settings say "
+                                 f"{before[name]}")
+        for p in group["params"]:
+            # load_state_dict compares no shapes.
+            for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
+                if optimizer.state[p][name].shape != p.shape:
+                    raise ValueError(f"the optimizer's {name} is of another size")
 
 
 class Log:
@@ -218,8 +255,11 @@ class Checkpoint:
         self.bad_videos = []
         self.unsaved = None       # a step that may be saved at any time
         if saved:
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved.get("scaler", {}))
+            try:
+                load_optimizer(optimizer, saved["optimizer"])
+                scaler.load_state_dict(saved.get("scaler", {}))
+            except FAULTS as error:
+                raise unusable(args.out, error) from None
             self.step = saved["step"]
             self.best = saved["best"]
             self.bad_videos = saved["bad_videos"]

@@ -36,9 +36,19 @@ class Piece(NamedTuple):
     frames: torch.Tensor
 
 
-def read_frames(segment, frames):
-    """T frames of a Segment, taken evenly. -> uint8 (T,3,H,W), upright. Raises DataError."""
-    return read_segment(segment, frames).frames
+def as_segment(segment_or_path):
+    """A Segment as it is; a path as the Segment that is the whole file."""
+    if isinstance(segment_or_path, Segment):
+        return segment_or_path
+    return Segment(os.fspath(segment_or_path))
+
+
+def read_frames(segment_or_path, frames):
+    """T frames, taken evenly, of a Segment or a file. -> uint8 (T,3,H,W), upright.
+
+    Raises DataError, which names the file.
+    """
+    return read_segment(as_segment(segment_or_path), frames).frames
 
 
 def read_segment(segment, frames):

@@ -5,13 +5,14 @@ import json
 import os
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
 from clip_model import CLIP, Tokenizer
-from lib.common import WeightsError, first_line, why_not_written, written_whole
+from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
 from tmass import TMASS
 
 # ---- downloads ----
@@ -88,9 +89,12 @@ def read_weights(path):
     path = Path(path)
     if path.is_dir():
         raise WeightsError(f"{path}: a folder; name the weights file in it")
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"{path}: no such file")
+    if not path.is_file():
+        raise WeightsError(f"{path}: a pipe or a device; give the name of a plain file")
     try:
+        check_sums(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             weights = load_file(path)
@@ -98,9 +102,13 @@ def read_weights(path):
             weights = read_torchscript(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except ImportError:
         raise WeightsError(f"{path}: needs a package to be read: pip install safetensors") from None
     except Exception as error:  # a file of another kind fails in pickle, zip or torch in many ways
+        if cure(error):
+            raise out_of_memory(path, error) from None
         why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
         if "GLOBAL" in str(error):
             why = "it holds Python objects beside tensors, and loading those could run any code"
@@ -109,6 +117,22 @@ def read_weights(path):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "
                            f"found another {type(weights).__name__}")
     return weights
+
+
+def check_sums(path):
+    """Raise a WeightsError if a part of a zip, as torch writes them, is not what was written."""
+    if not zipfile.is_zipfile(path):
+        return
+    # torch does not compare the checksums itself.
+    with zipfile.ZipFile(path) as file:
+        if part := file.testzip():
+            raise WeightsError(f"{path}: damaged, the checksum of {part} is wrong: get the file "
+                               "again, or train again")
+
+
+def out_of_memory(path, error):
+    """A WeightsError about a limit of the machine, which is not the file's fault."""
+    return WeightsError(f"{path}: no room to load it: {first_line(error)}; {cure(error)}")
 
 
 def is_torchscript(path):
@@ -155,15 +179,26 @@ HF_NAMES = {  # part of a name in transformers' CLIPModel: in OpenAI's CLIP; in 
 }
 TRANSPOSED = ("visual.proj", "text_projection")
 # Entries that are not weights, in OpenAI's archives and in HF's files.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids")
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids",
+               "num_batches_tracked")
+
+
+def check_tensors(sd):
+    """Raise a WeightsError unless all values are plain tensors of floats, with values."""
+    wrong = []
+    for key, x in sd.items():
+        plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
+        if not plain or not x.is_floating_point():
+            wrong.append(key)
+    if wrong:
+        raise WeightsError("expected a state dict, a dict of float tensors; these are none: "
+                           f"{listed(wrong)}")
 
 
 def to_openai_names(sd):
     """State dict of HF's CLIPModel, of either open_clip class or of OpenAI's CLIP -> OpenAI's."""
-    if not_tensors := [key for key, x in sd.items() if not torch.is_tensor(x)]:
-        raise WeightsError("expected a state dict, a dict of tensors; these are none: "
-                           f"{listed(not_tensors)}")
     sd = {key: x for key, x in sd.items() if not key.endswith(NOT_WEIGHTS)}
+    check_tensors(sd)
     sd = {key.removeprefix("text."): x for key, x in sd.items()}  # open_clip's CustomTextCLIP
     if not any(key.startswith("text_model.") for key in sd):
         return sd
@@ -262,7 +297,7 @@ def activation_beside(path, hf):
             return settings["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
         if not hf and "model_cfg" in settings:
             return bool(settings["model_cfg"].get("quick_gelu", False))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path}: not readable as JSON settings: {error}") from None
     return None
 
@@ -325,7 +360,7 @@ def load_checkpoint(name_or_path, activation=None):
     content = read_weights(path)
     quick_gelu = None if activation is None else activation == "quickgelu"
     if content.get("format") == "tmass":
-        model, tokenizer, config = _load_own(content, path, quick_gelu)
+        model, tokenizer, config = build_own(content, path, quick_gelu)
     else:
         model, config = _load_foreign(content, path, quick_gelu)
         tokenizer = vocabulary_of(model.clip, path)
@@ -335,12 +370,92 @@ def load_checkpoint(name_or_path, activation=None):
     return model.eval(), tokenizer, config
 
 
-def _load_own(content, path, quick_gelu):
+SIZE = (int, 1, 2 ** 20)
+COUNT = (int, 0, 2 ** 62)
+WEIGHT = ((int, float), 0, 1e6)
+TEXT = (str, "", "\U0010ffff")
+# What a checkpoint of ours says beside its tensors: the names, their type, least and most.
+SETTINGS = {
+    "clip": {
+        "embed_dim image_size patch_size vision_width vision_layers": SIZE,
+        "context_length vocab_size text_width text_layers": SIZE,
+        "quick_gelu": (bool, False, True),
+    },
+    "tmass": {
+        "frames heads": (int, 1, 1000),
+        "dropout": ((int, float), 0, 1),
+        "prior_std support_weight ce_weight": WEIGHT,
+        "pooling radius prior support_video": TEXT,
+    },
+}
+SETTINGS["config"] = SETTINGS["tmass"] | {
+    "data clip amp augment device out": TEXT,
+    "epochs pretrain val_videos workers seed": COUNT,
+    "batch save_every log_every": (int, 1, 2 ** 31),
+    "head_lr clip_lr weight_decay warmup": WEIGHT,
+}
+STATE = {
+    "version step": COUNT,
+    "context_length": SIZE,
+    "finished": (bool, False, True),
+    "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
+    "merges bad_videos": (list,),
+}
+
+
+def check_range(values, table, where=""):
+    """Raise a WeightsError where a value is of another type than the table's, or out of range."""
+    for names, (kinds, *ends) in table.items():
+        for name in values.keys() & names.split():
+            value = values[name]
+            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+            # No isinstance: True is no whole number here.
+            if type(value) not in kinds or ends and not ends[0] <= value <= ends[1]:
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                limits = f" from {ends[0]} to {ends[1]}" if ends and str not in kinds else ""
+                raise WeightsError(f"{where}{name} is {value!r:.60}, expected {wanted}{limits}")
+
+
+def check_own(content):
+    """Raise an error, a WeightsError if it can, unless all that a checkpoint of ours says makes
+    sense. Nothing is built before: some of it would take for ever, or all memory."""
+    check_range(content, STATE)
+    if content["version"] != 1:
+        raise WeightsError(f"it is of version {content['version']}, and this program reads "
+                           "version 1")
+    for section, table in SETTINGS.items():
+        check_range(content[section], table, f"{section}.")
+    sizes = content["clip"]
+    if sizes["image_size"] % sizes["patch_size"]:
+        raise WeightsError("clip.image_size is no multiple of clip.patch_size")
+    for weights in (content, content.get("training", {})):
+        check_tensors(weights.get("model", {}))
+    layers = sum(name.endswith(".ln_1.weight") for name in content["model"])
+    expected = sizes["vision_layers"] + sizes["text_layers"]
+    if layers != expected:
+        raise WeightsError(f"its weights are of {layers} layers, its settings say {expected}")
+    check_merges(content["merges"], sizes["vocab_size"])
+    if content["context_length"] != sizes["context_length"]:
+        raise WeightsError("context_length differs from clip.context_length")
+
+
+def check_merges(merges, vocab_size):
+    """Raise a ValueError unless merges join what is known by then, and make that vocabulary."""
+    tokenizer = Tokenizer(merges)
+    if len(tokenizer.rank) < len(merges) or tokenizer.vocab_size != vocab_size:
+        raise WeightsError(f"{len(tokenizer.rank)} different merges do not make a vocabulary of "
+                           f"{vocab_size}")
+    known = set(Tokenizer().symbols)
+    for pair in tokenizer.rank:
+        if not known.issuperset(pair):
+            raise WeightsError(f"merge {' '.join(pair)!r} joins what no merge before it made")
+        known.add("".join(pair))
+
+
+def build_own(content, path, quick_gelu=None):
     """What save_checkpoint wrote -> (model, tokenizer, config)."""
     try:
-        if content["version"] != 1:
-            raise WeightsError(f"it is of version {content['version']}, and this program reads "
-                               "version 1")
+        check_own(content)
         settings = dict(content["clip"])
         if quick_gelu is not None:
             settings["quick_gelu"] = quick_gelu
@@ -353,8 +468,15 @@ def _load_own(content, path, quick_gelu):
         return model, tokenizer, dict(content["config"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             RuntimeError) as error:
-        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {reason(error)}; "
-                           "use the program that wrote it, or train again") from None
+        if cure(error):
+            raise out_of_memory(path, error) from None
+        raise unusable(path, error) from None
+
+
+def unusable(path, error):
+    """A WeightsError about a checkpoint of ours in which something is wrong."""
+    return WeightsError(f"{path}: a checkpoint of train.py that can't be used: {reason(error)}; "
+                        "use the program that wrote it, or train again")
 
 
 RELEASED_NAMES = {  # part of a name in a released checkpoint: here; in this order

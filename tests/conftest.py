@@ -1,4 +1,7 @@
-"""Shared by all tests: our modules on sys.path, real annotation files where there are any, how to run our scripts."""
+"""Shared by all tests: our modules on sys.path, real annotation files where there are any, how to
+run our scripts.
+"""
+
 import os
 import subprocess
 import sys
@@ -14,7 +17,9 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(scope="session")
 def shared():
-    """Real annotation files and CLIP's vocabulary, beside the project; not ours, so tests pass without them."""
+    """Real annotation files and CLIP's vocabulary, beside the project; not ours, so tests pass
+    without them.
+    """
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data")
@@ -23,7 +28,10 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run():
-    """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the test judges the return code."""
+    """run("train.py", "--epochs", 1, cwd=...) -> CompletedProcess with text output; the test
+    judges the return code.
+    """
+
     def run(script, *args, cwd=None, env=None, timeout=300, stdin=None):
         program = [str(ROOT / script)]
         env = {**os.environ, **(env or {})}
@@ -31,5 +39,8 @@ def run():
             program = ["-m", script.removesuffix(".py").replace("/", ".")]
             env["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, *program, *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True
+        )
+
     return run

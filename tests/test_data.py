@@ -82,6 +82,8 @@ def test_exact_frames(folder, name):
     path = make(folder, name)
     for T in (1, 12, 110):
         assert numbers(read_frames(Segment(path), T)) == sample_indices(100, T)
+    assert torch.equal(read_frames(path, 12), read_frames(Segment(str(path)), 12))
+    assert torch.equal(read_frames(str(path), 12), read_frames(path, 12))
     x = read_frames(Segment(str(path), 1.0, 2.0), 5)
     assert x.dtype == torch.uint8 and x.shape == (5, 3, 64, 64) and x.is_contiguous()
     assert numbers(x) == [25 + i for i in sample_indices(25, 5)]

@@ -1,4 +1,6 @@
-"""The fast scorer against TMASS.score, for every pooling and radius, known and unknown; its leaks."""
+"""The fast scorer against TMASS.score, for every pooling and radius, known and unknown; its
+leaks.
+"""
 import inspect
 import math
 import subprocess
@@ -8,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 from test_tmass import (
-    D,
-    T,
     METHODS,
     NAMES,
+    D,
+    T,
     cos,
     features,
     literal_pool,
@@ -120,7 +122,8 @@ def gap(a, b):
 @pytest.mark.parametrize("radius", RADII)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_equals_the_literal_score(build, pooling, radius):
-    """One text and many, chunked and whole, float32 and half precision, in training mode and not."""
+    """One text and many, chunked and whole, float32 and half precision, in training mode and not.
+    """
     for settings in SETTINGS:
         model = build(pooling=pooling, radius=radius, **settings)
         state = {name: x.clone() for name, x in model.state_dict().items()}

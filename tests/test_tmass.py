@@ -1,4 +1,6 @@
-"""The method piece by piece: against plain loops, and against numbers of the code before this one."""
+"""The method piece by piece: against plain loops, and against numbers of the code before this
+one.
+"""
 import inspect
 import json
 import math
@@ -372,8 +374,8 @@ def test_settings_are_a_plain_dict_and_names_of_parameters_stay():
     assert model.config == dict(
         frames=T, pooling="xpool", heads=2, dropout=0.0, radius="scaled", prior="normal",
         prior_std=0.5, support_weight=0.8, ce_weight=0.0, support_video="matched")
-    layers = [f"pool.{layer}.{part}" for layer in ("ln1", "ln2", "ln3", "q", "k", "v", "out", "linear")
-              for part in ("weight", "bias")]
+    names = ("ln1", "ln2", "ln3", "q", "k", "v", "out", "linear")
+    layers = [f"pool.{layer}.{part}" for layer in names for part in ("weight", "bias")]
     head = [name for name, _ in model.named_parameters() if not name.startswith("clip.")]
     assert head == [*layers, "radius.theta"]
     head = [name for name in make(pooling="query").state_dict() if not name.startswith("clip.")]
