@@ -388,7 +388,7 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
     for part in rows.split(ROWS):
         f, times, spans = read_rows(index, part)
         f = f.to(text.device).float()
-        S = F.normalize(f, dim=-1) @ F.normalize(text[0], dim=-1)  # cos(t, f_j)  (n,T)
+        S = f @ text[0] / f.norm(dim=-1).clamp_min(1e-12)  # |t| cos(t, f_j)  (n,T)
         nearest = S.argmax(1, keepdim=True).cpu()
         scores.append(exact.score(model, text, f, **scoring)[0])
         moments.append(torch.cat([times.gather(1, nearest), spans], 1))
