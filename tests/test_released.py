@@ -253,7 +253,9 @@ def test_the_activation_of_a_trained_checkpoint_can_be_put_right(
     released, cache, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TMASS_CACHE", str(cache))
-    save_checkpoint(tmp_path / "ours.pt", make(), clip_model.Tokenizer(), {})
+    model = make()
+    tokenizer = clip_model.Tokenizer(context_length=model.clip.config["context_length"])
+    save_checkpoint(tmp_path / "ours.pt", model, tokenizer, {})
     for path in (released[0], tmp_path / "ours.pt"):
         for activation, quick in ((None, True), ("gelu", False), ("quickgelu", True)):
             assert load_checkpoint(path, activation)[0].clip.config["quick_gelu"] is quick
