@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from textwrap import shorten
 
@@ -395,8 +396,9 @@ SETTINGS["config"] = SETTINGS["tmass"] | {
 }
 STATE = {
     "version step": COUNT,
+    "context_length": SIZE,
     "finished": (bool, False, True),
-    "clip tmass config model optimizer scaler training": (dict,),
+    "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
     "merges bad_videos": (list,),
 }
 

@@ -291,8 +291,8 @@ def measure_training(name, precision, again, device, sizes):
 # ---- the loader ----
 
 def stack_pixels(items):
-    """Items of PairDataset -> pixels (B,T,3,P,P)."""
-    return torch.stack([pixels for pixels, _, _ in items])
+    """Items of PairDataset -> [pixels (B,T,3,P,P)]."""
+    return [torch.stack([pixels for pixels, _, _ in items])]
 
 
 def loader(device, sizes, rates):
@@ -320,7 +320,7 @@ def loader(device, sizes, rates):
         took = []
         start = time.perf_counter()
         with loading(dataset, batches, stack_pixels, sizes["workers"], pin) as loaded:
-            for pixels in loaded:
+            for (pixels,) in loaded:
                 pixels.to(device, non_blocking=True)
                 synchronize(device)
                 took.append(time.perf_counter() - start)

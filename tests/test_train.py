@@ -28,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_weights import DAMAGE, soon  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
@@ -585,6 +586,62 @@ def test_out_replaces_nothing_but_a_run_that_may_go(here, call):
     assert os.path.islink("link.pt")
     status, out, err = call(*SMALL, "--epochs", 1, "--overwrite")
     assert status == 0 and read_weights("model.pt")["step"] == 6
+
+
+def unfinished(**values):
+    return lambda content: content.update(values)
+
+
+def rate(**values):
+    return lambda content: content["optimizer"]["param_groups"][0].update(values)
+
+
+def moments(content):
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+RUN_DAMAGE = [
+    lambda c: c.pop("optimizer"),
+    unfinished(optimizer=5),
+    lambda c: c["optimizer"]["param_groups"].pop(),
+    rate(peak="x"),
+    rate(betas=5),
+    rate(weight_decay=None),
+    moments,
+    *(unfinished(step=x) for x in ("1", 1.5, -1, None, True)),
+    *(unfinished(best=x) for x in (5, ["x", 1], [1, "x"], [1, math.nan])),
+    *(unfinished(bad_videos=x) for x in (5, None, [5])),
+    unfinished(training=5),
+    unfinished(scaler=5),
+    unfinished(finished="no"),
+]
+
+
+@pytest.fixture(scope="session")
+def one_step(videos, tmp_path_factory, start):
+    """What an unfinished run holds."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "set").symlink_to(videos / "set")
+    job = start(folder, *SMALL, "--epochs", 300).until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    return folder / "model.pt"
+
+
+def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
+    wrong = []
+    for number, damage in enumerate([*DAMAGE, *RUN_DAMAGE]):
+        content = read_weights(one_step)
+        damage(content)
+        torch.save(content, "model.pt")
+        try:
+            status, out, err = call("--resume", "--workers", 0)
+        except Exception as error:
+            wrong.append((number, repr(error)))
+            continue
+        if status != 2 or err.count("\n") != 1 or "model.pt" not in err:
+            wrong.append((number, status, err[-300:]))
+    assert not wrong
 
 
 def test_a_run_with_steps_is_not_overwritten_and_one_without_is(here, start, call):

@@ -2,6 +2,7 @@
 import math
 import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -38,7 +39,10 @@ def refuses(path, message):
 # ---- writing ----
 
 def test_checkpoint_round_trip(tmp_path):
-    model, path = make(radius="scaled", heads=2), tmp_path / "m.pt"
+    torch.manual_seed(0)
+    clip = CLIP(**dict(SIZES, vocab_size=516))
+    model = TMASS(clip, frames=4, dropout=0.0, radius="scaled", heads=2).eval()
+    path = tmp_path / "m.pt"
     tokenizer = Tokenizer(["a b", "c d"], 16)
     save_checkpoint(path, model, tokenizer, dict(data="shapes", seed=3), step=7)
     again, its_tokenizer, config = load_checkpoint(path)
@@ -55,7 +59,7 @@ def test_checkpoint_round_trip(tmp_path):
 def saved(tmp_path):
     """A checkpoint that is there already, and another file beside it. -> (path, its bytes)"""
     (tmp_path / "m.pt.part").write_text("the user's")
-    save_checkpoint(tmp_path / "m.pt", make(), Tokenizer(), {}, step=1)
+    save_checkpoint(tmp_path / "m.pt", make(), Tokenizer((), 16), {}, step=1)
     return tmp_path / "m.pt", (tmp_path / "m.pt").read_bytes()
 
 
@@ -71,7 +75,7 @@ def test_a_save_that_the_system_cuts_short_keeps_the_last_good_file(saved):
     try:
         with pytest.raises(WeightsError,
                            match="cannot write checkpoint .*m.pt: .*too large.* is intact"):
-            save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2)
+            save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_left_as_it_was(*saved)
@@ -83,7 +87,7 @@ def test_an_interrupted_save_keeps_the_last_good_file(saved, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2)
+        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2)
     assert_left_as_it_was(*saved)
 
 
@@ -95,7 +99,8 @@ def test_a_full_disk_is_called_one(saved, monkeypatch, size):
     full = lambda path, mode: open("/dev/full", mode)
     monkeypatch.setattr(weights, "open", full, raising=False)
     with pytest.raises(WeightsError, match="cannot write .*the disk is full; .* is intact"):
-        save_checkpoint(saved[0], make(), Tokenizer(), {}, step=2, optimizer=torch.zeros(size))
+        optimizer = torch.zeros(size)
+        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2, optimizer=optimizer)
     assert_left_as_it_was(*saved)
 
 
@@ -109,9 +114,9 @@ def test_weights_that_are_not_finite_are_not_saved_and_warned_of(saved, capsys, 
     with torch.no_grad():
         model.get_parameter(name).view(-1)[3] = value
     with pytest.raises(WeightsError, match=f"not written.*not finite .{name}.*is intact"):
-        save_checkpoint(path, model, Tokenizer(), {})
+        save_checkpoint(path, model, Tokenizer((), 16), {})
     with pytest.raises(WeightsError, match="not finite"):
-        save_checkpoint(path, make(), Tokenizer(), {}, weights=model.state_dict())
+        save_checkpoint(path, make(), Tokenizer((), 16), {}, weights=model.state_dict())
     assert_left_as_it_was(path, content)
     state = torch.load(path, weights_only=True)
     torch.save(dict(state, model=model.state_dict()), path.parent / "nan.pt")
@@ -123,7 +128,7 @@ def test_large_weights_are_finite_though_their_sum_is_not(saved, capsys):
     model = make()
     with torch.no_grad():
         model.pool.q.weight.fill_(3e38)
-    save_checkpoint(saved[0], model, Tokenizer(), {})
+    save_checkpoint(saved[0], model, Tokenizer((), 16), {})
     load_checkpoint(saved[0])
     assert "finite" not in capsys.readouterr().out
 
@@ -155,7 +160,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path, write, message):
 
 def test_a_checkpoint_that_was_cut_short(tmp_path):
     path = tmp_path / "m.pt"
-    save_checkpoint(path, make(), Tokenizer(), {})
+    save_checkpoint(path, make(), Tokenizer((), 16), {})
     path.write_bytes(path.read_bytes()[:-5000])
     refuses(path, "m.pt")
 
@@ -165,7 +170,7 @@ def test_a_checkpoint_that_was_cut_short(tmp_path):
     (lambda c: c.pop("config"), "it has no 'config'"),
     (lambda c: c.pop("version"), "it has no 'version'"),
     (lambda c: c.update(version=99), "version 99.* reads version 1"),
-    (lambda c: c.update(clip={}), "embed_dim"),
+    (lambda c: c.update(clip={}), "image_size"),
     (lambda c: c.update(clip=7), "m.pt"),
     (lambda c: c["clip"].update(shape=3), "shape"),
     (lambda c: c["clip"].update(patch_size=0), "m.pt"),
@@ -184,10 +189,133 @@ def test_a_checkpoint_that_was_cut_short(tmp_path):
 ])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, change, message):
     path = tmp_path / "m.pt"
-    save_checkpoint(path, make(), Tokenizer(), {})
+    save_checkpoint(path, make(), Tokenizer((), 16), {})
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
     line = refuses(path, message)
     assert line.startswith(f"{path}: a checkpoint of train.py that can't be used: ")
     assert line.endswith("; use the program that wrote it, or train again")
+
+
+# ---- settings of other types and values, for loading and for --resume ----
+
+def setting(section, **values):
+    """A change of a checkpoint's content: these values in one of its parts."""
+    return lambda content: content[section].update(values)
+
+
+def weight(make_another):
+    """A change of a checkpoint's content: another tensor in the place of one of its weights."""
+    def change(content):
+        content["model"]["pool.q.weight"] = make_another(content["model"]["pool.q.weight"])
+    return change
+
+
+DAMAGE = [
+    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 0, -5, True, 17)),
+    *(setting("clip", context_length=x) for x in ("48", 48.0, 0, -5)),
+    *(setting("clip", **{name: 10 ** 5}) for name in ("vision_layers", "text_layers")),
+    *(setting("clip", embed_dim=x) for x in (64.0, None, [64], 10 ** 30)),
+    setting("clip", image_size=33),
+    setting("clip", patch_size=-8),
+    setting("clip", quick_gelu=1),
+    setting("clip", vocab_size=10 ** 15),
+    *(setting("tmass", heads=x) for x in (1.0, "1", True, -1)),
+    *(setting("tmass", prior_std=x) for x in (None, -1.0, math.nan, math.inf, "1")),
+    *(setting("tmass", frames=x) for x in (2.0, "2", None, 0, 10 ** 12)),
+    *(setting("tmass", dropout=x) for x in (None, 2.0)),
+    setting("tmass", support_weight=None),
+    setting("tmass", ce_weight=[1]),
+    setting("tmass", pooling=["xpool"]),
+    setting("tmass", prior=5),
+    setting("config", data=5),
+    lambda c: c.update(config=5),
+    lambda c: c.update(config=[]),
+    lambda c: c.pop("config"),
+    lambda c: c.update(clip=5),
+    lambda c: c.pop("merges"),
+    lambda c: c.update(merges="merges"),
+    lambda c: c.update(merges=[*c["merges"], "a b"]),
+    lambda c: c.update(merges=[*c["merges"], "z z"] * 2),
+    lambda c: c.update(merges=[5]),
+    lambda c: c.pop("model"),
+    lambda c: c.update(model=5),
+    weight(lambda x: x.to_sparse()),
+    weight(lambda x: x.to("meta")),
+    weight(lambda x: x.to(torch.complex64)),
+    weight(lambda x: x.int()),
+    weight(lambda x: x[:1]),
+    weight(lambda x: "x"),
+]
+
+
+@pytest.fixture
+def soon():
+    """A test may take 20 seconds, on a busy machine; then an exception ends it."""
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGE)))
+def test_settings_of_other_types_are_one_line(tmp_path, soon, number):
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, make(), Tokenizer((), 16), dict(data="shapes"))
+    content = torch.load(path, weights_only=True)
+    load_checkpoint(path)  # before, it is sound
+    DAMAGE[number](content)
+    torch.save(content, path)
+    refuses(path, "m.pt: a checkpoint of train.py that can't be used: .*train again")
+
+
+@pytest.mark.parametrize("merges, message", [
+    (["ab c", "a b"], "'ab c' joins what no merge before it made"),
+    (["a b", "a b"], "1 different merges do not make a vocabulary of 516"),
+])
+def test_merges_that_no_training_writes(tmp_path, merges, message):
+    path = tmp_path / "m.pt"
+    clip = CLIP(**dict(SIZES, vocab_size=516))
+    save_checkpoint(path, TMASS(clip, frames=4), Tokenizer(["a b", "ab c"], 16), {})
+    load_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    torch.save(dict(content, merges=merges), path)
+    refuses(path, message)
+
+
+def test_zeros_in_a_tensor_are_found(tmp_path):
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, make(), Tokenizer((), 16), {})
+    body = bytearray(path.read_bytes())
+    at = body.index(make().pool.q.weight.detach().numpy().tobytes()) + 500
+    body[at:at + 100] = bytes(100)
+    path.write_bytes(body)
+    refuses(path, "m.pt: damaged, the checksum of .* is wrong: get the file again")
+
+
+def test_too_little_memory_is_called_that(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save(dict(x=torch.zeros(50_000_000)), path)
+    with open("/proc/self/statm") as file:
+        in_use = int(file.read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 50_000_000, limits[1]))
+    try:
+        with pytest.raises(WeightsError, match="m.pt: no room to load it: .*memory"):
+            weights.read_weights(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("make_file, message", [
+    (os.mkfifo, "m.pt: a pipe or a device; give the name of a plain file"),
+    (os.mkdir, "m.pt: a folder; name the weights file in it"),
+])
+def test_a_pipe_or_a_folder_is_called_that(tmp_path, soon, make_file, message):
+    make_file(tmp_path / "m.pt")
+    refuses(tmp_path / "m.pt", message)
