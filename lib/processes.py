@@ -229,16 +229,28 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     source = (dataset, batches, collate)
     if os.name == "nt":  # Windows has neither descriptors to send nor signals to hold back
         workers = 0
-    modules = [__name__, type(dataset).__module__]
-    multiprocessing.set_forkserver_preload(modules)  # else each worker imports torch anew
+    try:
+        found = _read(*source)
+        if workers:
+            _start(pool, workers, ending, source)
+            found = _receive(pool, dataset, in_order=batches is not None)
+        yield _pinned(found) if workers and pin else found
+    finally:
+        _end(pool, ending)
+
+
+def _start(pool, workers, ending, source):
+    """Start the workers, and hold signals back until they can deal with them."""
+    dataset = source[0]
+    # Where processes are not forked from this one, one that has imported torch starts them.
+    multiprocessing.set_forkserver_preload([__name__, type(dataset).__module__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with _explaining("workers can't be started"):
             for k in range(workers):
                 pool.append(_Worker((k, workers), ending, source))
-        found = _receive(pool, dataset, batches is not None) if workers else _read(*source)
-        yield _pinned(found) if workers and pin else found
     finally:
-        _end(pool, ending)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -248,11 +260,7 @@ class _Worker:
         self.pipe, other_end = multiprocessing.Pipe()
         arguments = (place, ending, self.pipe, other_end, source)
         self.process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it can deal with them
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process.start()
         other_end.close()  # now the end of the process is the end of the pipe
         with contextlib.suppress(ConnectionError):  # it died: seen where its batch is waited for
             self.pipe.send(None)  # asks for the first batch
