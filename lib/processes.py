@@ -254,7 +254,8 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other_end.close()  # now the end of the process is the end of the pipe
-        self.pipe.send(None)  # asks for the first batch
+        with contextlib.suppress(ConnectionError):  # it died: seen where its batch is waited for
+            self.pipe.send(None)  # asks for the first batch
 
 
 def _work(place, ending, main_end, pipe, source):

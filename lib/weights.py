@@ -396,6 +396,7 @@ SETTINGS["config"] = SETTINGS["tmass"] | {
 }
 STATE = {
     "version step": COUNT,
+    "context_length": SIZE,
     "finished": (bool, False, True),
     "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
     "merges bad_videos": (list,),

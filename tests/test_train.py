@@ -28,8 +28,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from test_weights import DAMAGE, soon  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
 import data
@@ -630,8 +630,9 @@ def one_step(videos, tmp_path_factory, start):
 
 def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
     wrong = []
+    whole = read_weights(one_step)
     for number, damage in enumerate([*DAMAGE, *RUN_DAMAGE]):
-        content = read_weights(one_step)
+        content = copy.deepcopy(whole)
         damage(content)
         torch.save(content, "model.pt")
         try:

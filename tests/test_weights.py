@@ -99,7 +99,8 @@ def test_a_full_disk_is_called_one(saved, monkeypatch, size):
     full = lambda path, mode: open("/dev/full", mode)
     monkeypatch.setattr(weights, "open", full, raising=False)
     with pytest.raises(WeightsError, match="cannot write .*the disk is full; .* is intact"):
-        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2, optimizer=torch.zeros(size))
+        optimizer = torch.zeros(size)
+        save_checkpoint(saved[0], make(), Tokenizer((), 16), {}, step=2, optimizer=optimizer)
     assert_left_as_it_was(*saved)
 
 
