@@ -82,8 +82,7 @@ class MeanPool(nn.Module):
 
 
 class QueryPool(nn.Module):
-    """v = Σ_j a_j f_j/|f_j| with a = softmax_j(cos(t, f_j) / 0.1): query scoring (arXiv
-    2205.08508).
+    """v = Σ_j a_j f_j/|f_j|, a = softmax_j(cos(t, f_j) / 0.1): query scoring (arXiv 2205.08508).
 
     It is conditioned on the text and has no parameters, so it suits a CLIP that is used as it is.
     """

@@ -7,8 +7,8 @@ copies of every text with every pooled video. Here:
   are computed once per video, and a text only needs its coefficients: `xpool_span`.
 - cos(t + R·ε_m, v) of M samples takes three products with the samples and no copies of the text:
   `sample_cosines`.
-- Where all dimensions share one R, it leaves these products, and nothing of width D is computed for
-  a pair: `best_of_scalar`.
+- Where all dimensions share one R, it leaves these products, and nothing of width D is computed
+  for a pair: `best_of_scalar`.
 - The mean of the best of M samples over the noise takes no samples at all: `expected_cosine`.
 
 Poolings that SPANS does not name are called as they are, and so is every radius: a new class is
@@ -23,38 +23,41 @@ import torch.nn.functional as F
 from tmass import LinearRadius, MeanPool, NoRadius, QueryPool, XPool, cosine
 
 TINY = 1e-16  # the least squared length to divide by
-CPU_WIDE = 256  # on a CPU, tiles of so many pairs stay in the cache: twice as fast
 
 
 # ---- poolings as spans: v_ij = Σ_k c_ijk Z_jk ----
 #
-# Each function takes a pooling and texts (N,D) and returns a function of videos f (V,T,D), which
+# Each function takes a pooling and texts (N,D), and returns a function of videos f (V,T,D) that
 # gives their spans Z (V,K,D) and the coefficients c (V,K,N).
 
 
 def xpool_span(pool, t):
     """The span of XPool, K = T*H + 2.
 
-    Beside the softmax, all of psi is linear in the frames but two normalisations, and these only
-    scale. Let j run over the T*H pairs of a frame and a head, with Wo_h the columns of Wo for
-    the head; let ũ be u minus its mean over D, and g, b weight and bias of a LayerNorm. Then
+    Beside the softmax, psi is linear in the frames but for two normalisations, and these only
+    scale. Let j run over the T*H pairs of a frame and a head, Wo_h be the columns of Wo that belong
+    to the head, ũ be u minus its mean over D, and g, b be weight and bias of a LayerNorm. Then
 
         u_j = Wo_h (Wv LN1(f_j) + bv)_h + bo/H
+
         x = LN2(Σ_j a_j u_j)
-          = Σ_j (a_j/s) g2·ũ_j + b2                  s² = |Σ_j a_j ũ_j|²/D + eps
+          = Σ_j (a_j/s) g2·ũ_j + b2                     s² = |Σ_j a_j ũ_j|²/D + eps
+
         y = x + W x + b
-          = Σ_j (a_j/s) z_j + z_0                    z_j = (I + W) g2·ũ_j,  z_0 = (I + W) b2 + b
+          = Σ_j (a_j/s) z_j + z_0                       z_j = (I + W) g2·ũ_j
+                                                        z_0 = (I + W) b2 + b
         v = LN3(y)
-          = Σ_j (a_j/s/s') g3·z̃_j + g3·z̃_0/s' + b3   s'² = |Σ_j (a_j/s) z̃_j + z̃_0|²/D + eps
+          = Σ_j (a_j/s/s') g3·z̃_j + g3·z̃_0/s' + b3      s'² = |Σ_j (a_j/s) z̃_j + z̃_0|²/D + eps
 
     so that Z = (g3·z̃_1, ..., g3·z̃_TH, g3·z̃_0, b3) and c = (a/s/s', 1/s', 1). Both s are quadratic
-    forms: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and alike s' with z̃.
+    forms: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and s' alike with z̃.
     """
     H = pool.heads
-    q = xpool_query(pool, t)                                           # (H,N,D)
-    Wo = by_head(pool.out.weight.T, H).mT                              # (H,D,D/H)
-    Wu = Wo @ by_head(pool.v.weight, H)                                # (H,D,D)
-    bu = Wo @ by_head(pool.v.bias[:, None], H)                         # (H,D,1)
+    q = xpool_query(pool, t)                                # (H,N,D)
+    # Two matrices in a row are one: a product less for every frame.
+    Wo = by_head(pool.out.weight.T, H).mT                   # (H,D,D/H)
+    Wu = Wo @ by_head(pool.v.weight, H)                     # (H,D,D)
+    bu = Wo @ by_head(pool.v.bias[:, None], H)              # (H,D,1)
     bu = bu.squeeze(-1) + pool.out.bias / H
 
     def span(f):
@@ -62,48 +65,56 @@ def xpool_span(pool, t):
         f = pool.ln1(f)
         u = F.linear(f, Wu.flatten(0, 1), bu.flatten())
         u = centred(u.view(V, T * H, D))
-        x = torch.cat([pool.ln2.weight * u, pool.ln2.bias.expand(V, 1, D)], 1)
-        z = x + x @ pool.linear.weight.T                               # (V,T*H+1,D), z_0 last
+        b2 = pool.ln2.bias.expand(V, 1, D)
+        x = torch.cat([pool.ln2.weight * u, b2], 1)
+        z = x + x @ pool.linear.weight.T                    # (V,T*H+1,D), z_0 last
         z[:, -1] += pool.linear.bias
         z = centred(z)
-        Z = torch.cat([pool.ln3.weight * z, pool.ln3.bias.expand(V, 1, D)], 1)
+        b3 = pool.ln3.bias.expand(V, 1, D)
+        Z = torch.cat([pool.ln3.weight * z, b3], 1)
 
-        a = dots(q.flatten(0, 1), f).view(V, T, H, -1)
-        a = a.softmax(1).flatten(1, 2)                                 # (V,T*H,N)
-        a *= (form(u @ u.mT / D, a) + pool.ln2.eps).rsqrt()            # a/s
-        c = F.pad(a, (0, 0, 0, 1), value=1.0)                          # (a/s, 1)
-        c *= (form(z @ z.mT / D, c) + pool.ln3.eps).rsqrt()            # (a/s/s', 1/s')
+        logits = dots(q.flatten(0, 1), f)                   # (V,T,H*N)
+        a = logits.view(V, T, H, -1).softmax(1)
+        a = a.flatten(1, 2)                                 # (V,T*H,N)
+        G = u @ u.mT / D
+        a *= (form(G, a) + pool.ln2.eps).rsqrt()            # a/s
+        c = F.pad(a, (0, 0, 0, 1), value=1.0)               # (a/s, 1)
+        G = z @ z.mT / D
+        c *= (form(G, c) + pool.ln3.eps).rsqrt()            # (a/s/s', 1/s')
         return Z, F.pad(c, (0, 0, 0, 1), value=1.0)
     return span
 
 
 def xpool_query(pool, t):
-    """Queries that have met Wk: q·(Wk x) = (Wkᵀ q)·x. t (N,D) -> (H,N,D).
+    """The query where it meets the frames: q·(Wk x) = (Wkᵀ q)·x. t (N,D) -> (H,N,D).
 
     The bias of k adds one number to all logits of a query, which softmax does not see.
     """
-    q = pool.split_heads(pool.q(pool.ln1(t))) / math.sqrt(t.shape[1] // pool.heads)
-    return torch.einsum("nhd,hde->hne", q, by_head(pool.k.weight, pool.heads))
+    q = pool.split_heads(pool.q(pool.ln1(t)))               # (N,H,D/H)
+    Wk = by_head(pool.k.weight, pool.heads)                 # (H,D/H,D)
+    return torch.einsum("nhd,hde->hne", q, Wk) / math.sqrt(q.shape[-1])
 
 
 def pool_few(pool, t, f):
     """XPool.forward in the order that suits few texts. t (N,D), f (V,T,D) -> v (N,V,D).
 
-    Σ_j a_j Wv x_j = Wv Σ_j a_j x_j: no frame meets a matrix, only what a text has pooled.
+    Σ_j a_j Wv x_j = Wv Σ_j a_j x_j: no frame meets a matrix, only what a text has pooled does.
     """
     f = pool.ln1(f)
-    a = torch.einsum("hnd,vtd->hnvt", xpool_query(pool, t), f).softmax(-1)
+    q = xpool_query(pool, t)
+    a = torch.einsum("hnd,vtd->hnvt", q, f).softmax(-1)
     o = torch.einsum("hnvt,vtd->hnvd", a, f)
     Wv = by_head(pool.v.weight, pool.heads)
-    o = torch.einsum("hnve,hde->nvhd", o, Wv).flatten(2) + pool.v.bias
-    x = pool.ln2(pool.out(o))
+    o = torch.einsum("hnve,hde->nvhd", o, Wv).flatten(2)
+    x = pool.ln2(pool.out(o + pool.v.bias))
     return pool.ln3(x + pool.linear(x))
 
 
 def mean_span(pool, t):
     """The span of MeanPool: the mean frame, which counts once."""
     def span(f):
-        return f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t))
+        Z = f.mean(1, keepdim=True)
+        return Z, t.new_ones(len(f), 1, len(t))
     return span
 
 
@@ -113,10 +124,12 @@ def query_span(pool, t):
 
     def span(f):
         Z = F.normalize(f, dim=-1)
-        return Z, (dots(t, Z) / 0.1).softmax(1)
+        logits = dots(t, Z) / 0.1
+        return Z, logits.softmax(1)
     return span
 
 
+# By exact type: a class that inherits from one of these may compute something else.
 SPANS = {XPool: xpool_span, MeanPool: mean_span, QueryPool: query_span}
 
 
@@ -132,12 +145,13 @@ def centred(x):
 
 def dots(t, z):
     """Dot products as one product of two matrices. t (N,D), z (V,K,D) -> (V,K,N)."""
-    return (z.flatten(0, 1) @ t.T).view(*z.shape[:2], len(t))
+    V, K, _ = z.shape
+    return (z.flatten(0, 1) @ t.T).view(V, K, len(t))
 
 
 def form(G, a):
     """The quadratic form aᵀ G a. G (V,K,K), a (V,K,N) -> (V,1,N)."""
-    return (G @ a * a).sum(1, keepdim=True)
+    return (G @ a).mul_(a).sum(1, keepdim=True)
 
 
 # ---- the best of M samples ----
@@ -145,73 +159,91 @@ def form(G, a):
 
 @torch.no_grad()
 def sample_cosines(t, v, R, eps, products=None):
-    """cos(t + R·ε_m, v) of every sample. t, v (...,D), R (...,D) or (...,1), eps (M,D) -> (...,M).
+    """cos(t + R·ε_m, v) of every sample, from three products. t, v, R (...,D) -> (...,M).
 
-    products: t·v, |v|², |t|² (...), where they are known.
+    eps (M,D). R may be (...,1). products: t·v, |v|², |t|² (...), where they are known.
     """
-    tv, vv, tt = products or ((t * v).sum(-1), squared(v), squared(t))
+    if products is None:
+        products = (t * v).sum(-1), squared(v), squared(t)
     R = R.expand(*R.shape[:-1], eps.shape[-1])
     along = (R * v) @ eps.T
     across = (R * t) @ eps.T
     square = R.square() @ eps.square().T
-    return cosines_of_products(tv, vv, tt, along, across, square)
+    return cosines_of_products(*products, along, across, square)
 
 
 def cosines_of_products(tv, vv, tt, along, across, square):
-    """(t·v + (R·v)·ε) / (|v| sqrt(|t|² + 2 (R·t)·ε + (R·R)·(ε·ε))). (...), then (...,M) ->
-    (...,M).
+    """(t·v + (R·v)·ε) / (|v| |t_s|) with |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε).
+
+    tv, vv, tt (...) are t·v, |v|², |t|²; the others, (...,M), are overwritten. -> (...,M)
     """
-    length = square.add_(across, alpha=2).add_(tt[..., None]).clamp_min_(TINY).sqrt_()
-    return along.add_(tv[..., None]).div_(length).div_(vv.clamp_min(TINY).sqrt()[..., None])
+    length = square.add_(across, alpha=2).add_(tt[..., None])
+    length = length.clamp_min_(TINY).sqrt_()
+    v_length = vv.clamp_min(TINY).sqrt()
+    dot = along.add_(tv[..., None])
+    return dot.div_(length).div_(v_length[..., None])
 
 
 @torch.no_grad()
 def expected_cosine(t, v, R, mean, std, largest):
-    """The mean of max_m cos(t + R·ε_m, v) over the noise. t, v, R (...,D), or R (...,1) -> (...).
+    """The mean of max_m cos(t + R·ε_m, v) over the noise. t, v, R (...,D) -> (...).
 
-    mean, std: of ε. largest: E_M, the mean of the largest of M standard normals.
+    R may be (...,1). mean, std: of ε. largest: E_M, the mean of the largest of M standard normals.
 
-    ε = μ + σ z with z ~ N(0, I). That is exact for the normal prior (μ = 0), and holds in effect
+    Let ε = μ + σ z with z ~ N(0, I). This is exact for the normal prior (μ = 0) and holds in effect
     for the uniform one (μ = 1/2, σ = 1/√12), whose sums over D dimensions are close to normal. Then
 
-        t_s = c + σ R·z            c = t + μ R
+        t_s = c + σ R·z                                 c = t + μ R
         |t_s|² = |c|² + 2σ (R·c)·z + σ² |R·z|²
 
-    where the last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², to 1st order in z,
+    The last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², and to first order in z,
 
         cos(t_s, v) = (c·v + σ (R·v)·z) / (|v| τ sqrt(1 + 2σ (R·c)·z/τ²))
-                    ≈ (c·v + σ g·z) / (|v| τ)          g = R·(v - k c),  k = c·v/τ².
+                    ≈ (c·v + σ g·z) / (|v| τ)           g = R·(v - k c)
+                                                        k = c·v/τ²
 
-    This is normal, with mean c·v/(|v| τ) and standard deviation σ|g|/(|v| τ), and the best of M of
-    these has the mean (c·v + E_M σ|g|) / (|v| τ): a cosine, shrunk by |t|/τ, and a bonus for a
-    wide mass.
+    which is normal, with the mean c·v/(|v| τ) and the standard deviation σ|g|/(|v| τ). The best of
+    M such numbers has the mean
+
+        (c·v + E_M σ|g|) / (|v| τ)
+
+    a cosine, shrunk by |t|/τ, and a bonus for a wide mass.
     """
     R = R.expand(*R.shape[:-1], v.shape[-1])
-    c = t + mean * R if mean else t
+    c = t
+    if mean:
+        c = t + mean * R
     cv = (c * v).sum(-1)
-    tau2 = (squared(c) + std ** 2 * squared(R)).clamp_min(TINY)
-    k = (cv / tau2)[..., None]
-    g = torch.addcmul(v, k, c, value=-1).mul_(R)
-    return (cv + largest * std * g.norm(dim=-1)) / (squared(v).clamp_min(TINY) * tau2).sqrt()
+    tau2 = squared(c) + std ** 2 * squared(R)
+    tau2 = tau2.clamp_min(TINY)
+    k = cv / tau2
+    g = torch.addcmul(v, k[..., None], c, value=-1).mul_(R)
+    spread = std * g.norm(dim=-1)
+    return (cv + largest * spread) / (squared(v).clamp_min(TINY) * tau2).sqrt()
 
 
 def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
-    """The same where R (V,N,1) leaves all sums over D. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
+    """best_of where R (V,N,1) leaves all sums over D. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
     if torch.is_tensor(noise):
         along = c.mT @ (Z @ noise.T) * R
         across = t @ noise.T * R
         square = noise.square().sum(-1) * R.square()
-        return cosines_of_products(tv, vv, tt, along, across, square).amax(-1)
+        cosines = cosines_of_products(tv, vv, tt, along, across, square)
+        return cosines.amax(-1)
+    # The symbols of expected_cosine, with c·v as cv, |c|² as cc and Σ_d v_d as v_sum.
     mean, std, largest = noise
-    R = R.squeeze(-1)
     D = t.shape[1]
+    R = R.squeeze(-1)
     shift = mean * R
-    cv = tv + shift * (Z.sum(-1, keepdim=True) * c).sum(1)
+    v_sum = (Z.sum(-1, keepdim=True) * c).sum(1)
+    cv = tv + shift * v_sum
     cc = tt + 2 * shift * t.sum(-1) + D * shift.square()
-    tau2 = (cc + D * (std * R).square()).clamp_min(TINY)
+    tau2 = cc + D * (std * R).square()
+    tau2 = tau2.clamp_min(TINY)
     k = cv / tau2
-    g = R * (vv - 2 * k * cv + k.square() * cc).clamp_min(0).sqrt()
-    return (cv + largest * std * g) / (vv.clamp_min(TINY) * tau2).sqrt()
+    gg = vv - 2 * k * cv + k.square() * cc
+    spread = std * R * gg.clamp_min(0).sqrt()
+    return (cv + largest * spread) / (vv.clamp_min(TINY) * tau2).sqrt()
 
 
 def largest_of_normals(M):
@@ -246,11 +278,10 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     H = model.config["heads"]
     pool = model.pool
     span_of = SPANS.get(type(pool))
-    if N <= T:
-        span_of = None  # it costs 2T products of D x D a video, few texts cost 3 a pair
+    if N <= T:  # a span costs 2T products of D x D a video; few texts cost 3 a pair
+        span_of = None
         if type(pool) is XPool:
             pool = functools.partial(pool_few, pool)
-    noise = noise_of(model, trials, seed, expected)
 
     # Pairs at once: of those with vectors of width D, and of those with coefficients alone.
     floats = int(chunk_mb * 2 ** 18)
@@ -269,6 +300,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     sims = t.new_empty(N, V)
     model.pool.eval()  # scoring drops nothing
     with torch.autocast(t.device.type, enabled=False):
+        noise = noise_of(model, trials, seed, expected)
         model.radius(t.new_zeros(1, T))  # raises where T is not the model's
         radius = fast_radius(model.radius)
         for texts in blocks(N, n):
@@ -287,41 +319,41 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
 
 def best_of_pooled(t, f, pool, radius, noise):
     """Scores by calling the pooling. t (N,D), f (V,T,D) -> (V,N)."""
-    v = pool(t, f).transpose(0, 1)                                     # (V,N,D)
+    v = pool(t, f).transpose(0, 1)                          # (V,N,D)
     if noise is None:
         return cosine(t, v)
-    R = radius(similarities(t, f, radius))
-    return best_of(t, v, R, noise)
+    S = similarities(t, f, radius)
+    return best_of(t, v, radius(S), noise)
 
 
 def best_of_span(t, f, span, radius, noise, wide):
-    """Scores by coefficients, `wide` pairs at a time where R is wide. t (N,D), f (V,T,D) ->
-    (V,N).
-    """
+    """Scores by coefficients, in tiles where R has width D. t (N,D), f (V,T,D) -> (V,N)."""
     Z, c = span(f)
-    tv = (dots(t, Z) * c).sum(1)                                       # (V,N)
-    vv = form(Z @ Z.mT, c).squeeze(1)                                  # (V,N)
-    tt = squared(t)                                                    # (N)
+    tv = (dots(t, Z) * c).sum(1)                            # (V,N)
+    vv = form(Z @ Z.mT, c).squeeze(1)                       # (V,N)
+    tt = squared(t)                                         # (N)
     if noise is None:
-        return tv / (vv * tt).sqrt().clamp_min(TINY)
+        return tv / (vv * tt).clamp_min(TINY).sqrt()
     S = similarities(t, f, radius)
     if radius(S[:1, :1]).shape[-1] == 1:
         return best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
+    # Square tiles: texts and videos are read again as seldom as can be.
     best = torch.empty_like(tv)
     side = math.isqrt(wide)
     for videos in blocks(len(f), side):
         for texts in blocks(len(t), side):
-            at = (videos, texts)
-            v = c[videos, :, texts].mT @ Z[videos]                     # (side,side,D)
-            products = tv[at], vv[at], tt[texts]
-            best[at] = best_of(t[texts], v, radius(S[at]), noise, products)
+            tile = (videos, texts)
+            v = c[videos, :, texts].mT @ Z[videos]          # (side,side,D)
+            products = tv[tile], vv[tile], tt[texts]
+            best[tile] = best_of(t[texts], v, radius(S[tile]), noise, products)
     return best
 
 
 def best_of(t, v, R, noise, products=None):
     """Sampled or expected, as the noise says. t, v (...,D), R (...,D) or (...,1) -> (...)."""
     if torch.is_tensor(noise):
-        return sample_cosines(t, v, R, noise, products).amax(-1)
+        cosines = sample_cosines(t, v, R, noise, products)
+        return cosines.amax(-1)
     return expected_cosine(t, v, R, *noise)
 
 
@@ -331,26 +363,29 @@ def noise_of(model, trials, seed, expected):
         return None
     if not expected:
         eps = model.noise(trials, seed)
-        return eps.T.contiguous().T  # products need its transpose
+        return eps.T.contiguous().T  # products want its transpose
+    largest = largest_of_normals(trials)
     if model.prior == "uniform":
-        return 0.5, 12 ** -0.5, largest_of_normals(trials)
-    return 0.0, model.prior_std, largest_of_normals(trials)
+        return 0.5, 12 ** -0.5, largest
+    return 0.0, model.prior_std, largest
 
 
 def similarities(t, f, radius):
-    """S = cos(t, f_j), or its mean over j where the radius needs no more. -> (V,N,T) or (V,N,1)."""
+    """S = cos(t, f_j), or its mean over j where the radius needs no more -> (V,N,T) or (V,N,1)."""
     f = F.normalize(f, dim=-1)
-    # Declared by the class itself, as a subclass may compute something else.
+    # Declared by the class itself: one that inherits from it may compute something else.
     if vars(type(radius)).get("of_mean"):
         f = f.mean(1, keepdim=True)
-    return dots(F.normalize(t, dim=-1), f).mT
+    t = F.normalize(t, dim=-1)
+    return dots(t, f).mT
 
 
 def fast_radius(radius):
     """LinearRadius with the bias inside the product, which saves a pass; any other as it is."""
     if type(radius) is not LinearRadius:
         return radius
-    W = torch.cat([radius.linear.weight.T, radius.linear.bias[None]])  # (T+1,D)
+    bias = radius.linear.bias[None]
+    W = torch.cat([radius.linear.weight.T, bias])           # (T+1,D)
     return lambda S: (F.pad(S, (0, 1), value=1.0) @ W).exp_()
 
 

@@ -1,6 +1,4 @@
-"""The fast scorer against TMASS.score, for every pooling and radius, known and unknown; its
-leaks.
-"""
+"""The fast scorer against TMASS.score, for poolings and radii that it knows and others."""
 import inspect
 import math
 import subprocess
@@ -106,6 +104,15 @@ RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRa
 SETTINGS = [dict(prior_std=0.5), dict(prior="uniform", heads=4)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a busy machine, threads that share so little work mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def build(monkeypatch):
     """build(pooling=..., radius=..., ...) -> a model, of classes that tmass.py lists or not."""
@@ -122,14 +129,13 @@ def gap(a, b):
 @pytest.mark.parametrize("radius", RADII)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_equals_the_literal_score(build, pooling, radius):
-    """One text and many, chunked and whole, float32 and half precision, in training mode and not.
-    """
+    """One text and many, chunked and whole, half precision, in training mode and not."""
     for settings in SETTINGS:
         model = build(pooling=pooling, radius=radius, **settings)
         state = {name: x.clone() for name, x in model.state_dict().items()}
         t, f = features(9, 5)
         half = f.half()
-        for trials in (0, 1, 5):
+        for trials in (0, 5):
             literal = model.score(t, f, trials)
             literal_half = model.score(t, half.float(), trials)
             for N in (1, T, 9):
@@ -152,10 +158,10 @@ def test_expected_is_near_the_mean_over_many_sets_of_noise(build, pooling, radiu
     t, f = features(6, 4)
     M = 8
     expected = exact.score(model, t, f, M, expected=True)
-    sets = torch.stack([model.score(t, f, M, seed) for seed in range(300)])
+    sets = torch.stack([model.score(t, f, M, seed) for seed in range(100)])
     mean = sets.mean(0)
-    error = (sets - mean).abs().mean()  # of one set
-    assert gap(expected, mean) < 0.3 * error + 0.3 * sets.std(0).max() / 300 ** 0.5 + 1e-6
+    of_one = (sets - mean).abs().mean()
+    assert (expected - mean).abs().mean() < 0.3 * of_one + 1e-6
     for chunk_mb in (0.001, 0.02, 0.3):
         assert gap(exact.score(model, t, f, M, expected=True, chunk_mb=chunk_mb), expected) < 1e-6
     assert gap(exact.score(model, t[:2], f, M, expected=True), expected[:2]) < 1e-6

@@ -1,6 +1,4 @@
-"""The method piece by piece: against plain loops, and against numbers of the code before this
-one.
-"""
+"""The method piece by piece: against plain loops, and numbers of the code before this one."""
 import inspect
 import json
 import math
