@@ -25,7 +25,7 @@ import tmass
 from eval import released_scores
 from lib import exact
 from lib.exact import expected_cosine, largest_of_normals, sample_cosines
-from tmass import TMASS, MeanRadius, XPool, cosine
+from tmass import TMASS, LinearRadius, MeanRadius, XPool, cosine
 
 
 class MaxPool(nn.Module):
@@ -88,6 +88,14 @@ class ConstantRadius(WideRadius):
         return self.weight.expand(*S.shape[:-1], -1)
 
 
+class SquaredRadius(LinearRadius):
+    """What inherits from a known radius is not the known radius."""
+
+    def forward(self, S):
+        """S (...,T) -> R (...,D)."""
+        return super().forward(S).square()
+
+
 class WideMeanRadius(WideRadius):
     """Of the mean, and wide."""
 
@@ -99,7 +107,7 @@ class WideMeanRadius(WideRadius):
 
 
 POOLINGS = {**tmass.POOLINGS, "max": MaxPool, "first": FirstXPool}
-RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRadius,
+RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRadius, "squared": SquaredRadius,
          "constant": ConstantRadius, "wide mean": WideMeanRadius}
 SETTINGS = [dict(prior_std=0.5), dict(prior="uniform", heads=4)]
 
