@@ -107,8 +107,8 @@ class WideMeanRadius(WideRadius):
 
 
 POOLINGS = {**tmass.POOLINGS, "max": MaxPool, "first": FirstXPool}
-RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRadius, "squared": SquaredRadius,
-         "constant": ConstantRadius, "wide mean": WideMeanRadius}
+RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRadius,
+         "squared": SquaredRadius, "constant": ConstantRadius, "wide mean": WideMeanRadius}
 SETTINGS = [dict(prior_std=0.5), dict(prior="uniform", heads=4)]
 
 
