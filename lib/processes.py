@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -242,24 +243,38 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
 def _start(pool, workers, ending, source):
     """Start the workers, and hold signals back until they can deal with them."""
     dataset = source[0]
+    context = _context()
     # Where processes are not forked from this one, one that has imported torch starts them.
-    multiprocessing.set_forkserver_preload([__name__, type(dataset).__module__])
+    context.set_forkserver_preload([__name__, type(dataset).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with _explaining("workers can't be started"):
             for k in range(workers):
-                pool.append(_Worker((k, workers), ending, source))
+                pool.append(_Worker(context, (k, workers), ending, source))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _context():
+    """How workers are started: as Python does it, but never forked beside other threads.
+
+    A fork copies the locks of threads that the copy does not have: gloo's left a worker of Python
+    3.10 waiting for ever for the lock of Python's own list of threads (1 of 10 jobs).
+    """
+    method = None
+    threads = dist.is_initialized() or threading.active_count() > 1
+    if threads and multiprocessing.get_start_method() == "fork":
+        method = "forkserver"
+    return multiprocessing.get_context(method)
 
 
 class _Worker:
     """A process that reads every n-th batch, and the pipe through which it hands them over."""
 
-    def __init__(self, place, ending, source):
+    def __init__(self, context, place, ending, source):
         self.pipe, other_end = multiprocessing.Pipe()
         arguments = (place, ending, self.pipe, other_end, source)
-        self.process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         other_end.close()  # now the end of the process is the end of the pipe
         with contextlib.suppress(ConnectionError):  # it died: seen where its batch is waited for

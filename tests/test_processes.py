@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -545,3 +546,26 @@ def test_programs_run_without_fork(here, method, programs):
     expected = dict(train="step     4/4", eval="24 texts, 24 videos", check="16 decode, 0 don't",
                     search="encoded 24 videos", render="30/1/1 videos")
     assert all(expected[name] in done.stdout + done.stderr for name in programs), done.stdout
+
+
+class Parents:
+    """Items that say which process started the one that reads them."""
+
+    def __getitem__(self, key):
+        return torch.tensor(os.getppid())
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="not forked")
+def test_workers_are_not_forked_beside_other_threads():
+    """A fork copies locks that other threads hold, and not the threads."""
+    parents = []
+    for beside in (False, True):
+        ending = threading.Event()
+        thread = threading.Thread(target=ending.wait, args=(60,))
+        if beside:
+            thread.start()
+        with lib.processes.loading(Parents(), [[0]], torch.stack, workers=1) as found:
+            (parent,) = next(iter(found))
+        parents.append(parent.item())
+        ending.set()
+    assert parents[0] == os.getpid() and parents[1] != os.getpid()
