@@ -64,9 +64,13 @@ def train_transform(size):
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def test_transform(size):
-    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own."""
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+def test_transform(size, mode="shortest", interpolation="bicubic"):
+    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own.
+
+    mode: squash makes both sides P, as some other models want it.
+    """
+    sides = [size, size] if mode == "squash" else size
+    resize = v2.Resize(sides, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.CenterCrop(size)])
 
 

@@ -227,10 +227,12 @@ def collate(tokenizer, items):
 
 def read_batches(args, job, checkpoint, batches, annotations):
     """A context manager: what collate makes of each of the batches, read by worker processes."""
-    transform = data.test_transform if args.augment == "none" else data.train_transform
+    clip = checkpoint.model.clip
+    transform = data.train_transform(clip.image_size)
+    if args.augment == "none":
+        transform = data.test_transform(clip.image_size, *clip.resize)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
-    size = checkpoint.model.clip.image_size
-    dataset = data.PairDataset(annotations, args.frames, transform(size), args.seed, cache)
+    dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
     return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
                    args.workers, pin=job.device.type == "cuda")
 

@@ -122,3 +122,16 @@ def pixel_settings(content, mean, std):
     if mean not in content or std not in content:
         return {}
     return dict(mean=tuple(content[mean]), std=tuple(content[std]))
+
+
+def described(clip, why, heads_by):
+    """A line about a CLIP: what of it was guessed, and what is unusual."""
+    config = clip.config
+    millions = sum(p.numel() for p in clip.parameters()) / 1e6
+    heads = [tower.transformer.resblocks[0].attn.heads for tower in (clip.visual, clip)]
+    name = "QuickGELU" if config["quick_gelu"] else "GELU"
+    line = (f"{millions:.1f} M parameters, {clip.image_size} px images in patches of "
+            f"{config['patch_size']}, {heads[0]} and {heads[1]} heads ({heads_by}), {name} ({why})")
+    if "mean" in config or "std" in config:
+        line += f", pixels normalised by {clip.mean_std.flatten(1).tolist()}"
+    return line

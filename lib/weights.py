@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from textwrap import shorten
 
@@ -14,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from clip_model import CLIP, Tokenizer, sizes_of
+from lib.checks import SETTINGS, check_own, check_range, check_tensors, listed
 from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
-from lib.settings import settings_beside
+from lib.encoders import PREFIX, OpenCLIP, OpenTokenizer, split_name, warn_of_pixels
+from lib.settings import described, settings_beside
 from tmass import TMASS
 
 # ---- downloads ----
@@ -241,18 +242,6 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids
                "num_batches_tracked")
 
 
-def check_tensors(sd):
-    """Raise a WeightsError unless all values are plain tensors of floats, with values."""
-    wrong = []
-    for key, x in sd.items():
-        plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
-        if not plain or not x.is_floating_point():
-            wrong.append(key)
-    if wrong:
-        raise WeightsError("expected a state dict, a dict of float tensors; these are none: "
-                           f"{listed(wrong)}")
-
-
 def to_openai_names(sd):
     """State dict of HF's CLIPModel, of either open_clip class or of OpenAI's CLIP -> OpenAI's."""
     sd = {key: x for key, x in sd.items() if not key.endswith(NOT_WEIGHTS)}
@@ -292,8 +281,25 @@ def load_clip(name_or_path, quick_gelu=None):
     checkpoints and in those of T-MASS and X-Pool as released.
     quick_gelu=None: by the rule of `activation`.
     """
+    if str(name_or_path).startswith(PREFIX):
+        return load_open_clip(str(name_or_path))
     path = find_weights(name_or_path)
     return clip_from(read_weights(path), path, quick_gelu)
+
+
+def load_open_clip(name):
+    """A name of open_clip's, with a tag or a file of weights -> OpenCLIP."""
+    model, tag, file = split_name(name)
+    clip = OpenCLIP(model, tag, load=model.startswith("hf-hub:") and not file)
+    if file:
+        load_strictly(clip.model, state_dict_in(read_weights(file)), f"open_clip's {model}")
+        warn_of_pixels(clip)
+    elif not tag and not model.startswith("hf-hub:"):
+        print(f"{name}: random weights; for others give {name}/TAG or {name}=FILE")
+    millions = sum(p.numel() for p in clip.parameters()) / 1e6
+    print(f"{name}: {millions:.1f} M parameters, {clip.image_size} px images, pixels less "
+          f"{clip.config['mean']} over {clip.config['std']}, resized by {clip.resize[0]}")
+    return clip
 
 
 def clip_from(weights, path, quick_gelu=None):
@@ -316,17 +322,7 @@ def clip_from(weights, path, quick_gelu=None):
     return clip
 
 
-def described(clip, why, heads_by):
-    """A line about a CLIP: what of it was guessed, and what is unusual."""
-    config = clip.config
-    millions = sum(p.numel() for p in clip.parameters()) / 1e6
-    heads = [tower.transformer.resblocks[0].attn.heads for tower in (clip.visual, clip)]
-    name = "QuickGELU" if config["quick_gelu"] else "GELU"
-    line = (f"{millions:.1f} M parameters, {clip.image_size} px images in patches of "
-            f"{config['patch_size']}, {heads[0]} and {heads[1]} heads ({heads_by}), {name} ({why})")
-    if "mean" in config or "std" in config:
-        line += f", pixels normalised by {clip.mean_std.flatten(1).tolist()}"
-    return line
+BESIDE = {"quick_gelu", "vision_heads", "text_heads", "norm_eps", "mean", "std"}
 
 
 def settings_of(weights, sd, path):
@@ -393,6 +389,11 @@ def load_checkpoint(name_or_path, activation=None):
     then nothing was trained further, frames are pooled by `query`, and there is no radius.
     activation: quickgelu or gelu, where what the file says of it is wrong.
     """
+    if str(name_or_path).startswith(PREFIX):
+        clip = load_open_clip(str(name_or_path))
+        model = TMASS(clip, **method_of({}))
+        tokenizer = OpenTokenizer(clip.config["open_clip"])
+        return model.eval(), tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
     quick_gelu = None if activation is None else activation == "quickgelu"
@@ -407,92 +408,6 @@ def load_checkpoint(name_or_path, activation=None):
     return model.eval(), tokenizer, config
 
 
-BESIDE = {"quick_gelu", "vision_heads", "text_heads", "norm_eps", "mean", "std"}
-SIZE = (int, 1, 2 ** 20)
-COUNT = (int, 0, 2 ** 62)
-WEIGHT = ((int, float), 0, 1e6)
-TEXT = (str, "", "\U0010ffff")
-# What a checkpoint of ours says beside its tensors: the names, their type, least and most.
-SETTINGS = {
-    "clip": {
-        "embed_dim image_size patch_size vision_width vision_layers": SIZE,
-        "context_length vocab_size text_width text_layers": SIZE,
-        "quick_gelu": (bool, False, True),
-        "vision_heads text_heads vision_mlp text_mlp": SIZE,
-        "norm_eps": ((int, float), 0, 1),
-        "mean std": ((list, tuple),),
-    },
-    "tmass": {
-        "frames heads": (int, 1, 1000),
-        "dropout": ((int, float), 0, 1),
-        "prior_std support_weight ce_weight": WEIGHT,
-        "pooling radius prior support_video": TEXT,
-    },
-}
-SETTINGS["config"] = SETTINGS["tmass"] | {
-    "data clip amp augment device out": TEXT,
-    "epochs pretrain val_videos workers seed": COUNT,
-    "batch save_every log_every": (int, 1, 2 ** 31),
-    "head_lr clip_lr weight_decay warmup": WEIGHT,
-}
-STATE = {
-    "version step": COUNT,
-    "context_length": SIZE,
-    "finished": (bool, False, True),
-    "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
-    "merges bad_videos": (list,),
-}
-
-
-def check_range(values, table, where=""):
-    """Raise a WeightsError where a value is of another type than the table's, or out of range."""
-    for names, (kinds, *ends) in table.items():
-        for name in values.keys() & names.split():
-            value = values[name]
-            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-            # No isinstance: True is no whole number here.
-            if type(value) not in kinds or ends and not ends[0] <= value <= ends[1]:
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                limits = f" from {ends[0]} to {ends[1]}" if ends and str not in kinds else ""
-                raise WeightsError(f"{where}{name} is {value!r:.60}, expected {wanted}{limits}")
-
-
-def check_own(content):
-    """Raise an error, a WeightsError if it can, unless all that a checkpoint of ours says makes
-    sense. Nothing is built before: some of it would take for ever, or all memory."""
-    check_range(content, STATE)
-    if content["version"] != 1:
-        raise WeightsError(f"it is of version {content['version']}, and this program reads "
-                           "version 1")
-    for section, table in SETTINGS.items():
-        check_range(content[section], table, f"{section}.")
-    sizes = content["clip"]
-    if sizes["image_size"] % sizes["patch_size"]:
-        raise WeightsError("clip.image_size is no multiple of clip.patch_size")
-    for weights in (content, content.get("training", {})):
-        check_tensors(weights.get("model", {}))
-    layers = sum(name.endswith(".ln_1.weight") for name in content["model"])
-    expected = sizes["vision_layers"] + sizes["text_layers"]
-    if layers != expected:
-        raise WeightsError(f"its weights are of {layers} layers, its settings say {expected}")
-    check_merges(content["merges"], sizes["vocab_size"])
-    if content["context_length"] != sizes["context_length"]:
-        raise WeightsError("context_length differs from clip.context_length")
-
-
-def check_merges(merges, vocab_size):
-    """Raise a ValueError unless merges join what is known by then, and make that vocabulary."""
-    tokenizer = Tokenizer(merges)
-    if len(tokenizer.rank) < len(merges) or tokenizer.vocab_size != vocab_size:
-        raise WeightsError(f"{len(tokenizer.rank)} different merges do not make a vocabulary of "
-                           f"{vocab_size}")
-    known = set(Tokenizer().symbols)
-    for pair in tokenizer.rank:
-        if not known.issuperset(pair):
-            raise WeightsError(f"merge {' '.join(pair)!r} joins what no merge before it made")
-        known.add("".join(pair))
-
-
 def build_own(content, path, quick_gelu=None):
     """What save_checkpoint wrote -> (model, tokenizer, config)."""
     try:
@@ -500,12 +415,17 @@ def build_own(content, path, quick_gelu=None):
         settings = dict(content["clip"])
         if quick_gelu is not None:
             settings["quick_gelu"] = quick_gelu
-        with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            model = TMASS(CLIP(**settings), **content["tmass"])
+        if "open_clip" in settings:
+            model = TMASS(OpenCLIP(**settings), **content["tmass"])
+            tokenizer = OpenTokenizer(settings["open_clip"])
+        else:
+            with torch.device("meta"):  # no memory, no random numbers: the weights are given
+                model = TMASS(CLIP(**settings), **content["tmass"])
+            tokenizer = Tokenizer(content["merges"], content["context_length"])
         # Half precision, to which people convert files, is taken too.
-        weights = {name: x.float() for name, x in content["model"].items()}
+        weights = {name: x.float() if x.is_floating_point() else x
+                   for name, x in content["model"].items()}
         load_strictly(model, weights, "its own settings")
-        tokenizer = Tokenizer(content["merges"], content["context_length"])
         return model, tokenizer, dict(content["config"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             RuntimeError) as error:
@@ -593,12 +513,3 @@ def load_strictly(module, sd, what):
         if names:
             raise WeightsError(f"weights that don't fit {what}, {fault}: {listed(names)}")
     module.load_state_dict(sd, assign=True)
-
-
-def listed(names, most=8):
-    """The first few names, in one line."""
-    names = sorted(map(str, names))
-    line = ", ".join(names[:most])
-    if len(names) > most:
-        line += f" and {len(names) - most} more"
-    return line
