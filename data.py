@@ -8,6 +8,7 @@ set's own files, DATASETS, splits.
 """
 import bisect
 import functools
+import html
 import math
 import os
 import re
@@ -211,15 +212,32 @@ def read_msrvtt(root, split, folders, size="9k"):
             yield segment, row["sentence"], f"{name}, row {line}"
         return
     segments = {}
-    for _, row in read_table(root / f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"]):
+    described = set()
+    table = f"MSRVTT_train.{size}.csv"
+    for _, row in read_table(root / table, "msrvtt", ["video_id"]):
         segments[row["video_id"]] = _find_video(folders, row["video_id"] + ".mp4")
     name = "MSRVTT_data.json"
     content = read_json(root / name, "msrvtt", dict)
     for number, sentence in enumerate(field_of(content, "sentences", name, list), 1):
         where = f"{name}, sentence {number}"
         video = field_of(sentence, "video_id", where)
+        described.add(video)
         if video in segments:
             yield segments[video], field_of(sentence, "caption", where), where
+    _warn_of_silent(table, segments, described)
+
+
+def _listed(path, what):
+    """The ids in a list of videos; some lists have them as names of files."""
+    return [video.removesuffix(".avi") for video in read_text(path, what).split()]
+
+
+def _warn_of_silent(table, videos, described):
+    """A warning that names the videos of a table which no caption describes."""
+    silent = sorted(set(videos) - set(described))
+    if silent:
+        warn_once(f"{table}: {len(silent)} of its {len(videos)} videos have no caption: "
+                  f"{', '.join(first_ten(silent))}")
 
 
 LSMDC = dict(
@@ -302,7 +320,8 @@ def read_vatex(root, split, folders):
     wanted = None
     if split != "train":  # the published validation file, halved by two lists
         name = "vatex_validation_v1.0.json"
-        wanted = set(read_text(root / f"{split}_list.txt", "vatex").split())
+        wanted = set(_listed(root / f"{split}_list.txt", "vatex"))
+    described = set()
     for number, entry in enumerate(read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {number}"
         video = field_of(entry, "videoID", where)
@@ -310,6 +329,7 @@ def read_vatex(root, split, folders):
         if not match:
             raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; "
                             "fetch the file again")
+        described.add(video)
         if wanted is not None and video not in wanted:
             continue
         segment = _find_video(folders, video + ".mp4")
@@ -319,6 +339,7 @@ def read_vatex(root, split, folders):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
         for caption in sentences(entry, "enCap", where):
             yield segment, caption, where
+    _warn_of_silent(f"{split}_list.txt", wanted or (), described)
 
 
 def read_charades(root, split, folders):
@@ -337,11 +358,13 @@ def read_msvd(root, split, folders):
     """
     name = "captions_msvd.json"
     captions = read_json(root / name, "msvd", dict)
-    videos = read_text(root / f"{split}_list.txt", "msvd").split()
+    table = f"{split}_list.txt"
+    videos = _listed(root / table, "msvd")
+    _warn_of_silent(table, videos, captions)
     for line, video in enumerate(videos, 1):
         segment = _find_video(folders, video + ".avi")
         for caption in sentences(captions, video, name):
-            yield segment, caption, f"{split}_list.txt, row {line}"
+            yield segment, caption, f"{table}, row {line}"
 
 
 # ---- data sets ----
@@ -438,7 +461,7 @@ def _collect(rows):
     captions = []
     owner = []
     for segment, caption, line in rows:
-        if not caption.strip():
+        if not html.unescape(html.unescape(caption)).strip():  # as CLIP's tokenizer reads it
             raise DataError(f"{line}: empty caption; fill it in or delete it")
         if segment not in number:
             number[segment] = len(number)
@@ -475,8 +498,11 @@ def _divide_csv(path, root, split, videos):
     """The split of a csv without a split column."""
     annotations = load_annotations(path, root, "all", videos)
     base = videos or root or Path(path).parent
-    files = [os.path.relpath(segment.path, base) for segment in annotations.segments]
-    splits = _split_by_name(files)
+    names = {}  # as the csv has them, wherever it lies
+    for _, row in read_table(Path(path), "--data", ["video"]):
+        name = row["video"].strip()
+        names[str(Path(base, name))] = os.path.normpath(name)
+    splits = _split_by_name([names[segment.path] for segment in annotations.segments])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "

@@ -61,13 +61,28 @@ def _check_split(args, split, annotations, frames, cache):
         if number:
             counts[k] += f" (published {number})"
     print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
+    # A table of one's own need not have videos to validate with.
+    if not texts and (split != "val" or args.data in data.DATASETS):
+        missing.append(("", f"{split}: no caption is of this split"))
     _print_problems(missing)
     bad = []
     if args.decode:
         bad = _decode(there.segments, frames, cache, args.workers)
-        print(f"      {videos - len(missing) - len(bad)} decode, {len(bad)} don't")
+        print(f"      {len(there.segments) - len(bad)} decode, {len(bad)} don't")
         _print_problems(bad)
     return missing + bad
+
+
+def say_cut(job, tokenizer, captions, what):
+    """Say how many captions are longer than the encoder reads. Only our tokenizer tells."""
+    if job.rank or not hasattr(tokenizer, "encode"):
+        return
+    most = tokenizer.context_length - 2  # start and end
+    long = [text for text in captions if len(text.encode()) > most]  # a token is a byte at least
+    cut = [text for text in long if len(tokenizer.encode(text)) > most]
+    if cut:
+        job.say(f"{what}: {len(cut)} captions are longer than {most} tokens, and are cut; the "
+                f"first: {escaped(cut[0]):.60}")
 
 
 def _decode(segments, frames, cache, workers):

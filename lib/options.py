@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from lib.common import DataError, WeightsError, check_output, numeric, output
+from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
 from lib.weights import load_checkpoint
 from tmass import POOLINGS, PRIORS
 
@@ -27,6 +27,9 @@ def add_common(parser, batch):
     g.add_argument("--pooling", choices=POOLINGS,
                    help="how frames become a video; mean and query need no weights "
                         "(default: as trained; CLIP: query)")
+    g.add_argument("--frames", type=numeric(int, 1, 1000), metavar="T",
+                   help="frames sampled per video, where the radius is not tied to the number in "
+                        "training, as linear is (default: as trained)")
     g = parser.add_argument_group("run")
     g.add_argument("--activation", choices=("quickgelu", "gelu"),
                    help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
@@ -77,16 +80,31 @@ def load_model(args, job):
             raise WeightsError(f"--pooling {args.pooling}: {args.ckpt} has no weights for it; "
                                "choose mean or query")
         model.config = dict(model.config, pooling=args.pooling)
+    if args.frames:
+        set_frames(model, args.frames, "--frames")
     model.to(job.device)
     model.prior = args.prior or model.prior
     if args.prior_std is not None:
         model.prior_std = args.prior_std
-    std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
-    drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
-    job.say(f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, "
-            f"radius {model.config['radius']}, {args.trials} samples, "
-            f"prior {model.prior}{std}, {drawn}, on {job.device}")
+    said = [f"{args.ckpt}: T={model.frames}", f"pooling {model.config['pooling']}"]
+    said.append(f"radius {model.config['radius']}")
+    if model.config["radius"] != "none" and args.trials:  # else nothing is sampled
+        std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
+        drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+        said += [f"{args.trials} samples", f"prior {model.prior}{std}", drawn]
+    job.say(f"{', '.join(said)}, on {job.device}")
     return model, tokenizer, config
+
+
+def set_frames(model, frames, option):
+    """Make the model take another number of frames, or raise a WeightsError."""
+    try:
+        model.radius(torch.zeros(1, frames, device=model.clip.logit_scale.device))
+    except (ValueError, RuntimeError) as error:
+        raise WeightsError(f"{option}: {first_line(error)}, as radius "
+                           f"{model.config['radius']} is tied to it") from None
+    model.frames = frames
+    model.config = dict(model.config, frames=frames)
 
 
 def write_json(path, content):
