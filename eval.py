@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 import data
 from lib import exact
+from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, output
-from lib.options import add_common, load_model, write_json
+from lib.options import add_common, load_model, read_features, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
@@ -281,31 +282,38 @@ def score_split(
     trials=20,
     seed=24,
     expected=False,
+    features=None,
 ):
-    """Encode and score. Annotations -> Scored. name: of the model, for errors."""
+    """Encode and score. Annotations -> Scored. name: of the model, for errors.
+
+    features: t (N,D) and f (V,T,D), where they are made already.
+    """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
     bad = {} if skip_bad else None
-    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
-    if bad:
-        readable = [v for v in range(len(f)) if v not in bad]
-        f = f[readable]
-        ann = ann.take(readable)
-        say_left_out(job, f"{len(bad)} unreadable", ann)
-    if not ann.captions:
-        raise DataError("nothing to evaluate: no caption has a video that can be read")
-    # Equal captions are encoded once: so they tie exactly.
-    distinct = list(dict.fromkeys(ann.captions))
-    t = encode_texts(model, tokenizer, distinct, job, amp=amp)
+    # Equal texts are scored once: so they tie exactly.
+    if features:
+        t, f = features
+        t, rows = t.unique(dim=0, return_inverse=True)
+    else:
+        f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
+        if bad:
+            readable = [v for v in range(len(f)) if v not in bad]
+            f = f[readable]
+            ann = ann.take(readable)
+            say_left_out(job, f"{len(bad)} unreadable", ann)
+        if not ann.captions:
+            raise DataError("nothing to evaluate: no caption has a video that can be read")
+        row = {caption: i for i, caption in enumerate(dict.fromkeys(ann.captions))}
+        t = encode_texts(model, tokenizer, list(row), job, amp=amp)
+        rows = [row[caption] for caption in ann.captions]
     sims = score_all(model, t, f, job, **scoring)
     wrong = (~sims.isfinite()).sum().item()
     if wrong:
         raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, so "
                            "nothing can be ranked: its weights are damaged, or its training failed")
     model.train(training)
-    row = {caption: i for i, caption in enumerate(distinct)}
-    rows = [row[caption] for caption in ann.captions]
     left_out = list(bad.values()) if bad else []
     return Scored(t[rows], f, sims[rows], ann, left_out, scoring)
 
@@ -371,7 +379,11 @@ def parse_args(argv=None):
     p.add_argument("--videos", metavar="DIR",
                    help="folder of its videos (default: as in training, or within --root)")
     p.add_argument("--split", choices=(*data.SPLITS, "all"),
-                   help="(default: test; all of a .csv that --ckpt did not train on)")
+                   help="(default: test; all of a .csv without that column that --ckpt did not "
+                        "train on)")
+    p.add_argument("--features", metavar="FILE",
+                   help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
+                        "owner (N,), the number of each text's video, as --save writes them")
     p.add_argument("--dsl", action="store_true",
                    help="add rows with dual softmax, which uses all queries at once")
     p.add_argument("--released-protocol", action="store_true",
@@ -390,6 +402,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
+    if args.features and (args.data or args.frames):
+        p.error("--features takes the place of --data and --frames")
     return args
 
 
@@ -397,8 +411,8 @@ def as_trained(args, config, job):
     """What is not given in args becomes what it was in training, on the same data set."""
     cache = args.cache
     for name in ("data", "root", "videos", "cache"):
-        if getattr(args, name) is None:
-            setattr(args, name, config.get(name))
+        if getattr(args, name) is None and isinstance(config.get(name), str):
+            setattr(args, name, config[name])
     # Frames from training's cache went through JPEG: with them training's numbers come out again.
     if args.cache != cache and not os.path.isdir(args.cache):
         job.say(f"{args.cache}, where training kept its frames, is gone: numbers can differ a "
@@ -417,7 +431,8 @@ def load_data(args, config, job):
     if same:
         as_trained(args, config, job)
     if args.split is None:  # no row of another .csv was trained on
-        args.split = "test" if same or not args.data.endswith(".csv") else "all"
+        whole = args.data.endswith(".csv") and not data.has_splits(args.data)
+        args.split = "all" if whole and not same else "test"
     ann = data.load_split(
         args.data,
         args.root,
@@ -474,7 +489,15 @@ def main(argv=None):
     args = parse_args(argv)
     job = start_processes(args.device)
     model, tokenizer, config = load_model(args, job)
-    ann, missing = load_data(args, config, job)
+    missing = 0
+    features = None
+    if args.features:
+        ann, features = read_features(args.features, model)
+        args.data = args.features
+        args.split = "all"
+    else:
+        ann, missing = load_data(args, config, job)
+        say_cut(job, tokenizer, ann.captions, args.split)
     scored = score_split(
         model,
         tokenizer,
@@ -489,6 +512,7 @@ def main(argv=None):
         trials=args.trials,
         seed=args.seed,
         expected=args.expected,
+        features=features,
     )
     result = summarise(model, scored, args.dsl, args.released_protocol)
     for name in ("ckpt", "data", "split", "amp"):

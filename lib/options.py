@@ -5,8 +5,10 @@ import os
 
 import torch
 
+import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
-from lib.weights import load_checkpoint
+from lib.video import Segment
+from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
@@ -105,6 +107,38 @@ def set_frames(model, frames, option):
                            f"{model.config['radius']} is tied to it") from None
     model.frames = frames
     model.config = dict(model.config, frames=frames)
+
+
+def read_features(path, model):
+    """Features made elsewhere. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
+
+    Where the file does not say captions and clips, as --save does, they have numbers for names.
+    """
+    content = read_weights(path)
+    try:
+        t, f, owner = (torch.as_tensor(content[name]) for name in ("t", "f", "owner"))
+        N, D = t.shape
+        V, T, width = f.shape
+        fits = width == D and owner.shape == (N,) and V > 0 and N > 0
+        fits = fits and 0 <= owner.min() and owner.max() < V
+        fits = fits and not owner.is_floating_point() and bool((t.sum() + f.sum()).isfinite())
+        captions = content.get("captions", [f"text {i}" for i in range(N)])
+        clips = content.get("clips", [(f"video {v}", None, None) for v in range(V)])
+        segments = [Segment(*clip) for clip in clips]
+        fits = fits and (len(captions), len(segments)) == (N, V)
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise DataError(f"--features {path}: expected t (N,D), f (V,T,D) and owner (N,), whole "
+                        "numbers below V, all of them finite, in a dict that torch.save wrote")
+    learnt = [*model.pool.parameters(), *model.radius.parameters()]
+    if learnt and D != model.clip.embed_dim:
+        raise DataError(f"--features {path}: of width {D}, and pooling and radius of --ckpt were "
+                        f"trained for {model.clip.embed_dim}")
+    set_frames(model, T, f"--features {path}")
+    device = model.clip.logit_scale.device
+    ann = data.Annotations(segments, list(captions), owner.tolist())
+    return ann, (t.float().to(device), f.float().to(device))
 
 
 def write_json(path, content):
