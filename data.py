@@ -6,14 +6,12 @@
 In this order: Annotations, what training and evaluation iterate over, the readers of each data
 set's own files, DATASETS, splits.
 """
-import bisect
 import functools
 import html
 import math
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,19 @@ from torchvision.transforms import v2
 from lib.common import DataError, Parser, mixed_seed, numeric, program
 from lib.processes import worker_place
 from lib.shapes import shapes_table
-from lib.tables import field_of, read_json, read_table, read_text, sentences
+from lib.tables import (
+    field_of,
+    first_ten,
+    has_splits,
+    listed_ids,
+    read_json,
+    read_table,
+    read_text,
+    sentences,
+    split_by_name,
+    warn_of_silent,
+    warn_once,
+)
 from lib.video import Segment, read_frames
 
 SPLITS = ("train", "val", "test")
@@ -224,20 +234,7 @@ def read_msrvtt(root, split, folders, size="9k"):
         described.add(video)
         if video in segments:
             yield segments[video], field_of(sentence, "caption", where), where
-    _warn_of_silent(table, segments, described)
-
-
-def _listed(path, what):
-    """The ids in a list of videos; some lists have them as names of files."""
-    return [video.removesuffix(".avi") for video in read_text(path, what).split()]
-
-
-def _warn_of_silent(table, videos, described):
-    """A warning that names the videos of a table which no caption describes."""
-    silent = sorted(set(videos) - set(described))
-    if silent:
-        warn_once(f"{table}: {len(silent)} of its {len(videos)} videos have no caption: "
-                  f"{', '.join(first_ten(silent))}")
+    warn_of_silent(table, segments, described)
 
 
 LSMDC = dict(
@@ -308,19 +305,12 @@ def _read_didemo_json(root, name, folders):
         yield _find_video(folders, video), " ".join(paragraph), where
 
 
-@functools.cache
-def warn_once(line):
-    """A warning, by the first process only, and once though several splits read the same file."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {line}", file=sys.stderr)
-
-
 def read_vatex(root, split, folders):
     name = "vatex_training_v1.0.json"
     wanted = None
     if split != "train":  # the published validation file, halved by two lists
         name = "vatex_validation_v1.0.json"
-        wanted = set(_listed(root / f"{split}_list.txt", "vatex"))
+        wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
     described = set()
     for number, entry in enumerate(read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {number}"
@@ -339,7 +329,7 @@ def read_vatex(root, split, folders):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
         for caption in sentences(entry, "enCap", where):
             yield segment, caption, where
-    _warn_of_silent(f"{split}_list.txt", wanted or (), described)
+    warn_of_silent(f"{split}_list.txt", wanted or (), described)
 
 
 def read_charades(root, split, folders):
@@ -359,8 +349,8 @@ def read_msvd(root, split, folders):
     name = "captions_msvd.json"
     captions = read_json(root / name, "msvd", dict)
     table = f"{split}_list.txt"
-    videos = _listed(root / table, "msvd")
-    _warn_of_silent(table, videos, captions)
+    videos = listed_ids(root / table, "msvd")
+    warn_of_silent(table, videos, captions)
     for line, video in enumerate(videos, 1):
         segment = _find_video(folders, video + ".avi")
         for caption in sentences(captions, video, name):
@@ -478,7 +468,7 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     """The split that training and evaluation use; no test video is in another one. -> Annotations.
 
     A data set's own splits where it has them. Without a validation split, val_videos videos, a
-    seeded choice, are held out of train. A csv without a split column: see `_split_by_name`.
+    seeded choice, are held out of train. A csv without a split column: see `split_by_name`.
     """
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
@@ -502,41 +492,12 @@ def _divide_csv(path, root, split, videos):
     for _, row in read_table(Path(path), "--data", ["video"]):
         name = row["video"].strip()
         names[str(Path(base, name))] = os.path.normpath(name)
-    splits = _split_by_name([names[segment.path] for segment in annotations.segments])
+    splits = split_by_name([names[segment.path] for segment in annotations.segments])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
                         "or the column")
     return annotations
-
-
-def has_splits(path):
-    """Whether a csv has a split column."""
-    return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"])[0][1]
-
-
-def _split_by_name(files):
-    """80 % train, 10 % val, 10 % test by a hash of the file's name: adding videos moves none.
-
-    Only where train or test would get fewer than two files (nearly never from 60 on) do the nearest
-    by hash make up the two (of two or three files, the one): these may move when the list grows.
-    """
-    code = {name: zlib.crc32(os.fsencode(name)) for name in files}
-    order = sorted(code, key=lambda name: (code[name] % 10, code[name], name))
-    tenths = [code[name] % 10 for name in order]
-    least = min(2, len(order) // 2)
-    most = len(order) - least
-    test = min(max(bisect.bisect_left(tenths, 1), least), most)
-    train = max(min(bisect.bisect_left(tenths, 2), most), test)
-    split = dict.fromkeys(order[:test], "test") | dict.fromkeys(order[test:train], "val")
-    return [split.get(name, "train") for name in files]
-
-
-def first_ten(lines):
-    """The first ten lines, and how many more there are."""
-    if len(lines) <= 10:
-        return lines
-    return [*lines[:10], f"and {len(lines) - 10} more"]
 
 
 def present(annotations, skip_bad=False):

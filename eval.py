@@ -24,6 +24,7 @@ from lib.options import add_common, load_model, read_features, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
+from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
@@ -369,36 +370,37 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--ckpt", default="model.pt",
-                   help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
-                        "ViT-B/32 or the like, or a file (default: %(default)s)")
-    p.add_argument("--data",
-                   help="name of a data set or path of a .csv (default: what --ckpt trained on)")
-    p.add_argument("--root",
-                   help="folder of the data set (default: as in training; for a .csv, its own)")
-    p.add_argument("--videos", metavar="DIR",
-                   help="folder of its videos (default: as in training, or within --root)")
-    p.add_argument("--split", choices=(*data.SPLITS, "all"),
-                   help="(default: test; all of a .csv without that column that --ckpt did not "
-                        "train on)")
-    p.add_argument("--features", metavar="FILE",
-                   help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
-                        "owner (N,), the number of each text's video, as --save writes them")
-    p.add_argument("--dsl", action="store_true",
-                   help="add rows with dual softmax, which uses all queries at once")
-    p.add_argument("--released-protocol", action="store_true",
-                   help="add what the released, LEAKING evaluation reports")
-    p.add_argument("--analyze", action="store_true",
-                   help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
-                        "complexity and caption length")
-    g = add_common(p, batch=16)
-    g.add_argument("--save", metavar="FILE",
-                   help="write similarities, ranks, embeddings, captions and segments there")
-    g.add_argument("--cache", metavar="DIR",
-                   help="keep every video's sampled frames there as JPEG (default: where training "
-                        "kept those of the same data set)")
-    g.add_argument("--skip-bad", action="store_true",
-                   help="leave unreadable videos out and count them (default: stop)")
+    add = p.add_argument
+    add("--ckpt", default="model.pt",
+        help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
+             "ViT-B/32 or the like, or a file (default: %(default)s)")
+    add("--data",
+        help="name of a data set or path of a .csv (default: what --ckpt trained on)")
+    add("--root",
+        help="folder of the data set (default: as in training; for a .csv, its own)")
+    add("--videos", metavar="DIR",
+        help="folder of its videos (default: as in training, or within --root)")
+    add("--split", choices=(*data.SPLITS, "all"),
+        help="(default: test; all of a .csv without that column that --ckpt did not "
+             "train on)")
+    add("--features", metavar="FILE",
+        help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
+             "owner (N,), the number of each text's video, as --save writes them")
+    add("--dsl", action="store_true",
+        help="add rows with dual softmax, which uses all queries at once")
+    add("--released-protocol", action="store_true",
+        help="add what the released, LEAKING evaluation reports")
+    add("--analyze", action="store_true",
+        help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
+             "complexity and caption length")
+    add = add_common(p, batch=16).add_argument
+    add("--save", metavar="FILE",
+        help="write similarities, ranks, embeddings, captions and segments there")
+    add("--cache", metavar="DIR",
+        help="keep every video's sampled frames there as JPEG (default: where training "
+             "kept those of the same data set)")
+    add("--skip-bad", action="store_true",
+        help="leave unreadable videos out and count them (default: stop)")
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
@@ -431,7 +433,7 @@ def load_data(args, config, job):
     if same:
         as_trained(args, config, job)
     if args.split is None:  # no row of another .csv was trained on
-        whole = args.data.endswith(".csv") and not data.has_splits(args.data)
+        whole = args.data.endswith(".csv") and not has_splits(args.data)
         args.split = "all" if whole and not same else "test"
     ann = data.load_split(
         args.data,
@@ -508,7 +510,7 @@ def main(argv=None):
         cache=args.cache,
         batch=args.batch,
         amp=args.amp,
-        name=args.ckpt,
+        name=args.features or args.ckpt,
         trials=args.trials,
         seed=args.seed,
         expected=args.expected,

@@ -32,7 +32,7 @@ from lib.runs import (
     START_ONLY,
     Checkpoint,
     Log,
-    board_folder,
+    board,
     check_settings,
     earlier_run,
     go_on,
@@ -432,7 +432,7 @@ def parser():
     option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
     option("save_every", "steps between two saves; each epoch ends with one", count, 500)
     option("log_every", "steps between two lines", count, 20)
-    option("tensorboard", "folder for TensorBoard: what the log has, as curves", board_folder)
+    option("tensorboard", "folder for TensorBoard: what the log has, as curves", board)
     option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
            "it; or in float16 with a scaled loss (T4, V100)", AMP)
     option("device", "cpu, cuda or mps", default=DEVICE)

@@ -7,6 +7,7 @@ import csv
 import data
 from lib.common import DataError, Progress, check_output, escaped, output
 from lib.processes import loading
+from lib.tables import first_ten, has_splits
 from lib.video import FrameCache
 
 HEADER = "video,problem\n"  # the first line of what --list writes
@@ -40,7 +41,7 @@ def check(args):
 
 def _splits(name):
     """The splits that a data set has; a csv without a split column has one."""
-    if name.endswith(".csv") and not data.has_splits(name):
+    if name.endswith(".csv") and not has_splits(name):
         return ["all"]
     return data.DATASETS[name].splits() if name in data.DATASETS else data.SPLITS
 
@@ -78,8 +79,8 @@ def say_cut(job, tokenizer, captions, what):
     if job.rank or not hasattr(tokenizer, "encode"):
         return
     most = tokenizer.context_length - 2  # start and end
-    long = [text for text in captions if len(text.encode()) > most]  # a token is a byte at least
-    cut = [text for text in long if len(tokenizer.encode(text)) > most]
+    # A token is a byte at least: short ones need not be read.
+    cut = [x for x in captions if len(x.encode()) > most < len(tokenizer.encode(x))]
     if cut:
         job.say(f"{what}: {len(cut)} captions are longer than {most} tokens, and are cut; the "
                 f"first: {escaped(cut[0]):.60}")
@@ -100,5 +101,5 @@ def _decode(segments, frames, cache, workers):
 
 
 def _print_problems(problems):
-    for line in data.first_ten([line for _, line in problems]):
+    for line in first_ten([line for _, line in problems]):
         print(f"      {escaped(line)}")

@@ -2,8 +2,8 @@
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
-import importlib.util
 import os
 import shlex
 import sys
@@ -115,13 +115,13 @@ def check_settings(parser, config, path):
         raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {message}")
 
     parser.error = fault
-    known = vars(parser.parse_args([]))
     words = []
     for name, value in config.items():
-        if name in known and value is not None and value is not False:
+        if value is not None and value is not False:
             option = "--" + name.replace("_", "-")
             words.append(option if value is True else f"{option}={value}")
-    return {name: x for name, x in vars(parser.parse_args(words)).items() if name in config}
+    settings, _ = parser.parse_known_args(words)  # checkpoints of old may have others
+    return {name: x for name, x in vars(settings).items() if name in config}
 
 
 def check_unchanged(args, content):
@@ -188,11 +188,13 @@ def load_optimizer(optimizer, saved):
                     raise ValueError(f"the optimizer's {name} is of another size")
 
 
-def board_folder(text):
-    """The type of --tensorboard, which wants a package that few others need."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise argparse.ArgumentTypeError("needs a package: pip install tensorboard")
-    return text
+def board(folder):
+    """The type of --tensorboard: a function that makes the writer, if its package is there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise argparse.ArgumentTypeError("needs a package: pip install tensorboard") from None
+    return functools.partial(SummaryWriter, folder)
 
 
 class Log:
@@ -224,8 +226,7 @@ class Log:
         self.writer.writerows(rows)
         self.board = None
         if args.tensorboard and job.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(args.tensorboard, purge_step=batches.start + 1)
+            self.board = args.tensorboard(purge_step=batches.start + 1)
         self.since = time.monotonic()  # of the last row
         self.done = batches.start
 
