@@ -27,6 +27,7 @@ from lib.common import (
     written_whole,
 )
 from lib.processes import loading
+from lib.tables import read_json
 
 # ---- facts and words ----
 # A video is a sequence of shots. A shot has six facts: sky, ground, then shape and colour of the
@@ -450,7 +451,7 @@ def oracle_ceiling(facts, owner, says, target):
 
 
 def _about(root):
-    return json.loads(Path(root, "shapes.json").read_text(encoding="utf-8"))
+    return read_json(Path(root, "shapes.json"), "shapes", dict)
 
 
 def shapes_of(root):
@@ -550,8 +551,9 @@ def _render(videos, workers):
 def shapes_ceiling(root=None):
     """The ceiling that rendering wrote down, in percent; None if there is none."""
     try:
-        return _about(root or "data/shapes")["ceiling"]
-    except (OSError, ValueError, KeyError):
+        ceiling = _about(root or "data/shapes")["ceiling"]
+        return ceiling if 0 <= ceiling <= 100 else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
