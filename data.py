@@ -26,7 +26,7 @@ from lib.common import DataError, Parser, mixed_seed, numeric, program
 from lib.processes import worker_place
 from lib.shapes import shapes_table
 from lib.tables import field_of, read_json, read_table, read_text, sentences
-from lib.video import Segment, read_frames
+from lib.video import SUFFIXES, Segment, read_frames, spelled
 
 SPLITS = ("train", "val", "test")
 
@@ -143,7 +143,6 @@ UNPACKED = (  # folders that the archives unpack to
     "videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo",
     "YouTubeClips", "Charades_v1_480",
 )
-SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")
 
 
 def _video_folders(root, videos=None):
@@ -164,7 +163,7 @@ def _find_video(folders, name):
     stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
     for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
         for folder in folders:
-            path = os.path.join(folder, other)
+            path = spelled(os.path.join(folder, other))
             if os.path.isfile(path):
                 return Segment(path)
     return Segment(os.path.join(folders[0], name))
@@ -196,7 +195,7 @@ def read_csv(path, root, split):
         if not 0 <= (start or 0) < last:
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be "
                             "negative")
-        yield Segment(str(Path(root) / name), start, end), row["caption"], where
+        yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
 
 
 def _seconds(text):
