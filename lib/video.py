@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import statistics
 import struct
 import sys
 import unicodedata
@@ -23,11 +22,11 @@ from torchvision.transforms import v2
 
 from lib.common import DataError, written_whole
 
-SUFFIXES = (  # of films, cameras, discs and the web
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp",
-    ".ogv", ".mts", ".m2ts", ".m2t", ".vob", ".3g2", ".asf", ".f4v", ".mxf", ".dv", ".divx", ".ogm",
-    ".m2v", ".mpe", ".gif",
-)
+# of films, cameras, discs and the web
+SUFFIXES = tuple((
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .mts .m2ts .m2t .vob .3g2 "
+    ".asf .f4v .mxf .dv .divx .ogm .m2v .mpe .gif"
+).split())
 
 
 class Segment(NamedTuple):
@@ -48,12 +47,9 @@ class Piece(NamedTuple):
 def spelled(path):
     """A path as the disk spells it, where é is one character or two; a missing one as it is."""
     path = os.fspath(path)
-    if not path.isascii() and not os.path.exists(path):
-        for form in ("NFC", "NFD"):
-            other = unicodedata.normalize(form, path)
-            if os.path.exists(other):
-                return other
-    return path
+    forms = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
+    different = dict.fromkeys([path, *forms])
+    return next(filter(os.path.exists, different), path)
 
 
 def as_segment(segment_or_path):
@@ -139,19 +135,17 @@ def _cut(times, window):
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
 
 
-def _seconds(times, origin, rate=25):
-    """Seconds as a player shows them from those of frames in order, None where unknown. -> sorted
+def _seconds(times, origin, rate):
+    """Seconds as a player shows them, sorted, from those of frames in order, None where unknown.
 
     origin: when the file starts, be it with sound, in microseconds or None. Where recordings were
-    joined, times start anew: they go on where the last one ended.
+    joined, times start anew: they go on where the last one ended. rate: frames per second.
     """
-    known = [time for time in times if time is not None]
-    steps = [b - a for a, b in zip(known, known[1:]) if b > a]
-    step = statistics.median(steps or [1 / rate])
+    step = 1 / rate
     earlier = max(1, 4 * step)  # frames may be out of order by a few
     later = 36_000  # of a clock that wraps after 26 hours, this is earlier too
     shift = 0
-    last = (known or [step])[0] - step
+    last = (times[0] or 0) - step
     seconds = []
     for time in times:
         if time is None:
@@ -196,8 +190,10 @@ def _read(path, T, cut):
             else:
                 return
         yield from itertools.islice(_count_frames(path, T, cut), done, None)
+    except (MemoryError, RuntimeError) as e:  # the second is torch's word for it
+        raise DataError(f"video {path} needs more memory than there is") from e
     except av.FFmpegError as e:
-        raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from None
+        raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from e
 
 
 # Containers of moving pictures that open no file but their own: no playlists, lists of files or
@@ -242,9 +238,9 @@ def _packets(file, stream):
         yield from file.demux(stream)
 
 
-def _ratio(stream):
-    """The width of a pixel by its height."""
-    return float(stream.sample_aspect_ratio or 0) or 1.0
+def _rate(stream):
+    """Frames per second, about. A raw stream's average is a guess, its header's number better."""
+    return float(stream.guessed_rate or stream.average_rate or 25)
 
 
 def _seek_frames(file, stream, T, cut):
@@ -265,7 +261,7 @@ def _seek_frames(file, stream, T, cut):
     shown.sort()
     keys.sort()
     times = [float(pts * stream.time_base) for pts in shown]
-    times = _seconds(times, file.start_time)
+    times = _seconds(times, file.start_time, _rate(stream))
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -295,14 +291,13 @@ def _decode_until(i, packets, stream, wanted, found):
 
     Packets that are not wanted are decoded only if other frames refer to them.
     """
-    ratio = _ratio(stream)
     for packet in packets:
         needed = packet.pts in wanted or not packet.size  # an empty one gives the last frames
         stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         with contextlib.suppress(av.FFmpegError):
             for frame in packet.decode():
                 if frame.pts in wanted:
-                    found[wanted[frame.pts]] = _pixels(frame, ratio)
+                    found[wanted[frame.pts]] = _pixels(frame, stream)
         if max(found, default=-1) >= i:  # frames come in order: i will not come after a later one
             return
 
@@ -316,15 +311,10 @@ def _count_frames(path, T, cut):
     """
     file, stream = _open(path)
     with file:
-        ratio = _ratio(stream)
-        rate = float(stream.guessed_rate or stream.average_rate or 25)
+        rate = _rate(stream)
+        # avi tells when frames are decoded, a few before they are shown
+        start = None if file.format.name == "avi" else file.start_time
         stamps = [packet.pts for packet in _packets(file, stream) if packet.size]
-        known = [pts for pts in stamps if pts is not None]
-        start = file.start_time
-        if known and None not in (start, stream.start_time):
-            # where a container tells no times, those of decoding are a few frames early
-            late = min(known) - stream.start_time
-            start += max(0, float(late * stream.time_base)) * av.time_base
         stamps = [None if pts is None else float(pts * stream.time_base) for pts in stamps]
     expected = []
     with contextlib.suppress(DataError):  # a start after the end: the true times will tell
@@ -333,10 +323,10 @@ def _count_frames(path, T, cut):
             expected = _chosen(*ranges[0], T)
     times = []
     found = {}
-    for k, frame in enumerate(_decode(path)):
+    for k, (frame, stream) in enumerate(_decode(path)):
         times.append(frame.time)
         if k in expected:
-            found[k] = _pixels(frame, ratio)
+            found[k] = _pixels(frame, stream)
     if not times:
         raise DataError(f"video {path} has no frame that can be decoded")
     times = _seconds(times, start, rate)
@@ -345,30 +335,27 @@ def _count_frames(path, T, cut):
         chosen = _chosen(a, b, T)
         if any(i not in found for i in chosen):
             found = {}
-            for k, frame in again:
+            for k, (frame, stream) in again:
                 if k in chosen:
-                    found[k] = _pixels(frame, ratio)
+                    found[k] = _pixels(frame, stream)
                 if k >= chosen[-1]:
                     break
         yield _piece(path, times, a, b, chosen, found)
 
 
 def _decode(path):
-    """Every frame of a file, in order; a damaged packet costs its own frames only."""
+    """Every frame of a file, in order, and its stream; a damaged packet costs its frames only."""
     file, stream = _open(path)
     with file:
         for packet in _packets(file, stream):
-            frames = []
             with contextlib.suppress(av.FFmpegError):
-                frames = packet.decode()
-            yield from frames
+                for frame in packet.decode():
+                    yield frame, stream
 
 
-def _pixels(frame, ratio):
-    """A decoded frame -> uint8 (3,H,W): upright, of square pixels, AREA of them at most.
-
-    ratio: the width of its pixels by their height.
-    """
+def _pixels(frame, stream):
+    """A decoded frame -> uint8 (3,H,W): upright, of square pixels, AREA of them at most."""
+    ratio = float(stream.sample_aspect_ratio or 0) or 1.0  # of a pixel's width to its height
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
@@ -380,15 +367,40 @@ def _pixels(frame, ratio):
     x = x.reshape(H, W, 3)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
-        a, b, _, c, d = struct.unpack("5i", bytes(matrix)[:20])
+        a, b, _, c, d = struct.unpack_from("5i", matrix)
         if abs(b) + abs(c) > abs(a) + abs(d):
             x = x.transpose(0, 1)
-            a, d = c, b
+            a = c
+            d = b
         if d < 0:
             x = x.flip(0)
         if a < 0:
             x = x.flip(1)
+    if frame.color_trc in (PQ, HLG):
+        x = _from_hdr(x, frame.color_trc)
     return x.permute(2, 0, 1).contiguous()
+
+
+PQ = 16  # as FFmpeg numbers transfer curves
+HLG = 18
+
+
+def _from_hdr(x, curve):
+    """HDR uint8 (H,W,3) -> the colours of ordinary video, where white is 203 nits. ITU-R BT.2100"""
+    code = torch.arange(256) / 255
+    if curve == PQ:
+        power = code ** (32 / 2523)
+        light = (power - 0.8359375).clamp(0) / (18.8515625 - 18.6875 * power)
+        light = light ** (16384 / 2610) * 10_000
+    else:
+        bright = ((code - 0.55991073) / 0.17883277).exp() + 0.28466892
+        light = torch.where(code > 0.5, bright, 4 * code ** 2) / 12
+        light = light ** 1.2 * 1000  # on a screen of 1000 nits
+    red = [1.6605, -0.5876, -0.0728]  # of BT.709, by those of BT.2020
+    green = [-0.1246, 1.1329, -0.0083]
+    blue = [-0.0182, -0.1006, 1.1187]
+    light = light[x.int()] / 203 @ torch.tensor([red, green, blue]).T
+    return (light.clamp(0, 1) ** (1 / 2.2) * 255).round().to(torch.uint8)
 
 
 def _piece(path, times, a, b, chosen, found):
@@ -414,6 +426,8 @@ def _fill(frames):
 
 
 # ---- cache ----
+
+EDITION = 2  # of what is decoded: one more where pixels or times change, and files are made again
 
 
 class FrameCache:
@@ -442,7 +456,7 @@ class FrameCache:
         except OSError:
             return read_frames(segment, self.frames)  # says what is wrong
         span = [self.frames, segment.start, segment.end]
-        key = [path, stat.st_size, stat.st_mtime_ns, *span]
+        key = [EDITION, path, stat.st_size, stat.st_mtime_ns, *span]
         name = hashlib.sha1(json.dumps([path, *span]).encode()).hexdigest()
         file = self.folder / f"{name}.jpegs"
         try:
