@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional
 
 import av
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
@@ -365,7 +366,8 @@ def _pixels(frame, stream):
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
     x = x.view(H, plane.line_size)[:, :W * 3]  # lines are padded
     x = x.reshape(H, W, 3)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # frame.side_data would keep every frame for ever, in PyAV before 19
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", matrix)
         if abs(b) + abs(c) > abs(a) + abs(d):
