@@ -233,9 +233,19 @@ def _open(path):
     return file, stream
 
 
+@contextlib.contextmanager
+def _damage_allowed():
+    """What is damaged costs itself only. Want of memory is no damage."""
+    try:
+        yield
+    except av.FFmpegError as e:
+        if isinstance(e, MemoryError):
+            raise
+
+
 def _packets(file, stream):
     """The packets as far as the file goes: where it is damaged, what came before still counts."""
-    with contextlib.suppress(av.FFmpegError):
+    with _damage_allowed():
         yield from file.demux(stream)
 
 
@@ -295,7 +305,7 @@ def _decode_until(i, packets, stream, wanted, found):
     for packet in packets:
         needed = packet.pts in wanted or not packet.size  # an empty one gives the last frames
         stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-        with contextlib.suppress(av.FFmpegError):
+        with _damage_allowed():
             for frame in packet.decode():
                 if frame.pts in wanted:
                     found[wanted[frame.pts]] = _pixels(frame, stream)
@@ -349,7 +359,7 @@ def _decode(path):
     file, stream = _open(path)
     with file:
         for packet in _packets(file, stream):
-            with contextlib.suppress(av.FFmpegError):
+            with _damage_allowed():
                 for frame in packet.decode():
                     yield frame, stream
 
