@@ -136,11 +136,12 @@ def _cut(times, window):
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
 
 
-def _seconds(times, origin, rate):
+def _seconds(times, origin, rate=25):
     """Seconds as a player shows them, sorted, from those of frames in order, None where unknown.
 
     origin: when the file starts, be it with sound, in microseconds or None. Where recordings were
-    joined, times start anew: they go on where the last one ended. rate: frames per second.
+    joined, times start anew: they go on where the last one ended. rate: frames per second, for
+    times that are unknown.
     """
     step = 1 / rate
     earlier = max(1, 4 * step)  # frames may be out of order by a few
@@ -249,11 +250,6 @@ def _packets(file, stream):
         yield from file.demux(stream)
 
 
-def _rate(stream):
-    """Frames per second, about. A raw stream's average is a guess, its header's number better."""
-    return float(stream.guessed_rate or stream.average_rate or 25)
-
-
 def _seek_frames(file, stream, T, cut):
     """The fast way of _read: seek to the keyframe before each frame that is taken.
 
@@ -272,7 +268,7 @@ def _seek_frames(file, stream, T, cut):
     shown.sort()
     keys.sort()
     times = [float(pts * stream.time_base) for pts in shown]
-    times = _seconds(times, file.start_time, _rate(stream))
+    times = _seconds(times, file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -322,11 +318,14 @@ def _count_frames(path, T, cut):
     """
     file, stream = _open(path)
     with file:
-        rate = _rate(stream)
+        # of a raw stream, the average is made up
+        rate = float(stream.guessed_rate or stream.average_rate or 25)
         # avi tells when frames are decoded, a few before they are shown
         start = None if file.format.name == "avi" else file.start_time
-        stamps = [packet.pts for packet in _packets(file, stream) if packet.size]
-        stamps = [None if pts is None else float(pts * stream.time_base) for pts in stamps]
+        stamps = []
+        for packet in _packets(file, stream):
+            if packet.size:
+                stamps.append(packet.pts and float(packet.pts * stream.time_base))  # None stays
     expected = []
     with contextlib.suppress(DataError):  # a start after the end: the true times will tell
         ranges = cut(_seconds(stamps, start, rate)) if stamps else []
@@ -366,7 +365,7 @@ def _decode(path):
 
 def _pixels(frame, stream):
     """A decoded frame -> uint8 (3,H,W): upright, of square pixels, AREA of them at most."""
-    ratio = float(stream.sample_aspect_ratio or 0) or 1.0  # of a pixel's width to its height
+    ratio = float(stream.sample_aspect_ratio or 1)  # of a pixel's width to its height
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
