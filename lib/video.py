@@ -48,9 +48,15 @@ class Piece(NamedTuple):
 def spelled(path):
     """A path as the disk spells it, where é is one character or two; a missing one as it is."""
     path = os.fspath(path)
-    forms = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
-    different = dict.fromkeys([path, *forms])
-    return next(filter(os.path.exists, different), path)
+    folder, name = os.path.split(path)
+    if path.isascii() or not name or os.path.exists(path):
+        return path
+    folder = spelled(folder)
+    for form in ("NFC", "NFD"):
+        other = os.path.join(folder, unicodedata.normalize(form, name))
+        if os.path.exists(other):
+            return other
+    return path
 
 
 def as_segment(segment_or_path):

@@ -303,19 +303,21 @@ def test_data_sets_and_search_know_the_same_suffixes(tmp_path):
 
 @pytest.mark.parametrize("disk, asked", [("NFD", "NFC"), ("NFC", "NFD")])
 def test_names_in_another_unicode_form_are_found(tmp_path, disk, asked):
+    root = tmp_path / unicodedata.normalize(asked, "vidéos")  # its own form may be another
     name = unicodedata.normalize(disk, "café.mp4")
     asked_name = unicodedata.normalize(asked, "café.mp4")
-    (tmp_path / name).touch()
-    if (tmp_path / asked_name).exists():
+    root.mkdir()
+    (root / name).touch()
+    if (root / asked_name).exists():
         pytest.skip("this disk knows no forms")
-    (tmp_path / "x.csv").write_text(f"video,caption\n{asked_name},a dog\n", encoding="utf-8")
-    (tmp_path / "Charades_v1_test.csv").write_text(
+    (root / "x.csv").write_text(f"video,caption\n{asked_name},a dog\n", encoding="utf-8")
+    (root / "Charades_v1_test.csv").write_text(
         f"id,script\n{asked_name[:-4]},A person waits.\n", encoding="utf-8"
     )
-    for data, root in ((tmp_path / "x.csv", None), ("charades", tmp_path)):
-        [segment] = load_annotations(data, root, "test").segments
-        assert os.path.samefile(segment.path, tmp_path / name)
-    [folder] = search.list_videos([str(tmp_path / asked_name)])
+    for data, folder in ((root / "x.csv", None), ("charades", root)):
+        [segment] = load_annotations(data, folder, "all" if folder is None else "test").segments
+        assert os.path.samefile(segment.path, root / name)
+    [folder] = search.list_videos([unicodedata.normalize(disk, str(root / asked_name))])
     assert list(folder.stamps) == [name]
 
 
