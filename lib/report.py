@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lib import exact
 from lib.common import clock
+from lib.mass import draw_mass, measure_mass
 from lib.page import (
     esc,
     histogram_chart,
@@ -358,8 +359,35 @@ def choose_queries(sims, owner, t2v, each, seed):
     return chosen
 
 
-def query_card(i, sims, ann, rank, top, strips):
-    """The best videos of text i, then the right one where it is not among them. -> HTML."""
+def moment(path, folder, seconds, label):
+    """A link from a page in a folder to a moment of a video file. label: text. -> HTML."""
+    # The bytes of the name: it need not be Unicode.
+    link = os.fsencode(os.path.relpath(path, folder))
+    return f'<a href="{quote(link)}#t={seconds:g}">{esc(label)}</a>'
+
+
+def mass_figure(i, model, scored):
+    """Text i's mass beside its right and its nearest wrong video. -> HTML; "" without either."""
+    right = scored.ann.owner[i]
+    others = scored.sims[i].clone()
+    others[right] = -torch.inf
+    scoring = scored.scoring
+    f = scored.f[[right, others.argmax().item()]]
+    mass = measure_mass(model, scored.t[i], f, scoring["trials"], scoring["seed"])
+    if mass is None or len(others) == 1:
+        return ""
+    rows = [[name, *(f"{x:.4f}" for x in pair)] for name, pair in mass["numbers"].items()]
+    table = html_table(["", "right video", "nearest wrong video"], rows)
+    return (f'<h4>Its mass</h4>{draw_mass(mass)}{table}<p class="soft">|t| = {mass["length"]:.2f}. '
+            f'{100 * mass["share"]:.1f} % of the samples\' spread lies in the plane that is shown '
+            f"(2/D = {200 / f.shape[-1]:.1f} %).</p>")
+
+
+def query_card(i, sims, ann, rank, top, strips, folder, mass=""):
+    """The best videos of text i, then the right one where it is not among them. -> HTML.
+
+    folder: of the page. mass: what `mass_figure` gives.
+    """
     right = ann.owner[i]
     top = min(top, sims.shape[1])
     found = sims[i].topk(top).indices.tolist()
@@ -372,7 +400,7 @@ def query_card(i, sims, ann, rank, top, strips):
         segment = ann.segments[v]
         if v not in strips:
             strips[v] = strip(segment)
-        name = esc(segment_name(segment))
+        name = moment(segment.path, folder, segment.start or 0, segment_name(segment))
         css = ""
         if v == right:
             css = "right"
@@ -380,11 +408,12 @@ def query_card(i, sims, ann, rank, top, strips):
         rows += hit(strips[v], place, sims[i, v].item(), name, css)
     ties = " (ties averaged)" if rank % 1 else ""
     return (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4><p class="soft">'
-            f"right video: rank {rank:g} of {sims.shape[1]}{ties}</p><ol>{rows}</ol></article>")
+            f"right video: rank {rank:g} of {sims.shape[1]}{ties}</p><ol>{rows}</ol>"
+            f"{mass}</article>")
 
 
-def query_cards(scored, t2v, each=2, top=5):
-    """The best videos of chosen texts. -> HTML."""
+def query_cards(model, scored, t2v, folder, each=2, top=5):
+    """The best videos of chosen texts, and their masses. -> HTML."""
     sims = scored.sims.cpu()
     ann = scored.ann
     queries = choose_queries(sims, torch.tensor(ann.owner), t2v, each, scored.scoring["seed"])
@@ -393,7 +422,8 @@ def query_cards(scored, t2v, each=2, top=5):
     for title, texts in queries.items():
         cards = ""
         for i in texts:
-            cards += query_card(i, sims, ann, t2v[i].item(), top, strips)
+            mass = mass_figure(i, model, scored)
+            cards += query_card(i, sims, ann, t2v[i].item(), top, strips, folder, mass)
         if cards:
             body += f'<h3>{title}</h3><div class="cards">{cards}</div>'
     return body
@@ -407,8 +437,9 @@ def figures(pictures):
     return f'<div class="cards">{cards}</div>'
 
 
-def write_report(path, result, a, scored, t2v, log):
+def write_report(path, model, result, a, scored, t2v, log):
     """The page of an evaluation. a: of `analyze`; t2v (N,): the ranks; log: path of train.py's."""
+    folder = os.path.dirname(os.path.abspath(path))
     heads, rows = metrics_table(result)
     tiles = ""
     for name, value in zip(heads[1:], rows[0][1:]):
@@ -433,8 +464,10 @@ def write_report(path, result, a, scored, t2v, log):
 The intervals are those of a bootstrap over videos, each with all its texts (seed {a['seed']}): they
 say nothing about other training seeds.</p>{html_table(*intervals_table(a))}</section>
 <section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
-the right one; where it is further down, it comes last with its rank.</p>
-{query_cards(scored, t2v)}</section>
+the right one; where it is further down, it comes last with its rank. A mass is seen on the plane
+through t, the right video's v and the nearest wrong one's; most of its spread is at right angles to
+that. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide one, make up the average
+best of {a['trials']} in closed form.</p>{query_cards(model, scored, t2v, folder)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
 <p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
@@ -458,10 +491,8 @@ def write_search_report(path, found, settings):
         for x in results:
             segment = Segment(x["file"], x["start"], x["end"])
             images = strip(segment, settings.get("frames", 12), x["at"])
-            # The bytes of the name: it need not be Unicode.
-            link = os.fsencode(os.path.relpath(x["file"], folder))
-            moment = f"{quote(link)}#t={x['at']:g}"
-            name = f'<a href="{moment}">{esc(x["file"])} at {clock(x["at"])}</a>'
+            label = f"{x['file']} at {clock(x['at'])}"
+            name = moment(x["file"], folder, x["at"], label)
             rows += hit(images, x["rank"], x["score"], name)
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")

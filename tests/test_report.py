@@ -7,6 +7,8 @@ import subprocess
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from videos import numbered, write_video
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
-from lib import common, exact, report, video
+from lib import common, exact, mass, report, video
 from lib import page as pages
 from lib.weights import save_checkpoint
 from tmass import TMASS
@@ -206,6 +208,90 @@ def test_one_video_and_scores_that_are_no_numbers():
     assert "–" in report.analysis_text(a)
 
 
+# ---- the picture of a mass ----
+
+@pytest.mark.parametrize("radius, prior", [("linear", "normal"), ("linear", "uniform"),
+                                           ("mean", "normal")])
+def test_numbers_of_a_mass_are_those_of_score(radius, prior):
+    model = make_model(radius)
+    model.prior, model.prior_std = prior, .3
+    t, f, _ = features()
+    t, f = t[0], f[[0, 4]]
+    numbers = mass.measure_mass(model, t, f, M, 3)["numbers"]
+    score = lambda **how: model.score(t[None], f, **how)[0].tolist()
+    assert numbers["cos(t, v)"] == pytest.approx(score(trials=0), abs=1e-5)
+    assert numbers["cos(t_s, v), best sample"] == pytest.approx(score(trials=M, seed=3), abs=1e-5)
+    average = torch.tensor([score(trials=M, seed=seed) for seed in range(400)]).mean(0).tolist()
+    assert numbers["h·cos + E_M b"] == pytest.approx(average, abs=.01)
+    for k in range(2):
+        parts = numbers["h·cos"][k] + numbers["E_M b"][k]
+        assert parts == pytest.approx(numbers["h·cos + E_M b"][k], abs=1e-5)
+        R = model.radius(F.cosine_similarity(t, f[k], dim=-1))
+        assert numbers["mean of R"][k] == pytest.approx(R.mean().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_mass_in_its_plane():
+    """t and both v are as far apart in it as they are; all else is its projection."""
+    model = make_model()
+    t, f, _ = features()
+    t, f = t[0], f[[0, 4]]
+    v = model.pool(t[None], f)[0]
+    found = mass.measure_mass(model, t, f, M, 3)
+    points = found["points"]
+    three = torch.cat([points["t"], points["v_right"], points["v_wrong"]])
+    torch.testing.assert_close(torch.pdist(three), torch.pdist(torch.stack([t, *v])))
+    assert points["t"].abs().max() == 0 and points["v_right"][0, 1].abs() < 1e-4
+    assert points["v_wrong"][0, 1] > 0 and points["frame"].shape == (T, 2)
+    # what a point has along t -> v, by the definition of a projection
+    ahead = F.normalize(v[0] - t, dim=0)
+    torch.testing.assert_close(points["frame"][:, 0], (f[0] - t) @ ahead)
+    R = model.radius(F.cosine_similarity(t, f[0], dim=-1))
+    support = F.normalize(v[0] - t, dim=0) * R
+    torch.testing.assert_close(points["support"][0, 0], support @ ahead)
+    samples = t + R * model.noise(M, 3)
+    best = F.cosine_similarity(samples, v[0], dim=-1).argmax()
+    torch.testing.assert_close(points["best"][0, 0], (samples[best] - t) @ ahead)
+    seen = points["right"].var(0).sum() / (R * model.noise(200, 3)).var(0).sum()
+    assert found["share"] == pytest.approx(seen.item(), rel=.2) and .2 / D < found["share"] < 9 / D
+    assert found["length"] == pytest.approx(t.norm().item())
+
+
+def test_no_mass_no_picture():
+    t, f, ann = features()
+    for radius, trials in (("none", M), ("linear", 0)):
+        scored = score(make_model(radius), t, f, ann, trials)
+        assert mass.measure_mass(make_model(radius), t[0], f[:2], trials, 3) is None
+        assert report.mass_figure(0, make_model(radius), scored) == ""
+    scored = score(make_model(), t[:1], f[:1], data.Annotations([], ["a"], [0]))
+    assert report.mass_figure(0, make_model(), scored) == ""  # no wrong video
+
+
+def test_marks_of_a_mass_need_no_colour():
+    """Each kind has a shape of its own, or the width of a dot; nothing lies outside the picture."""
+    t, f, _ = features()
+    picture = mass.draw_mass(mass.measure_mass(make_model(), t[0], f[[0, 4]], M, 3))
+    svg = ElementTree.fromstring(picture)
+    *_, width, height = map(float, svg.get("viewBox").split())
+    shapes = {}
+    for path in svg.iter("path"):
+        moves = path.get("d").split("M")[1:]
+        places = [re.match(r"(\S+) ([\d.]+)(.*)", move).groups() for move in moves]
+        assert all(0 < float(x) < width and 0 < float(y) < height for x, y, _ in places)
+        if path.get("class") != "line":
+            shapes.setdefault(path.get("class"), []).append(places)
+    for kind in ("right", "wrong"):  # all of it, near t, and the key
+        assert list(map(len, shapes[kind])) == [200, 200, 1]
+    assert shapes.keys() == mass.MARKS.keys()
+    dots = [kind for kind, views in shapes.items() if views[-1][0][2] == "h0"]
+    assert dots == ["right", "t"]  # 4 and 11 pixels wide
+    assert len({views[-1][0][2] for views in shapes.values()}) == len(shapes) - 1
+    # videos that are alike, and a text that is its video: a picture all the same
+    for right, wrong in ((f[0], f[0]), (t[0].expand(T, D), f[1])):
+        found = mass.measure_mass(make_model(), t[0], torch.stack([right, wrong]), M, 3)
+        assert "nan" not in mass.draw_mass(found)
+
+
 # ---- the page ----
 
 class Page(HTMLParser):
@@ -217,6 +303,7 @@ class Page(HTMLParser):
         self.open = []
         self.tags = []
         self.images = []
+        self.links = []
         self.hits = []
         self.text = ""
         self.feed(text)
@@ -229,6 +316,7 @@ class Page(HTMLParser):
         assert not any(name.startswith("on") or name == "srcset" for name in attrs)
         if "href" in attrs:  # a moment of a file
             assert tag == "a" and re.fullmatch(r"[^:?]*\.mp4#t=[\d.]+", attrs["href"])
+            self.links.append(attrs["href"])
         if tag == "img":
             self.images.append(attrs)
         if tag == "li":
@@ -289,7 +377,7 @@ def written(tmp_path_factory):
     result = dict(m, dsl=m, released_protocol=dict(m, **counts), first_captions=m, **counts,
                   data=f"{EVIL}.csv", split="test", expected=True, **model.config)
     path = folder / "report.html"
-    report.write_report(str(path), result, a, scored, t2v, str(folder / "log.csv"))
+    report.write_report(str(path), model, result, a, scored, t2v, str(folder / "log.csv"))
     return path, ann, scored.sims
 
 
@@ -306,6 +394,10 @@ def test_report(written):
     for css, text in page.hits:
         assert ("✓ the right video" in text) == ("right" in css)
     assert 8 * 5 <= len(page.hits) <= 8 * 6 and len(page.images) == 6 * len(page.hits)
+    # every result leads to its file, seen from the page
+    assert len(page.links) == len(page.hits)
+    for link in page.links:
+        assert (path.parent / unquote(link.removesuffix("#t=0"))).is_file(), link
 
 
 def test_the_right_video_and_its_rank(written):
@@ -314,6 +406,7 @@ def test_the_right_video_and_its_rank(written):
     ranks = ev.ranks(sims, ann.owner)[0]
     for card in path.read_text(encoding="utf-8").split("<article")[1:]:
         page = Page("<article" + card.split("</article>")[0] + "</article>")
+        assert page.tags.count("svg") == 1
         i = ann.captions.index(page.text.split("“")[1].split("”")[0])
         order = sims[i].sort(descending=True).indices
         for n, (css, text) in enumerate(page.hits):
@@ -325,6 +418,10 @@ def test_the_right_video_and_its_rank(written):
             if right:
                 assert text.split()[0] == f"{ranks[i]:g}"
         assert f"rank {ranks[i]:g} of 8" in page.text
+        right = ann.owner[i]
+        wrong = next(v for v in order if v != right)
+        best = card.split("best sample</th>")[1].split("</tr>")[0]
+        assert re.findall(r"-?\d\.\d{4}", best) == [f"{sims[i, v]:.4f}" for v in (right, wrong)]
 
 
 def test_a_tied_rank_hides_no_video():
@@ -334,7 +431,7 @@ def test_a_tied_rank_hides_no_video():
         ann = data.Annotations(segments, ["a"], [V - 1])
         strips = dict.fromkeys(range(V), "")
         rank = (V + 1) / 2
-        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, strips))
+        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, strips, "."))
         assert [text.split()[0] for _, text in page.hits[:4]] == ["1", "2", "3", "4"]
         assert sum(css == "right" for css, _ in page.hits) == 1
         assert ("ties averaged" in page.text) == (V == 6)
