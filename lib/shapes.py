@@ -206,16 +206,6 @@ def _alike(values):
         yield value, (values == value).nonzero()[:, 0]
 
 
-def _draw_scenery(picture, facts, x, y, time, px):
-    """Draw skies, and grounds over them up to their horizon."""
-    for sky, rows in _alike(facts[:, 0]):
-        picture[:, rows] = _draw_sky(sky, x[rows], y[rows], time[rows], px)
-    for ground, rows in _alike(facts[:, 1]):
-        soil, horizon = _draw_ground(ground, x[rows], y[rows], time[rows], px)
-        cover = (horizon - y[rows]) / px + .5
-        picture[:, rows] = picture[:, rows].lerp_(soil, cover.clamp_(0, 1))
-
-
 def _outline(shape, x, y):
     """Signed distance from a shape of radius 1, negative inside. x, y (n,S,S) -> (n,S,S)."""
     r = torch.hypot(x, y)
@@ -237,8 +227,7 @@ def _outline(shape, x, y):
     angle = (turn % 1 - .5).abs() * 2 * half
     ex = 1 - inner * math.cos(half)
     ey = inner * math.sin(half)
-    beyond = ey * (r * angle.cos() - 1)
-    beyond = beyond + ex * r * angle.sin()
+    beyond = ey * (r * angle.cos() - 1) + ex * r * angle.sin()
     return beyond / math.hypot(ex, ey) - grow
 
 
@@ -276,7 +265,12 @@ def draw_shots(facts, pose, size):
     x = (line + camera_x) / zoom  # (n,1,S)
     y = (camera_y - line[:, None]) / zoom  # (n,S,1)
     picture = torch.empty(3, len(facts), size, size)
-    _draw_scenery(picture, facts, x, y, time, px)
+    for sky, rows in _alike(facts[:, 0]):
+        picture[:, rows] = _draw_sky(sky, x[rows], y[rows], time[rows], px)
+    for ground, rows in _alike(facts[:, 1]):
+        soil, horizon = _draw_ground(ground, x[rows], y[rows], time[rows], px)
+        cover = (horizon - y[rows]) / px + .5
+        picture[:, rows] = picture[:, rows].lerp_(soil, cover.clamp_(0, 1))
     for strewn, rows in _alike(confetti.flatten()):
         if strewn:
             across = x[rows] * 3 + time[rows] / 3
@@ -310,9 +304,8 @@ def _describe(facts, generator, forms, second):
     u, v = torch.rand(2, n, 6, generator=generator)
     says = facts.where(u >= LEFT_OUT, -1)
     chosen = torch.randint(len(forms), (n,), generator=generator).tolist()
-    wordings = (v < second).long().tolist()
     texts = []
-    for form, mentioned, wording in zip(chosen, says.tolist(), wordings):
+    for form, mentioned, wording in zip(chosen, says.tolist(), (v < second).tolist()):
         words = []
         for choices, fact, k in zip(WORDS, mentioned, wording):
             words.append(choices[fact][k] if fact >= 0 else "")
@@ -371,8 +364,7 @@ class ShapesVideos:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, i))
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
-        captions = CAPTIONS[self.splits[i]]
-        described = torch.randint(shots, (captions,), generator=generator)
+        described = torch.randint(shots, (CAPTIONS[self.splits[i]],), generator=generator)
         texts, says = _describe(facts[described], generator, FORMS, second=.2)
         try:
             if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
