@@ -83,7 +83,8 @@ svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13p
 .mass .grid{stroke:var(--rule)}.mass .axis{stroke:var(--soft)}
 .mass .wrong,.mass .v_wrong{stroke:var(--off)}.mass .wrong{stroke-width:1.1}
 .mass .right{stroke-width:4.4}.mass .v_right{fill:var(--on)}.mass .frame{stroke:var(--soft)}
-.mass .best,.mass .t{stroke:var(--ink);stroke-width:2.4}.mass .t{stroke-width:11}
+.mass .support{fill:var(--card)}.mass .best,.mass .support,.mass .t{stroke:var(--ink)}
+.mass .best,.mass .support{stroke-width:2.4}.mass .t{stroke-width:11}
 .key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
 .key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
 """

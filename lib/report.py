@@ -449,7 +449,8 @@ def write_report(path, model, result, a, scored, t2v, log):
         groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], label, samples)
     body = f"""<section><h2>Metrics</h2>{html_table(heads, rows)}{notes}
 <p class="soft">Recall in percent. The intervals are those of a bootstrap over videos, each with all
-its texts (seed {a['seed']}): they say nothing about other training seeds.</p>{html_table(*intervals_table(a))}</section>
+its texts (seed {a['seed']}): they say nothing about other training seeds.</p>
+{html_table(*intervals_table(a))}</section>
 <section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
 the right one; where it is further down, it comes last with its rank. The mass is seen on
 the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
@@ -485,6 +486,7 @@ def write_search_report(path, found, settings):
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")
     lead = (f"Queries: {len(found)}. Scores order the videos of one query; they are no "
-            "probabilities. The framed picture is the frame nearest to the query, and a name leads to it.")
+            "probabilities. The framed picture is the frame nearest to the "
+            "query, and a name leads to it.")
     body = f'<div class="cards">{cards}</div>'
     write_page(path, page("T-MASS: search results", lead, body, settings))
