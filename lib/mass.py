@@ -31,10 +31,10 @@ def measure_mass(model, t, f, trials, seed):
     """A text beside two videos. t (D,), f (2,T,D), the right one first -> points, numbers.
 
     points: {kind of MARKS: places in the plane (n,2)}, t at (0, 0). numbers: {name: (2,)}. Both are
-    None where nothing is sampled.
+    None where nothing is sampled, or there is no wrong video.
     """
     noise = exact.noise_of(model, trials, seed, expected=True)
-    if noise is None:
+    if noise is None or len(f) == 1:
         return None, None
     v = model.pool(t[None], f)[0]                               # (2,D)
     R = model.radius(cosine(t, f)).expand_as(v)

@@ -371,7 +371,7 @@ def mass_figure(i, model, scored):
     trials, seed, _ = scored.scoring.values()
     f = scored.f[[right, *found[:1]]]
     points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
-    if not (found and points):
+    if points is None:
         return ""
     rows = [[name, *(f"{x:.4f}" for x in pair)] for name, pair in numbers.items()]
     table = html_table(["its mass", "right video", "nearest wrong video"], rows)
