@@ -1,6 +1,6 @@
 """Draw the mass of one caption of `shapes`, as in the report of eval.py: the picture in README.
 
-    python study/mass.py --ckpt model.pt --text 8 --out .github/mass.svg
+    python study/mass.py --ckpt model.pt --text 1138 --out .github/mass.svg
 """
 
 import argparse
@@ -40,7 +40,7 @@ def document(caption, points):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--ckpt", default="model.pt")
-    p.add_argument("--text", type=int, default=8, help="number of a caption of the test split")
+    p.add_argument("--text", type=int, default=1138, help="number of a caption of the test split")
     p.add_argument("--out", default=str(ROOT / ".github" / "mass.svg"))
     args = p.parse_args()
     model, tokenizer, config = load_checkpoint(args.ckpt)
