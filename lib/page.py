@@ -85,6 +85,8 @@ svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13p
 .mass .right{stroke-width:4.4}.mass .v_right{fill:var(--on)}.mass .frame{stroke:var(--soft)}
 .mass .support{fill:var(--card)}.mass .best,.mass .support,.mass .t{stroke:var(--ink)}
 .mass .best,.mass .support{stroke-width:2.4}.mass .t{stroke-width:11}
+@media(max-width:520px){.card{padding:12px 8px}table{font-size:.78rem}th,td{padding:5px 3px}
+th:first-child{min-width:0}thead th{font-size:.74rem}td small{font-size:.66rem;white-space:normal}}
 .key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
 .key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
 """

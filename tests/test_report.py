@@ -539,8 +539,10 @@ def test_in_a_browser(written, tmp_path, width):
             const outside = x => x.getBoundingClientRect().right > {width} + 1;
             const wide = [...d.querySelectorAll('body *')].filter(
                 x => outside(x) && !x.closest('.scroll'));
+            const sideways = [...d.querySelectorAll('.scroll')].filter(
+                x => x.scrollWidth > x.clientWidth).length;
             const broken = [...d.images].filter(x => !x.naturalWidth).length;
-            document.title = ['probe', e.clientWidth, e.scrollWidth, wide.length, broken,
+            document.title = ['probe', e.clientWidth, e.scrollWidth, wide.length + sideways, broken,
                               d.images.length].join(' ') }};
         f.srcdoc = {page};</script>""", encoding="utf-8")
 
