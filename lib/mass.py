@@ -11,17 +11,27 @@ from lib.page import BOTTOM, LEFT, RIGHT, TOP, Axes, key
 from tmass import cosine, stochastic_text, support_text
 
 SAMPLES = 200  # that are drawn for each of the two videos
-# Each kind has a shape of its own, so that nothing depends on colour: what follows a mark's place
-# in an SVG path, and what it stands for. Later kinds lie on earlier ones.
+# Each kind of point has a shape of its own, so that nothing depends on colour: what follows its
+# place in an SVG path. Later kinds lie on earlier ones.
 MARKS = {
-    "wrong": ("m-3-3l6 6m0-6l-6 6", "sample, R of the wrong video"),
-    "right": ("h0", "sample, R of the right video"),
-    "frame": ("m-4-4h8v8h-8Z", "frame of the right video"),
-    "support": ("m-6 0l6-6l6 6l-6 6Z", "support text"),
-    "v_right": ("m0-7l7 12h-14Z", "v of the right video"),
-    "v_wrong": ("m0 7l7-12h-14Z", "v of the nearest wrong video"),
-    "best": ("m-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0", "best sample for the right video"),
-    "t": ("h0", "t, the text"),
+    "wrong": "m-3-3l6 6m0-6l-6 6",
+    "right": "h0",
+    "frame": "m-4-4h8v8h-8Z",
+    "support": "m-6 0l6-6l6 6l-6 6Z",
+    "v_right": "m0-7l7 12h-14Z",
+    "v_wrong": "m0 7l7-12h-14Z",
+    "best": "m-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0",
+    "t": "h0",
+}
+NAMES = {
+    "wrong": "sample, R of the wrong video",
+    "right": "sample, R of the right video",
+    "frame": "frame of the right video",
+    "support": "support text",
+    "v_right": "v of the right video",
+    "v_wrong": "v of the nearest wrong video",
+    "best": "best sample for the right video",
+    "t": "t, the text",
 }
 NEAR_T = ("wrong", "right", "best", "t")
 
@@ -41,8 +51,10 @@ def measure_mass(model, t, f, trials, seed):
     eps = model.noise(trials, seed)                             # (M,D), as in TMASS.score
     best = exact.sample_cosines(t, v, R, eps).max(-1)
     drawn = stochastic_text(t, R[:, None], model.noise(SAMPLES, seed))
-    plane = torch.linalg.qr((v - t).T).Q                        # (D,2), orthonormal
-    plane = plane * ((v - t) @ plane).diagonal().sign()         # v to the right, and above
+    # Orthonormal (D,2); on the CPU, as not every device can do it.
+    plane = torch.linalg.qr((v - t).T.cpu()).Q.to(t)
+    # The right v lies to the right of t, and the wrong one above: QR leaves the signs open.
+    plane = plane * ((v - t) @ plane).diagonal().sign()
     points = dict(
         wrong=drawn[1],
         right=drawn[0],
@@ -71,13 +83,13 @@ def view(points, kinds, about):
     low, high = torch.cat([points[kind] for kind in kinds]).aminmax(dim=0)
     size = low.new_tensor([RIGHT - LEFT, BOTTOM - TOP])
     half = 0.54 * size * ((high - low) / size).amax().clamp_min(1e-6)
-    ends = torch.stack([low + high - 2 * half, low + high + 2 * half], 1) / 2
+    ends = torch.stack([-half, half], 1) + (low + high)[:, None] / 2
     axes = Axes(*ends.tolist(), about)
     marks = ""
     for kind in kinds:
         path = ""
         for x, y in points[kind].tolist():
-            path += f"M{axes.at_x(x)} {axes.at_y(y)}{MARKS[kind][0]}"
+            path += f"M{axes.at_x(x)} {axes.at_y(y)}{MARKS[kind]}"
         marks += f'<path class="{kind}" d="{path}"/>'
     return axes.svg(about, marks)
 
@@ -86,6 +98,5 @@ def draw_mass(points):
     """The points of measure_mass -> HTML: all of them, the samples from near by, and a key."""
     wide = view(points, MARKS, "along t → v of the right video")
     near = view(points, NEAR_T, "the same, near t")
-    names = {kind: name for kind, (_, name) in MARKS.items()}
-    shapes = {kind: "M13 7" + shape for kind, (shape, _) in MARKS.items()}
-    return f'<div class="mass">{wide}{near}{key(names, shapes)}</div>'
+    legend = key(NAMES, {kind: "M13 7" + shape for kind, shape in MARKS.items()})
+    return f'<div class="mass">{wide}{near}{legend}</div>'

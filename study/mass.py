@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from eval import score_split  # noqa: E402
-from lib.mass import MARKS, NEAR_T, measure_mass, view  # noqa: E402
+from lib.mass import MARKS, NAMES, NEAR_T, measure_mass, view  # noqa: E402
 from lib.page import HEIGHT, STYLE, WIDTH, esc  # noqa: E402
 from lib.weights import load_checkpoint  # noqa: E402
 
@@ -24,10 +24,10 @@ def document(caption, points):
     for top, picture in ((32, wide), (32 + HEIGHT, near)):
         place = f'<svg y="{top}" width="{WIDTH}" height="{HEIGHT}"'
         body += picture.replace("<svg", place, 1)
-    for n, (kind, (shape, name)) in enumerate(MARKS.items()):
+    for n, (kind, name) in enumerate(NAMES.items()):
         x = 20 + n % 2 * 238
         y = 54 + 2 * HEIGHT + n // 2 * 24
-        body += f'<path class="{kind}" d="M{x} {y}{shape}"/>'
+        body += f'<path class="{kind}" d="M{x} {y}{MARKS[kind]}"/>'
         body += f'<text x="{x + 14}" y="{y + 4}">{name}</text>'
     # A page's style, whose pictures are as wide as their column.
     style = STYLE + f"svg svg{{width:{WIDTH}px;height:{HEIGHT}px}}.mass{{font-family:sans-serif}}"

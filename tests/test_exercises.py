@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 EXERCISES = (ROOT / "study" / "EXERCISES.md").read_text(encoding="utf-8")
-FEW = ["40", "4", "16"]  # videos to train, validate and test
+FEW = ["40", "4", "32"]  # videos to train, validate and test
 
 
 def steps(text):
