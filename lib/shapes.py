@@ -150,24 +150,18 @@ def _specks(x, y, density, radius, px):
 def _draw_sky(sky, x, y, time, px):
     """x (n,1,S), y (n,S,1), time (n,1,1) -> (3,n,S,S), or (3,n,S,1) where x makes no difference."""
     top, low, *others = _paints(SKIES[sky])
-    low_part = .75 - .75 * y  # brighter towards the horizon
-    picture = torch.lerp(top, low, low_part.clamp(0, 1))
+    picture = torch.lerp(top, low, (.75 - .75 * y).clamp(0, 1))  # brighter towards the horizon
     name = SKIES[sky][0]
     if name == "at night":
-        across = x * 4 + time / 4
-        amount, _ = _specks(across, y * 4, .6, .12, px * 4)
+        amount, _ = _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)
     elif name == "at sunset":
-        distance = torch.hypot(x - .1 * time.sin(), y - .35)
-        amount = (.3 - distance) / px + .5
+        amount = (.3 - torch.hypot(x - .1 * time.sin(), y - .35)) / px + .5
     elif name == "in the rain":
-        streak = (x * 9 - y * 3 + time * 2) % 1
-        amount = (.12 - (streak - .5).abs()) * 2
+        amount = (.12 - ((x * 9 - y * 3 + time * 2) % 1 - .5).abs()) * 2
     elif name == "in a snowfall":
-        across = x * 3.5 + time / 4
-        amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
+        amount, _ = _specks(x * 3.5 + time / 4, y * 3.5 + time, .7, .16, px * 3.5)
     elif name == "under green lights":
-        bend = (3 * y + time).sin()
-        amount = (x * 4 + bend).sin() * .6
+        amount = (x * 4 + (3 * y + time).sin()).sin() * .6
     else:
         return picture
     return picture.lerp(others[0], amount.clamp_(0, 1))
@@ -356,11 +350,8 @@ class ShapesVideos:
     def __len__(self):
         return len(self.splits)
 
-    def path(self, i):
-        return self.folder / f"{i:05d}.mp4"
-
     def __getitem__(self, i):
-        path = self.path(i)
+        path = self.folder / f"{i:05d}.mp4"
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, i))
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
@@ -455,7 +446,13 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=WORKERS)
     files are the same for any number of workers.
     """
     root = Path(root)
-    wanted = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    wanted = dict(
+        version=SHAPES_VERSION,
+        train=train,
+        val=val,
+        test=test,
+        seed=seed
+    )
     begun, whole = shapes_of(root)
     if whole:
         return
@@ -491,7 +488,7 @@ def _render(videos, workers):
             if isinstance(item, DataError):
                 raise item
             captions, shots, mentioned = item
-            name = f"videos/{videos.path(i).name}"
+            name = f"videos/{i:05d}.mp4"
             split = videos.splits[i]
             rows += [(name, caption, split) for caption in captions]
             if split == "test":
