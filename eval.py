@@ -479,7 +479,7 @@ def write_results(args, model, scored, result, job):
         job.say("\n" + analysis_text(analysis))
     if args.report:
         log = os.path.splitext(args.ckpt)[0] + ".log.csv"
-        write_report(args.report, result, analysis, scored, t2v, log)
+        write_report(args.report, model, result, analysis, scored, t2v, log)
         job.say(f"report: {args.report}")
     if args.json:
         write_json(args.json, result)
