@@ -413,10 +413,12 @@ def _from_hdr(x, curve):
         bright = ((code - 0.55991073) / 0.17883277).exp() + 0.28466892
         light = torch.where(code > 0.5, bright, 4 * code ** 2) / 12
         light = light ** 1.2 * 1000  # on a screen of 1000 nits
-    red = [1.6605, -0.5876, -0.0728]  # of BT.709, by those of BT.2020
-    green = [-0.1246, 1.1329, -0.0083]
-    blue = [-0.0182, -0.1006, 1.1187]
-    light = light[x.int()] / 203 @ torch.tensor([red, green, blue]).T
+    to_bt709 = torch.tensor([  # red, green and blue of BT.2020, a row each
+        [1.6605, -0.1246, -0.0182],
+        [-0.5876, 1.1329, -0.1006],
+        [-0.0728, -0.0083, 1.1187],
+    ])
+    light = light[x.int()] / 203 @ to_bt709
     return (light.clamp(0, 1) ** (1 / 2.2) * 255).round().to(torch.uint8)
 
 
