@@ -122,8 +122,8 @@ class File(NamedTuple):
 
     name: str
     stamp: tuple
-    why: Optional[str] = None  # nothing of it can be searched
-    content: str = ""          # `content_of` it; shards of earlier versions have none
+    why: Optional[str]  # nothing of it can be searched; None: it can
+    content: str = ""   # `content_of` it; shards of earlier versions have none
 
 
 class Shard(NamedTuple):

@@ -134,13 +134,14 @@ class SearchPage(ThreadingHTTPServer):
         for path in index.paths:
             self.numbers.setdefault(path, len(self.numbers))
         self.paths = {self.numbers[path]: path for path in index.paths}
-        if self.index is None:
+        first = self.index is None
+        self.index = index
+        if first:
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
             if self.host not in ("127.0.0.1", "localhost"):
                 print("whoever can reach that address can search and watch these videos")
             sys.stdout.flush()
-        self.index = index
 
     @functools.lru_cache(maxsize=200)
     def pictures(self, path, start, end):
