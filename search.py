@@ -3,19 +3,23 @@
 
     python search.py "a dog jumps into water" --videos ~/clips      # CLIP ViT-B/32 as it is
     python search.py "a red star" --videos data/shapes/videos --ckpt model.pt
+    python search.py photo.jpg --videos ~/clips                     # what looks like it
     python search.py --videos ~/clips                               # asks; from a pipe, one a line
-    python search.py -f "a dog" --videos ~/clips | head -1          # file names alone
+    python search.py --videos ~/clips --serve                       # a page to search and watch on
+    python search.py -0 "a dog" --videos ~/clips | xargs -0 ls -l   # file names alone
     torchrun --nproc_per_node 8 search.py "a dog" --videos ~/clips  # each process does its share
 
 A video is searched by pieces of some seconds; a piece is a row of the gallery. Their embeddings
 stay in the folder .tmass-index/ (lib/index.py): only what is new is encoded. In this order:
-list_videos, encoding, build_index, search (two stages), the command line.
+encoding, build_index, queries, search (two stages), the command line.
 """
 import contextlib
-import hashlib
+import functools
 import json
 import os
+import signal
 import sys
+import threading
 from typing import NamedTuple
 
 import torch
@@ -25,74 +29,51 @@ from torch.utils.data import IterableDataset
 import data
 from eval import encode_texts, lowest_if_nan
 from lib import exact
-from lib.common import DataError, Parser, Progress, WeightsError, clock, escaped, numeric
-from lib.index import ShardWriter, file_shard, fingerprint, newest_shards, open_shards, repack
+from lib.common import (
+    DataError,
+    Parser,
+    Progress,
+    WeightsError,
+    clock,
+    escaped,
+    numeric,
+)
+from lib.index import (
+    INDEX,
+    File,
+    ShardWriter,
+    add_copies,
+    content_of,
+    divide_copies,
+    file_shard,
+    fingerprint,
+    list_videos,
+    move_means,
+    newest_shards,
+    newest_with_missed,
+    open_shards,
+    repack,
+    shard_folder,
+    summary,
+)
 from lib.options import add_common, load_model, write_json
-from lib.processes import ALONE, loading, run, start_processes, worker_place
+from lib.page import read_picture
+from lib.processes import (
+    ALONE,
+    Stopped,
+    loading,
+    noting_signals,
+    run,
+    start_processes,
+    worker_place,
+)
 from lib.report import write_search_report
-from lib.video import SUFFIXES, Piece, Segment, read_pieces, spelled
+from lib.serve import SearchPage, questions, span
+from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 
-INDEX = ".tmass-index"
-MEANS = 2 * 2 ** 30  # bytes of pooled frames that stay on a GPU: of 2 million pieces where D = 512
-ROWS = 1000          # pieces that are scored exactly at once
-
-
-# ---- which videos ----
-
-class Folder(NamedTuple):
-    """Videos to be searched, and the folder that they lie in."""
-
-    path: str
-    stamps: dict  # {name in the folder: (size, mtime_ns)}; None: what the index has, unseen
-    whole: bool   # these are all videos of the folder: others are gone
-
-
-def list_videos(paths, new=True):
-    """Folders, with those below them, and files. -> list of Folder
-
-    new=False: what is in the folders is not looked at.
-    """
-    if isinstance(paths, (str, bytes, os.PathLike)):
-        raise TypeError(f"paths must be a list of folders and files, not {paths!r} itself")
-    folders = []
-    named = {}  # files, by the folder that they lie in
-    for path in map(spelled, paths):
-        if os.path.isdir(path):
-            stamps = videos_below(path) if new else None
-            folders.append(Folder(path, stamps, whole=new))
-        elif os.path.isfile(path):
-            folder, name = os.path.split(path)
-            named.setdefault(folder, {})[name] = stamp_of(path)
-        else:
-            raise DataError(
-                f"--videos {path}: there is no such folder or file (queries come before --videos)"
-            )
-    # Of a folder whose files are named one by one, the other files are not gone.
-    folders += [Folder(folder, stamps, whole=False) for folder, stamps in named.items()]
-    if new and not any(folder.stamps for folder in folders):
-        searched = " ".join(map(os.fspath, paths))
-        raise DataError(f"--videos {searched}: no videos in it ({', '.join(SUFFIXES)})")
-    return folders
-
-
-def stamp_of(path):
-    """What tells whether a file has changed."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def videos_below(folder):
-    """Videos of a folder and those below it, hidden ones left out. -> {relative name: stamp}"""
-    found = {}
-    for base, folders, files in os.walk(folder):
-        # In place: os.walk goes on into what is left.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = os.path.join(base, name)
-            is_video = name.lower().endswith(SUFFIXES) and not name.startswith(".")
-            if is_video and os.path.isfile(path):
-                found[os.path.relpath(path, folder)] = stamp_of(path)
-    return {name: found[name] for name in sorted(found)}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+ROWS = 1000   # pieces that are scored exactly at once
+ON_PAGE = 20  # results at least on the page
 
 
 # ---- encoding ----
@@ -101,7 +82,8 @@ class PieceDataset(data.VideoDataset, IterableDataset):
     """The pieces of files as a stream of batches; each file is read by one worker, in order.
 
     -> (rows, pixels uint8 (n,T,3,P,P) or None). A row is (file number, Piece without its frames),
-    (file number, None) at the file's end, or (file number, why it can't be read).
+    or at the file's end (file number, (None or why it can't be read, its `content_of`)). There is
+    no content where the system refused to read the file: that is no property of the file.
     """
 
     def __init__(self, segments, frames, transform, window, batch):
@@ -116,31 +98,49 @@ class PieceDataset(data.VideoDataset, IterableDataset):
         pixels = []
         for v in range(first, len(self.segments), step):
             self.note(v)
+            path = self.segments[v].path
+            why = None
+            content = ""
             try:
-                for piece in read_pieces(self.segments[v].path, self.frames, self.window):
+                content = content_of(path)
+                for piece in read_pieces(path, self.frames, self.window):
                     rows.append((v, piece._replace(frames=None)))
                     pixels.append(self.transform(piece.frames))
                     if len(pixels) == self.batch:
                         yield rows, torch.stack(pixels)
                         rows = []
                         pixels = []
-                rows.append((v, None))
             # A bad file is a result and no end: the other files are still to be read.
-            except DataError as error:
-                rows.append((v, str(error)))
+            except (DataError, OSError, MemoryError) as error:
+                why = str(error)
+                if was_refused(path, error):
+                    content = ""
+            rows.append((v, (why, content)))
         if rows:
             yield rows, torch.stack(pixels) if pixels else None
 
 
+def was_refused(path, error):
+    """Whether the system is why a file can't be read, which it may be able to the next time."""
+    while error and not isinstance(error, (OSError, MemoryError)):
+        error = error.__context__
+    return error is not None or not os.access(path, os.R_OK)
+
+
 @torch.no_grad()
-def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, batch=16, amp="off"):
+def encode_files(
+    model, folder, names, writer, window, job=ALONE, stopping=(), saved=lambda: None, workers=0,
+    batch=16, amp="off"
+):
     """Encode this process' share of a folder's files. -> how many of them can be read
 
-    folder: a Folder. names: of those of its files that all processes share. writer: a ShardWriter.
+    folder: a Folder, whose `refused` is added to. names: of those of its files that all processes
+    share. writer: a ShardWriter. stopping: becomes true where no more is to be encoded. saved: is
+    called whenever a shard is saved.
     """
     device = model.clip.logit_scale.device
     T = model.frames
-    names = names[job.rank::job.world]
+    names = [] if stopping else names[job.rank::job.world]
     segments = [Segment(os.path.join(folder.path, name)) for name in names]
     transform = data.test_transform(model.clip.image_size, *model.clip.resize)
     dataset = PieceDataset(segments, T, transform, window, batch)
@@ -152,7 +152,8 @@ def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, bat
     done = 0
     readable = 0
     workers = min(workers, len(names))
-    with loading(dataset, workers=workers, pin=device.type == "cuda") as batches:
+    reading = loading(dataset, workers=workers, pin=device.type == "cuda")
+    with contextlib.suppress(Stopped), reading as batches:
         for rows, pixels in batches:
             if pixels is not None:
                 pixels = pixels.to(device, non_blocking=True)
@@ -166,16 +167,23 @@ def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, bat
                     begun.setdefault(v, [nothing]).append((next(embedded), times, span))
                     continue
                 done += 1
+                why, content = entry
                 pieces = begun.pop(v, [nothing])
-                if entry is None:
+                if why is None:
                     readable += 1
-                else:  # of a file that breaks off nothing is searched
+                elif content:  # of a file that breaks off nothing is searched
                     pieces = [nothing]
+                else:
+                    folder.refused.append(f"{why} (tried again next time)")
+                    continue
                 tensors = (torch.cat(x) for x in zip(*pieces))
-                file = names[v], folder.stamps[names[v]], entry
+                file = File(names[v], folder.stamps[names[v]], why, content)
                 writer.parts.append(file_shard(*tensors, file))
             progress.update(done * job.world)
-            writer.save_if_due()
+            if writer.save_if_due():
+                saved()
+            if stopping:
+                break
     writer.save()
     return readable
 
@@ -192,41 +200,46 @@ class Index(NamedTuple):
     names: list           # of the files as results print them
 
 
-def shard_folder(folder, index_dir=None):
-    """Where a folder's shards are: beside its videos, or in a folder of their own in index_dir."""
-    if index_dir is None:
-        return os.path.join(folder, INDEX)
-    # However the folder is named, its shards are found again.
-    real = os.fsencode(os.path.realpath(folder))
-    name = hashlib.sha256(real).hexdigest()
-    return os.path.join(index_dir, name[:12])
-
-
-def update_index(model, folder, where, mark, job, **encoding):
+def update_index(model, folder, where, mark, job, stopped, **encoding):
     """Encode what is new or changed in a Folder, all processes together.
 
-    where: the folder of its shards. mark: the fingerprint. encoding: as encode_files takes it.
+    where: the folder of its shards. mark: the fingerprint. stopped: the signals that have ended the
+    encoding, to be added to. encoding: as encode_files takes it.
     -> ({name: Shard}, newest_shards of them, how many files were encoded)
     """
-    known = {}
-    size = model.frames, model.clip.embed_dim
     writer = ShardWriter(where, mark)
+    size = model.frames, model.clip.embed_dim
+    opened = functools.partial(open_shards, where, mark, {}, job, size)
     # Files may come and go: all processes share out what the first one saw.
     folder = folder._replace(stamps=job.gather(folder.stamps)[0])
-    shards = open_shards(where, mark, known, job, size)
+    shards = opened()
     newest = newest_shards(shards, folder.stamps)
     names = [name for name in folder.stamps or () if name not in newest]
     encoded = 0
-    if names:
-        count = encode_files(model, folder, names, writer, job=job, **encoding)
-        encoded = sum(job.gather(count))  # waits for all
-        shards = open_shards(where, mark, known, job, size)
-        for unsaved in job.gather(writer.unsaved):
-            shards.update(unsaved)
+    if names and not stopped:
+        noting = contextlib.nullcontext([])
+        if threading.current_thread() is threading.main_thread():  # others are not told of signals
+            noting = noting_signals()
+        with noting as stopping:
+            divided = divide_copies(folder, names, shards) if job.rank == 0 else None
+            firsts, copies, contents = job.gather(divided)[0]
+            for part in filter(None, (firsts, copies)):
+                if job.rank == 0:
+                    part = add_copies(folder, part, contents, shards, writer)
+                part = job.gather(part)[0]
+                count = encode_files(
+                    model, folder, part, writer, job=job, stopping=stopping, **encoding
+                )
+                encoded += sum(job.gather(count))  # waits for all
+                shards = opened()
+                for unsaved in job.gather(writer.unsaved):
+                    shards.update(unsaved)
+            stopped += job.join(stopping)
         newest = newest_shards(shards, folder.stamps)
     if folder.whole and job.rank == 0 and not writer.unsaved:
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
-            repack(where, mark, shards, newest)
+            kept = newest_with_missed(folder.path, where, mark, shards, newest)
+            repack(where, mark, shards, kept)
     return shards, newest, encoded
 
 
@@ -235,7 +248,8 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
 
     paths: list of folders and files. window: seconds of a piece. index_dir: where embeddings are
     kept, if not in the folders. new=False: what the index has, without a look for new files.
-    encoding: workers, batch, amp. Raises DataError where nothing can be searched.
+    encoding: workers, batch, amp, saved. Ctrl-C ends the encoding: the Index is then of what was
+    encoded. Raises DataError where nothing can be searched.
     """
     folders = list_videos(paths, new)
     mark = fingerprint(model, window)
@@ -244,16 +258,19 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     found = {}  # absolute path: path
     names = []
     unreadable = {}  # path: why
+    refused = []
     encoded = 0
+    stopped = []
     for folder in folders:
         where = shard_folder(folder.path, index_dir)
         parts, newest, count = update_index(
-            model, folder, where, mark, job, window=window, **encoding
+            model, folder, where, mark, job, stopped, window=window, **encoding
         )
         encoded += count
+        refused += job.join(folder.refused)
         for key, shard in parts.items():
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
-            for name, _, why in shard.files:
+            for name, _, why, _ in shard.files:
                 path = os.path.join(folder.path, name)
                 real = os.path.abspath(path)
                 number = -1
@@ -268,42 +285,44 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
                 numbers.append(number)
             shards.append(shard)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
+    if set(stopped) - {signal.SIGINT}:  # to be ended, not to answer: what is encoded is saved
+        raise KeyboardInterrupt
     file = torch.cat(file) if file else torch.zeros(0, dtype=torch.int64)
     pieces = (file >= 0).sum().item()
-    job.say(summary(encoded, len(found), pieces, list(unreadable)))
+    reasons = [*unreadable.values(), *refused]
+    job.say(summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))
         missing = "the index holds none of its videos (without -n they are looked for)"
-        why = next(iter(unreadable.values()), missing)
-        raise DataError(f"--videos {searched}: nothing to search: {why}")
+        raise DataError(f"--videos {searched}: nothing to search: {[*reasons, missing][0]}")
     sizes = [len(shard.file) for shard in shards]
     starts = torch.tensor([0, *sizes]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
     return Index(shards, starts, file, list(found.values()), names)
 
 
-def summary(encoded, files, pieces, unreadable):
-    """What is in the index, in a line. unreadable: paths, of which ten are named."""
-    line = f"encoded {encoded} videos, {files} in the index, {pieces} pieces"
-    if unreadable:
-        some = ", ".join(unreadable[:10])
-        more = ", ..." if len(unreadable) > 10 else ""
-        line += f"; {len(unreadable)} unreadable left out: {some}{more}"
-    return escaped(line)
+# ---- queries ----
 
+@torch.no_grad()
+def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
+    """Texts, and paths of pictures and videos, in any mixture. queries (N) -> t (N,D)
 
-def move_means(shards, device, job=ALONE, most=MEANS):
-    """Put this process' pooled frames on the device, `most` bytes of them: every query needs all.
-
-    On the CPU they stay in their files, memory-mapped. list of Shard -> list of Shard.
+    A picture's or a video's own embedding takes the text's place.
     """
-    moved = []
-    for s, shard in enumerate(shards):
-        if s % job.world == job.rank and shard.mean.nbytes <= most:
-            most -= shard.mean.nbytes
-            shard = shard._replace(mean=shard.mean.to(device))
-        moved.append(shard)
-    return moved
+    t = encode_texts(model, tokenizer, queries, job, amp=amp)
+    transform = data.test_transform(model.clip.image_size)
+    for text, query in zip(t, queries):
+        name = query.lower()
+        if not name.endswith(PICTURES + SUFFIXES) or not os.path.isfile(query):
+            continue
+        if name.endswith(PICTURES):
+            frames = read_picture(query)
+        else:
+            frames = read_frames(query, model.frames)
+        pixels = transform(frames)[None].to(t.device)
+        # Not normalised: beside the noise, a text counts with its length.
+        text.copy_(model.encode_video(pixels)[0].mean(0))
+    return t
 
 
 # ---- search: the best pieces by their pooled frames, then exact scores ----
@@ -317,6 +336,7 @@ class Hit(NamedTuple):
     at: float
     start: float
     end: float
+    times: list  # of the T frames
 
 
 @torch.no_grad()
@@ -380,14 +400,14 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
     if not len(rows):
         return []
     scores = []
-    moments = []  # at, start, end
+    moments = []  # at, start, end, times of the frames
     for part in rows.split(ROWS):
         f, times, spans = read_rows(index, part)
         f = f.to(text.device).float()
         S = f @ text[0] / f.norm(dim=-1).clamp_min(1e-12)  # |t| cos(t, f_j)  (n,T)
         nearest = S.argmax(1, keepdim=True).cpu()
         scores.append(exact.score(model, text, f, **scoring)[0])
-        moments.append(torch.cat([times.gather(1, nearest), spans], 1))
+        moments.append(torch.cat([times.gather(1, nearest), spans, times], 1))
     scores = torch.cat(scores).cpu()
     scores = lowest_if_nan(scores)
     moments = torch.cat(moments)
@@ -403,7 +423,7 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
     if not pieces:
         good &= scores == best[file]
     found = zip(scores[good].tolist(), file[good].tolist(), moments[good].tolist())
-    return [Hit(score, number, *moment) for score, number, moment in found]
+    return [Hit(score, number, *moment[:3], moment[3:]) for score, number, moment in found]
 
 
 def merge(parts, index, top, pieces=False):
@@ -465,68 +485,71 @@ def parse_args(argv=None):
     add("--shortlist", type=numeric(int, 0), default=1000, metavar="K",
         help="score exactly the best K pieces by mean-pooled frames; 0: all (default: %(default)s)")
     add("-f", "--files", action="store_true", help="print file names alone, for other programs")
+    add("-0", "--null", dest="end", action="store_const", const="\0", default="\n",
+        help="the same, each name ended by a NUL byte, for xargs -0")
     add("-n", "--no-new", action="store_true",
         help="search what the index holds: don't look for new files")
+    add("--update", action="store_true", help="only bring the index up to date, for cron")
     add("--index", metavar="DIR",
         help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
+    g = p.add_argument_group("page")
+    g.add_argument("--serve", type=numeric(int, 0, 65535), nargs="?", const=8000, metavar="PORT",
+                   help="show a page to search and watch on (port 8000; 0: any that is free)")
+    g.add_argument("--host", default="127.0.0.1",
+                   help="the address or name to serve it at; 0.0.0.0: to all who can reach this "
+                        "machine (default: %(default)s, for this machine alone)")
+    g.add_argument("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
+                   help="look for new videos again and again (default: at the start alone)")
     add_common(p, batch=16)
     p.set_defaults(expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if not all(query.strip() for query in args.query):
         p.error("the query is empty: say what to look for")
+    if args.query and (args.update or args.serve is not None):
+        p.error("--update and --serve take no query")
+    args.files |= args.end == "\0"
     return args
 
 
-def questions(args, job):
-    """Lists of queries: of the command line; or asked for at a terminal, or read from a pipe."""
-    if args.query:
-        yield args.query
-        return
-    sys.stdin.reconfigure(errors="replace")
-    asked = False
-    while line := job.gather(next_line(args) if job.rank == 0 else None)[0]:
-        if line.strip():
-            asked = True
-            yield [line.strip()]
-    if not asked and not sys.stdin.isatty():
-        raise DataError(
-            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
-            "line on standard input"
-        )
-
-
-def next_line(args):
-    """A line of standard input, "" at its end; at a terminal after a prompt."""
-    # Nobody reads the answers any more (| head), and no file is to have them.
-    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
-        return ""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline()
-    try:
-        return input("query> ") + "\n"
-    except EOFError:
-        return ""
+def search_present(model, t, index, args, top, job=ALONE):
+    """`search` as the options say it, without files that went away since the index was opened."""
+    scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
+    while True:
+        found = search(model, t, index, args.shortlist, top, args.pieces, job, **scoring)
+        numbers = {hit.file for hits in found for hit in hits}
+        gone = [number for number in numbers if not os.path.exists(index.paths[number])]
+        gone = job.gather(gone)[0]
+        if not gone:
+            return found
+        index.file[torch.isin(index.file, torch.tensor(gone))] = -1
 
 
 def table(query, hits, index):
     """A query's results for people."""
     lines = [f"\n{escaped(query)}", " rank   score  at       file"]
-    pieces = index.file[index.file >= 0].bincount()  # of each file
     for rank, hit in enumerate(hits, 1):
-        name = escaped(index.names[hit.file])
-        if pieces[hit.file] > 1:
-            name += f"   ({clock(hit.start)} to {clock(hit.end)})"
+        name = escaped(index.names[hit.file]) + span(hit, index)
         lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
     return "\n".join(lines)
+
+
+def print_files(names, end):
+    """File names alone: harmless ones at a terminal, and elsewhere the bytes that open the files.
+    """
+    if sys.stdout.isatty() and end == "\n":
+        names = map(escaped, names)
+    else:
+        errors = sys.getfilesystemencodeerrors()
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
+    print(*names, sep=end, end=end, flush=True)
 
 
 def answer(model, tokenizer, index, args, job):
     """Search for every query, and print what is found. -> {query: [dict of rank, score, ...]}"""
     found = {}
-    scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     for queries in questions(args, job):
-        t = encode_texts(model, tokenizer, queries, job, amp=args.amp)
-        results = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
+        t = encode_queries(model, tokenizer, queries, job, args.amp)
+        results = search_present(model, t, index, args, args.top, job)
         for query, hits in zip(queries, results):
             if not hits:
                 raise WeightsError(
@@ -538,10 +561,9 @@ def answer(model, tokenizer, index, args, job):
                      start=round(hit.start, 3), end=round(hit.end, 3))
                 for rank, hit in enumerate(hits, 1)
             ]
-            if args.files:
-                names = [escaped(record["file"]) for record in found[query]]
-                job.say("\n".join(names))
-            elif args.json != "-":
+            if args.files and job.rank == 0:
+                print_files([record["file"] for record in found[query]], args.end)
+            elif not args.files and args.json != "-":
                 job.say(table(query, hits, index))
     return found
 
@@ -561,22 +583,45 @@ def write_results(model, found, args):
         print(f"report: {args.report}", file=sys.stderr)
 
 
+def serve(page, model, tokenizer, build, args):
+    """Run the page, which takes texts alone: a path from a browser is no query. -> exit status"""
+    def find(query, index):
+        t = encode_texts(model, tokenizer, [query], amp=args.amp)
+        return search_present(model, t, index, args, max(args.top, ON_PAGE))[0]
+
+    page.search = find
+    page.frames = model.frames
+    return page.run(build, args.every)
+
+
 def main(argv=None):
     args = parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
         job = start_processes(args.device)
+        page = None
+        if args.serve is not None:
+            if job.world > 1:
+                raise DataError("--serve is for one process: start it without torchrun")
+            page = SearchPage(args.host, args.serve)  # before what takes long: it may not be free
         model, tokenizer, _ = load_model(args, job)
-        index = build_index(
+        build = functools.partial(
+            build_index,
             model,
             args.videos,
             args.window,
             args.index,
-            new=not args.no_new,
             job=job,
             workers=args.workers,
             batch=args.batch,
             amp=args.amp,
         )
+        if args.no_new:
+            build = functools.partial(build, new=False)
+        if page:
+            return serve(page, model, tokenizer, build, args)
+        index = build()
+    if args.update:
+        return 0
     found = answer(model, tokenizer, index, args, job)
     if job.rank == 0:
         write_results(model, found, args)

@@ -2,25 +2,125 @@
 
 A shard is a file that holds the pieces of some videos. Any number of processes, machines and
 searches may add shards to a folder at once; a killed run loses what it had not yet saved. In this
-order: Shard, what embeddings depend on, a shard's file, all shards of a folder, repacking.
+order: which videos, Shard, what embeddings depend on, a shard's file, all shards of a folder,
+copies, repacking.
 """
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import sys
 import time
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from lib.common import escaped, written_whole
+from lib.common import DataError, escaped, write_text, written_whole
+from lib.processes import ALONE
+from lib.video import SUFFIXES, spelled
 
+INDEX = ".tmass-index"
 FORMAT = "tmass index 2"
-FULL = 1000  # a shard is saved when it has so many pieces
-OLD = 60     # or when the one before was saved so many seconds ago
-SMALL = 16   # so many shards that are less than half full are joined
+FULL = 1000             # a shard is saved when it has so many pieces
+OLD = 60                # or when the one before was saved so many seconds ago
+SMALL = 16              # so many shards that are less than half full are joined
+MISSED = 7 * 24 * 3600  # seconds that a file must be gone before its rows are dropped
+MEGABYTE = 2 ** 20
+MEANS = 2 * 2 ** 30     # bytes of pooled frames that stay on a GPU: 2 million pieces of D = 512
+
+
+# ---- which videos ----
+
+class Folder(NamedTuple):
+    """Videos to be searched, and the folder that they lie in."""
+
+    path: str
+    stamps: Optional[dict]  # {name in the folder: (size, mtime_ns)}; None: what the index has
+    whole: bool             # these are all videos of the folder: others are gone
+    refused: list           # what can't be looked into, and why
+
+
+def list_videos(paths, new=True):
+    """Folders, with those below them, and files. -> list of Folder
+
+    new=False: what is in the folders is not looked at.
+    """
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise TypeError(f"paths must be a list of folders and files, not {paths!r} itself")
+    folders = []
+    named = {}  # files, by the folder that they lie in
+    for path in map(spelled, paths):
+        if os.path.isdir(path):
+            refused = []
+            stamps = videos_below(path, refused) if new else None
+            folders.append(Folder(path, stamps, new, refused))
+        elif os.path.isfile(path):
+            folder, name = os.path.split(path)
+            named.setdefault(folder, {})[name] = stamp_of(path)
+        else:
+            raise DataError(
+                f"--videos {path}: there is no such folder or file (queries come before --videos)"
+            )
+    # Of a folder whose files are named one by one, the other files are not gone.
+    folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
+    if new and not any(folder.stamps for folder in folders):
+        searched = " ".join(map(os.fspath, paths))
+        reasons = [folder.refused[0] for folder in folders if folder.refused]
+        reasons.append(", ".join(SUFFIXES))
+        raise DataError(f"--videos {searched}: no videos in it ({reasons[0]})")
+    return folders
+
+
+def stamp_of(path):
+    """What tells whether a file has changed."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def videos_below(folder, refused):
+    """Videos of a folder and those below it, hidden ones left out. -> {relative name: stamp}
+
+    Links to folders are followed, each folder once. refused: gets what can't be looked into.
+    """
+    found = {}
+    seen = set()
+
+    def note(error):
+        refused.append(f"{error.filename}: {error.strerror}")
+
+    for base, folders, files in os.walk(folder, onerror=note, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            folders.clear()  # in place: os.walk goes on into what is left
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # What is linked comes last, so that a folder's own name is found before a link to it.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))
+        for name in files:
+            path = os.path.join(base, name)
+            if not name.lower().endswith(SUFFIXES) or name.startswith("."):
+                continue
+            try:
+                if os.path.isfile(path):
+                    found[os.path.relpath(path, folder)] = stamp_of(path)
+            except OSError as error:  # it went away, or may not be looked at
+                note(error)
+    return {name: found[name] for name in sorted(found)}
+
+
+# ---- shards ----
+
+class File(NamedTuple):
+    """A file of a folder, as it was when it was read."""
+
+    name: str
+    stamp: tuple
+    why: Optional[str]  # nothing of it can be searched; None: it can
+    content: str = ""   # `content_of` it; shards of earlier versions have none
 
 
 class Shard(NamedTuple):
@@ -31,7 +131,7 @@ class Shard(NamedTuple):
     times: torch.Tensor   # (P,T) float32: seconds at which the frames are shown
     spans: torch.Tensor   # (P,2) float32: start and end of the piece
     file: torch.Tensor    # (P,) int32: which of `files` a piece belongs to
-    files: list           # (name in the folder, its stamp, None or why it can't be read)
+    files: list           # of File
 
 
 def file_shard(frames, times, spans, file):
@@ -110,6 +210,7 @@ def write_shard(folder, name, shard):
     os.makedirs(folder, exist_ok=True)
     mark = name.partition("-")[0]
     content = dict(format=FORMAT, mark=mark, **shard._asdict())
+    content["files"] = [tuple(file) for file in shard.files]  # torch reads back no other class
     with written_whole(os.path.join(folder, name)) as part:
         with open(part, "wb") as file:
             torch.save(content, file)
@@ -123,6 +224,7 @@ def read_shard(path, mark, size=None):
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shard = Shard(*(content[name] for name in Shard._fields))
+        shard = shard._replace(files=[File(*file) for file in shard.files])
         known = content["format"] == FORMAT and content["mark"] == mark
         return shard if known and fits_together(shard, size) else None
     except FileNotFoundError:
@@ -140,11 +242,12 @@ def fits_together(shard, size=None):
         plain = x.layout == torch.strided and x.device.type == "cpu"
         if not plain or x.shape != shape or x.dtype != kind:
             return False
-    for name, stamp, why in shard.files:
+    for name, stamp, why, content in shard.files:
         stamped = stamp is None or [type(part) for part in stamp] == [int, int]
-        if type(name) is not str or not stamped or type(why) not in (str, type(None)):
+        texts = name, why or "", content
+        if not stamped or any(type(text) is not str for text in texts):
             return False
-    if type(shard.files) is not list or size not in (None, (T, D)):
+    if size not in (None, (T, D)):
         return False
     if not shard.times.isfinite().all() or not shard.spans.isfinite().all():
         return False
@@ -168,10 +271,12 @@ class ShardWriter:
         self.unsaved = {}
 
     def save_if_due(self):
-        """To be called as often as one likes."""
+        """To be called as often as one likes. -> whether it was due"""
         waited = time.monotonic() - self.saved
-        if count_pieces(self.parts) >= FULL or waited > OLD:
+        due = count_pieces(self.parts) >= FULL or waited > OLD
+        if due:
             self.save()
+        return due
 
     def save(self):
         if not self.parts:
@@ -197,6 +302,16 @@ class ShardWriter:
 
 
 # ---- all shards of a folder ----
+
+def shard_folder(folder, index_dir=None):
+    """Where a folder's shards are: beside its videos, or in a folder of their own in index_dir."""
+    if index_dir is None:
+        return os.path.join(folder, INDEX)
+    # However the folder is named, its shards are found again.
+    real = os.fsencode(os.path.realpath(folder))
+    name = hashlib.sha256(real).hexdigest()
+    return os.path.join(index_dir, name[:12])
+
 
 def shard_names(folder, mark):
     """The file names of a fingerprint's shards, oldest first."""
@@ -244,10 +359,107 @@ def newest_shards(shards, stamps):
     newest = {}
     # Shards' names are in the order of time: the first that has a file is the newest.
     for key, shard in sorted(shards.items(), reverse=True):
-        for name, stamp, _ in shard.files:
+        for name, stamp, *_ in shard.files:
             if name not in newest and (stamps is None or stamps.get(name) == stamp):
                 newest[name] = key
     return newest
+
+
+def move_means(shards, device, job=ALONE, most=MEANS):
+    """Put this process' pooled frames on the device, `most` bytes of them: every query needs all.
+
+    On the CPU they stay in their files, memory-mapped. list of Shard -> list of Shard.
+    """
+    moved = []
+    for s, shard in enumerate(shards):
+        if s % job.world == job.rank and shard.mean.nbytes <= most:
+            most -= shard.mean.nbytes
+            shard = shard._replace(mean=shard.mean.to(device))
+        moved.append(shard)
+    return moved
+
+
+# ---- copies: files of the same size, first and last megabyte ----
+
+def content_of(path):
+    """What copies of a file have in common, as 32 letters. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(b"%d" % size)
+        for start in (0, max(0, size - MEGABYTE)):
+            file.seek(start)
+            digest.update(file.read(MEGABYTE))
+    return digest.hexdigest()
+
+
+def divide_copies(folder, names, shards):
+    """A Folder's new files: one of each content, then their copies. -> (names, names, contents)
+
+    contents: {name: `content_of` it} of those whose size another file has, new or known.
+    """
+    sizes = [folder.stamps[name][0] for name in names]
+    for shard in shards.values():
+        sizes += [file.stamp[0] for file in shard.files if file.stamp]
+    sizes = Counter(sizes)
+    contents = {}
+    first = {}  # content: the name that has it
+    for name in names:
+        size = folder.stamps[name][0]
+        if size and sizes[size] > 1:
+            with contextlib.suppress(OSError):  # said where its frames are read
+                contents[name] = content_of(os.path.join(folder.path, name))
+        first.setdefault(contents.get(name, name), name)
+    firsts = list(first.values())
+    copies = [name for name in names if first[contents.get(name, name)] != name]
+    return firsts, copies, contents
+
+
+def add_copies(folder, names, contents, shards, writer):
+    """Give each file that is a copy of a known one the rows of that. -> the names that are none"""
+    known = {}
+    for key, shard in shards.items():
+        for number, file in enumerate(shard.files):
+            if file.content and file.why is None:
+                known[file.content] = key, number
+    others = []
+    for name in names:
+        content = contents.get(name)
+        if content not in known:
+            others.append(name)
+            continue
+        key, number = known[content]
+        keep = [k == number for k in range(len(shards[key].files))]
+        part = keep_files(shards[key], keep)
+        file = File(name, folder.stamps[name], None, content)
+        writer.parts.append(part._replace(files=[file]))
+        writer.save_if_due()
+    writer.save()
+    return others
+
+
+# ---- repacking ----
+
+def newest_with_missed(folder, where, mark, shards, newest):
+    """`newest`, and the newest rows of files that are not there, which may come back.
+
+    They count a week from when they were first missed, which a file beside the shards tells, and
+    for as long as the folder that they were in is not there either: it may be a disk.
+    """
+    path = os.path.join(where, f"{mark}.missed")
+    since = {}  # name: seconds since 1970
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+        with open(path, encoding="utf-8") as file:
+            since = dict(json.load(file))
+    both = newest_shards(shards, None) | newest
+    times = {name: since.get(name, time.time()) for name in both if name not in newest}
+    if times != since:
+        write_text(path, json.dumps(times))
+    for name, when in times.items():
+        base = os.path.dirname(os.path.join(folder, name))
+        if time.time() - when >= MISSED and os.access(base, os.R_OK):
+            del both[name]
+    return both
 
 
 def repack(folder, mark, shards, newest):
@@ -256,7 +468,7 @@ def repack(folder, mark, shards, newest):
     chosen = []
     small = []
     for key, shard in shards.items():
-        counts[key] = [newest.get(name) == key for name, _, _ in shard.files]
+        counts[key] = [newest.get(file.name) == key for file in shard.files]
         of_files = torch.tensor(counts[key], dtype=torch.bool)
         rows = of_files[shard.file.long()].sum().item()
         if not any(counts[key]) or 2 * rows < len(shard.file):
@@ -280,3 +492,16 @@ def repack(folder, mark, shards, newest):
                 os.unlink(path)
         old = []
         parts = []
+
+
+def summary(encoded, files, pieces, reasons, stopped):
+    """What is in the index, and ten of the reasons why something is not, a line each."""
+    line = f"encoded {encoded} videos, {files} in the index, {pieces} pieces"
+    if stopped:
+        line += "; stopped: the next search encodes the others"
+    if reasons:
+        line += f"; {len(reasons)} unreadable left out:"
+    lines = [line, *reasons[:10]]
+    if len(reasons) > 10:
+        lines.append(f"and {len(reasons) - 10} others")
+    return "\n  ".join(map(escaped, lines))

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import av
 import torch
 import torchvision
+from PIL import Image, ImageOps
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from lib.common import DataError, clock, escaped, output
+from lib.common import DataError, clock, escaped, first_line, output
 from lib.video import read_segment
 
 # Colours by name, so that the dark scheme changes only these; charts have classes of their own.
@@ -115,16 +116,22 @@ def page(title, lead, body, settings):
         if isinstance(value, (str, int, float)):
             items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
     # The policy makes sure: whatever a caption holds, nothing is run or fetched.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return document(title, f"""{HATCH}
+<header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
+<main>{body}
+<section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
+<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer>""", policy)
+
+
+def document(title, body, policy):
+    """The frame of every page. title: text; body: HTML; policy: what it may fetch and run."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{esc(title)}</title><style>{STYLE}</style></head><body>{HATCH}
-<header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
-<main>{body}
-<section><h2>Settings and versions</h2><div class="card"><dl>{items}</dl></div></section></main>
-<footer>Written by T-MASS on {time.strftime('%Y-%m-%d %H:%M')}.</footer></body></html>
+ content="{policy}">
+<title>{esc(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>
 """
 
 
@@ -154,16 +161,49 @@ def html_table(heads, rows):
 # ---- pictures ----
 
 
-def image(frame, name, css="", height=96):
-    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+def read_picture(path):
+    """A picture file, upright. -> uint8 (1,3,H,W). Raises DataError."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # a damaged file fails in its format's own ways
+        raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
+
+
+def shrunk(frame, height=96):
+    """uint8 (3,H,W) -> (3,height,w), in shape."""
     # Odd shapes are squeezed: a strip as wide as the page would hide the other frames.
     width = round(height * frame.shape[2] / frame.shape[1])
     width = max(16, min(4 * height, width))
-    frame = resize(frame, [height, width], antialias=True)
-    jpeg = encode_jpeg(frame, quality=75).numpy()
-    source = base64.b64encode(jpeg.tobytes()).decode()
+    return resize(frame, [height, width], antialias=True)
+
+
+def jpeg(frame):
+    """uint8 (3,H,W) -> the bytes of a JPEG."""
+    return encode_jpeg(frame, quality=75).numpy().tobytes()
+
+
+def image(frame, name, css=""):
+    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+    frame = shrunk(frame)
+    _, height, width = frame.shape
+    source = base64.b64encode(jpeg(frame)).decode()
     return (f'<img class="{css}" alt="{esc(name)}" width="{width}" height="{height}" '
             f'src="data:image/jpeg;base64,{source}">')
+
+
+def nearest_of(times, at):
+    """The number of the time that is nearest to `at`."""
+    away = [abs(time - at) for time in times]
+    return away.index(min(away))
+
+
+def about_six(T, wanted=0):
+    """The numbers of about six of T frames, that of the wanted one among them."""
+    step = max(1, T // 6)
+    return range(wanted % step, T, step)
 
 
 def strip(segment, frames=6, at=None):
@@ -172,15 +212,11 @@ def strip(segment, frames=6, at=None):
         piece = read_segment(segment, frames)
     except DataError as e:
         return f"<p>no picture: {esc(e)}</p>"
-    step = max(1, frames // 6)
-    first = 0
     nearest = None
     if at is not None:
-        away = [abs(time - at) for time in piece.times]
-        nearest = away.index(min(away))
-        first = nearest % step  # so that it is among those chosen
+        nearest = nearest_of(piece.times, at)
     images = ""
-    for k in range(first, frames, step):
+    for k in about_six(frames, nearest or 0):
         name = f"{os.path.basename(segment.path)} at {clock(piece.times[k])}"
         css = "nearest" if k == nearest else ""
         images += image(piece.frames[k], name, css)

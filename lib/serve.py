@@ -1,0 +1,291 @@
+"""Searches that stay open: questions at a prompt or from a pipe, and the page of `--serve`.
+
+The page lets out the files of the index, by number, and nothing else of this machine: `SearchPage`
+has the index, `Handler` answers a request.
+"""
+import contextlib
+import functools
+import mimetypes
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from lib.common import DataError, clock
+from lib.page import about_six, document, esc, jpeg, nearest_of, shrunk
+from lib.video import Segment, read_segment
+
+CHUNK = 2 ** 18  # bytes of a file that are sent at once
+POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
+          "form-action 'self'; base-uri 'none'")
+# Of every answer: no other page may show, frame or read this one, or learn what is searched.
+HEADERS = {
+    "Allow": "GET, HEAD",
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+STYLE = """<style>
+form{display:flex;flex-wrap:wrap;gap:10px;margin:1rem 0}
+form label{flex-basis:100%}
+input,button{font:inherit;padding:10px 14px;border:1px solid var(--soft);border-radius:10px;
+color:inherit;background:var(--card)}
+input{flex:1 1 12rem;min-width:0}
+button{cursor:pointer;font-weight:600}
+:focus-visible{outline:3px solid var(--on);outline-offset:2px}
+a{color:var(--on)}
+video{width:100%;max-height:60vh;margin-top:8px;border-radius:8px;background:#000}
+</style>"""
+
+
+# ---- a prompt, or a pipe ----
+
+def questions(args, job):
+    """Lists of queries: of the command line; or asked for at a terminal, or read from a pipe."""
+    if args.query:
+        yield args.query
+        return
+    sys.stdin.reconfigure(errors="replace")
+    asked = False
+    while line := job.gather(next_line(args) if job.rank == 0 else None)[0]:
+        if line.strip():
+            asked = True
+            yield [line.strip()]
+    if not asked and not sys.stdin.isatty():
+        raise DataError(
+            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
+            "line on standard input"
+        )
+
+
+def next_line(args):
+    """A line of standard input, "" at its end; at a terminal after a prompt."""
+    # Nobody reads the answers any more (| head), and no file is to have them.
+    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
+        return ""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline()
+    try:
+        return input("query> ") + "\n"
+    except EOFError:
+        return ""
+
+
+def span(hit, index):
+    """Which part of its file a Hit is, in words; "" for the whole."""
+    if (index.file == hit.file).sum() == 1:
+        return ""
+    return f"   ({clock(hit.start)} to {clock(hit.end)})"
+
+
+# ---- the page ----
+
+class SearchPage(ThreadingHTTPServer):
+    """Serves the page, a thread for each request.
+
+    search: query, Index -> list of Hit; it is called once at a time. frames: T, of a piece.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, host, port):
+        self.host = host
+        self.search = None
+        self.frames = None
+        self.index = None
+        self.numbers = {}  # path: its number, for as long as the page is served
+        self.paths = {}    # number: path, of the index's files
+        self.searching = threading.Lock()
+        self.decoding = threading.Lock()
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            raise DataError(f"--serve {port}: it can't be had at {host} ({error.strerror}): give "
+                            "another port or --host") from None
+
+    def run(self, build, every):
+        """Serve until Ctrl-C. build: build_index; every: minutes between looks for new files.
+
+        What the index has is shown at once, and what is encoded as soon as it is saved.
+        """
+        def show_saved():
+            with contextlib.suppress(DataError):  # nothing yet
+                self.show(build(new=False))
+
+        show_saved()
+        try:
+            while True:
+                try:
+                    self.show(build(saved=show_saved))
+                except DataError as error:
+                    if self.index is None:
+                        raise
+                    print(f"{error}; searching what was there before", flush=True)
+                threading.Event().wait(60 * every if every else None)
+        except KeyboardInterrupt:
+            return 0
+
+    def show(self, index):
+        """Answer from this Index from now on."""
+        for path in index.paths:
+            self.numbers.setdefault(path, len(self.numbers))
+        self.paths = {self.numbers[path]: path for path in index.paths}
+        first = self.index is None
+        self.index = index
+        if first:
+            threading.Thread(target=self.serve_forever, daemon=True).start()
+            print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
+            if self.host not in ("127.0.0.1", "localhost"):
+                print("whoever can reach that address can search and watch these videos")
+            sys.stdout.flush()
+
+    @functools.lru_cache(maxsize=200)
+    def pictures(self, path, start, end):
+        """The frames that are taken of a piece. -> (their times, JPEGs)"""
+        piece = read_segment(Segment(path, start, end), self.frames)
+        return piece.times, [jpeg(shrunk(frame, 144)) for frame in piece.frames]
+
+    def handle_error(self, request, address):
+        """A client that goes away, or sends nonsense, ends nothing, and is not worth a word."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (OSError, ValueError)):
+            super().handle_error(request, address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers a request: / is a search box, /?q=TEXT shows what is found too.
+
+    /video/NUMBER is a file of the index; /frame/NUMBER?at=S is the picture at a time, which is
+    chosen from those of a piece with &start=S&end=S.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server_version = "T-MASS"
+    timeout = 60  # seconds in which a client that says nothing is forgotten
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        values = dict(parse_qsl(url.query))
+        file = re.fullmatch("/(video|frame)/([0-9]{1,9})", url.path)
+        path = self.server.paths.get(int(file[2])) if file else None
+        # Who owns another name could make it lead here, and read this page with one of his.
+        name = urlsplit(f"//{self.headers.get('Host')}").hostname
+        if name not in ("localhost", self.server.host, self.connection.getsockname()[0]):
+            self.send_error(403, "Unknown name", "Start the page with --host and this name")
+        elif url.path == "/":
+            self.send_page(values.get("q", "").strip())
+        elif path is None or not os.path.isfile(path):
+            self.send_error(404)
+        elif file[1] == "video":
+            self.send_video(path)
+        else:
+            self.send_frame(path, values)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        self.send_error(405)
+
+    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
+
+    def log_message(self, *unused):
+        """Queries are nobody's business."""
+
+    def end_headers(self):
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def start(self, status, kind, length, part=None):
+        """Send what comes before the body. part: which of how many bytes it is."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", length)
+        if part:
+            self.send_header("Content-Range", f"bytes {part}")
+        self.end_headers()
+
+    def send_whole(self, kind, body):
+        self.start(200, kind, len(body))
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def send_page(self, query):
+        """A search box, and cards of what is found."""
+        index = self.server.index
+        title = f"{query} - T-MASS" if query else "T-MASS: search videos"
+        found = f"{len(index.paths)} videos, {(index.file >= 0).sum()} pieces"
+        cards = ""
+        focus = "autofocus"
+        if query:
+            with self.server.searching:
+                hits = self.server.search(query, index)
+            found = f"The best {len(hits)} of {found}; scores order them, and are no probabilities"
+            focus = ""
+            for rank, hit in enumerate(hits, 1):
+                cards += self.card(rank, hit, index)
+        body = (f'{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>'
+                '<form action="/" role="search"><label for="q">What is to be seen?</label>'
+                f'<input id="q" name="q" type="search" required {focus} value="{esc(query)}">'
+                f'<button>Search</button></form><p class="soft">{found}</p>'
+                f'<ol class="cards">{cards}</ol></main>')
+        text = document(title, body, POLICY)
+        self.send_whole("text/html; charset=utf-8", text.encode("utf-8", "replace"))
+
+    def card(self, rank, hit, index):
+        """A Hit: its name, frames, and a player that begins at its moment. -> HTML"""
+        number = self.server.numbers[index.paths[hit.file]]
+        nearest = nearest_of(hit.times, hit.at)
+        images = ""
+        for k in about_six(len(hit.times), nearest):
+            place = urlencode(dict(at=hit.times[k], start=hit.start, end=hit.end))
+            css = "nearest" if k == nearest else ""
+            images += (f'<img class="{css}" src="/frame/{number}?{esc(place)}" loading="lazy" '
+                       f'alt="at {clock(hit.times[k])}">')
+        video = f"/video/{number}#t={hit.at:g}"
+        return (f'<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>'
+                f'<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, index)}, '
+                f'score {hit.score:.4f}</p><div class="strip">{images}</div>'
+                f'<video controls preload="none" src="{video}"></video></li>')
+
+    def send_video(self, path):
+        """A file, or the part of it that is asked for: browsers need that to jump."""
+        kind = mimetypes.guess_type(path)[0] or "video/mp4"
+        asked = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            part = byte_range(*asked.groups(), size) if asked else range(size)
+            left = len(part)
+            if asked and not part:
+                self.start(416, kind, 0, f"*/{size}")
+            elif asked:
+                self.start(206, kind, left, f"{part.start}-{part.stop - 1}/{size}")
+            else:
+                self.start(200, kind, left)
+            file.seek(part.start)
+            while left and self.command == "GET" and (chunk := file.read(min(CHUNK, left))):
+                self.wfile.write(chunk)
+                left -= len(chunk)
+        self.close_connection |= left > 0  # the file has become shorter
+
+    def send_frame(self, path, values):
+        try:
+            at = float(values["at"])
+            start = float(values.get("start", at))
+            end = float(values.get("end", at))
+            with self.server.decoding:
+                times, pictures = self.server.pictures(path, start, end)
+        except (KeyError, ValueError):  # no time, or no picture there
+            return self.send_error(404)
+        self.send_whole("image/jpeg", pictures[nearest_of(times, at)])
+
+
+def byte_range(first, last, size):
+    """The bytes of a file from `first` to `last`, or its last so many. str, str, int -> range"""
+    if not first:
+        return range(max(0, size - int(last or size)), size)
+    return range(int(first), min(size, int(last or size) + 1))
