@@ -35,6 +35,7 @@ from lib.common import (
     Progress,
     WeightsError,
     clock,
+    cure,
     escaped,
     numeric,
 )
@@ -122,7 +123,8 @@ class PieceDataset(data.VideoDataset, IterableDataset):
 
 def was_refused(path, error):
     """Whether the system is why a file can't be read, which it may be able to the next time."""
-    while error and not isinstance(error, (OSError, MemoryError)):
+    # Want of memory, which torch calls a RuntimeError, has a cure.
+    while error and not (isinstance(error, OSError) or cure(error)):
         error = error.__context__
     return error is not None or not os.access(path, os.R_OK)
 
