@@ -114,6 +114,8 @@ class PieceDataset(data.VideoDataset, IterableDataset):
             # A bad file is a result and no end: the other files are still to be read.
             except (DataError, OSError, MemoryError) as error:
                 why = str(error)
+                if path not in why:
+                    why = f"video {path} can't be read: {why}"
                 if was_refused(path, error):
                     content = ""
             rows.append((v, (why, content)))
@@ -292,7 +294,8 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     file = torch.cat(file) if file else torch.zeros(0, dtype=torch.int64)
     pieces = (file >= 0).sum().item()
     reasons = [*unreadable.values(), *refused]
-    job.say(summary(encoded, len(found), pieces, reasons, stopped))
+    if found or reasons:
+        job.say(summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))
         missing = "the index holds none of its videos (without -n they are looked for)"
@@ -553,6 +556,8 @@ def answer(model, tokenizer, index, args, job):
         t = encode_queries(model, tokenizer, queries, job, args.amp)
         results = search_present(model, t, index, args, args.top, job)
         for query, hits in zip(queries, results):
+            if not hits and (index.file < 0).all():
+                raise DataError("all videos of the index are gone: without -n others are looked for")
             if not hits:
                 raise WeightsError(
                     f"{args.ckpt}: no score of {query!r} is a finite number, nothing can be "

@@ -147,7 +147,7 @@ class SearchPage(ThreadingHTTPServer):
     def pictures(self, path, start, end):
         """The frames that are taken of a piece. -> (their times, JPEGs)"""
         piece = read_segment(Segment(path, start, end), self.frames)
-        return piece.times, [jpeg(shrunk(frame, 144)) for frame in piece.frames]
+        return piece.times, [jpeg(shrunk(frame, 240)) for frame in piece.frames]
 
     def handle_error(self, request, address):
         """A client that goes away, or sends nonsense, ends nothing, and is not worth a word."""
@@ -241,16 +241,21 @@ class Handler(BaseHTTPRequestHandler):
         number = self.server.numbers[index.paths[hit.file]]
         nearest = nearest_of(hit.times, hit.at)
         images = ""
+        poster = ""
         for k in about_six(len(hit.times), nearest):
-            place = urlencode(dict(at=hit.times[k], start=hit.start, end=hit.end))
-            css = "nearest" if k == nearest else ""
-            images += (f'<img class="{css}" src="/frame/{number}?{esc(place)}" loading="lazy" '
+            values = dict(at=hit.times[k], start=hit.start, end=hit.end)
+            source = esc(f"/frame/{number}?{urlencode(values)}")
+            css = ""
+            if k == nearest:
+                css = "nearest"
+                poster = source
+            images += (f'<img class="{css}" src="{source}" loading="lazy" '
                        f'alt="at {clock(hit.times[k])}">')
         video = f"/video/{number}#t={hit.at:g}"
         return (f'<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>'
                 f'<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, index)}, '
                 f'score {hit.score:.4f}</p><div class="strip">{images}</div>'
-                f'<video controls preload="none" src="{video}"></video></li>')
+                f'<video controls preload="none" poster="{poster}" src="{video}"></video></li>')
 
     def send_video(self, path):
         """A file, or the part of it that is asked for: browsers need that to jump."""

@@ -155,7 +155,7 @@ def test_frames(site):
         shown = sum(2 ** k for k, value in enumerate(columns) if value > 120)
         times.append(float(re.search("at=([0-9.]+)", link)[1]))
         assert shown == round(4 * times[-1])
-    assert times == sorted(times) and height == 144
+    assert times == sorted(times) and height == 240
     number = link.split("?")[0]
     for values in ("", "?at=", "?at=x", "?at=1e9", "?at=1&start=inf", "?at=-1&end=b"):
         assert site.ask(number + values)[0] == 404
