@@ -478,6 +478,8 @@ def parse_args(argv=None):
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if not all(query.strip() for query in args.query):
         p.error("the query is empty: say what to look for")
+    if 0 < args.window < 0.01:
+        p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     return args
 
 
