@@ -37,7 +37,7 @@ from lib.tables import (
     warn_of_silent,
     warn_once,
 )
-from lib.video import Segment, read_frames
+from lib.video import SUFFIXES, Segment, read_frames, spelled
 
 SPLITS = ("train", "val", "test")
 
@@ -75,9 +75,13 @@ def train_transform(size):
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def test_transform(size):
-    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own."""
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+def test_transform(size, mode="shortest", interpolation="bicubic"):
+    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own.
+
+    mode: squash makes both sides P, as some other models want it.
+    """
+    sides = [size, size] if mode == "squash" else size
+    resize = v2.Resize(sides, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.CenterCrop(size)])
 
 
@@ -154,7 +158,6 @@ UNPACKED = (  # folders that the archives unpack to
     "videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo",
     "YouTubeClips", "Charades_v1_480",
 )
-SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")
 
 
 def _video_folders(root, videos=None):
@@ -175,7 +178,7 @@ def _find_video(folders, name):
     stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
     for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
         for folder in folders:
-            path = os.path.join(folder, other)
+            path = spelled(os.path.join(folder, other))
             if os.path.isfile(path):
                 return Segment(path)
     return Segment(os.path.join(folders[0], name))
@@ -207,7 +210,7 @@ def read_csv(path, root, split):
         if not 0 <= (start or 0) < last:
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be "
                             "negative")
-        yield Segment(str(Path(root) / name), start, end), row["caption"], where
+        yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
 
 
 def _seconds(text):

@@ -95,7 +95,7 @@ def encode_videos(
     T = model.frames
     device = model.clip.logit_scale.device
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    transform = data.test_transform(model.clip.image_size)
+    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
     frame_cache = FrameCache(cache, T) if cache else None
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
@@ -479,7 +479,7 @@ def write_results(args, model, scored, result, job):
         job.say("\n" + analysis_text(analysis))
     if args.report:
         log = os.path.splitext(args.ckpt)[0] + ".log.csv"
-        write_report(args.report, result, analysis, scored, t2v, log)
+        write_report(args.report, model, result, analysis, scored, t2v, log)
         job.say(f"report: {args.report}")
     if args.json:
         write_json(args.json, result)

@@ -30,12 +30,8 @@ from lib.index import ShardWriter, file_shard, fingerprint, newest_shards, open_
 from lib.options import add_common, load_model, write_json
 from lib.processes import ALONE, loading, run, start_processes, worker_place
 from lib.report import write_search_report
-from lib.video import Piece, Segment, read_pieces
+from lib.video import SUFFIXES, Piece, Segment, read_pieces, spelled
 
-SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
-    ".3gp", ".ogv",
-)
 INDEX = ".tmass-index"
 MEANS = 2 * 2 ** 30  # bytes of pooled frames that stay on a GPU: of 2 million pieces where D = 512
 ROWS = 1000          # pieces that are scored exactly at once
@@ -60,7 +56,7 @@ def list_videos(paths, new=True):
         raise TypeError(f"paths must be a list of folders and files, not {paths!r} itself")
     folders = []
     named = {}  # files, by the folder that they lie in
-    for path in map(os.fspath, paths):
+    for path in map(spelled, paths):
         if os.path.isdir(path):
             stamps = videos_below(path) if new else None
             folders.append(Folder(path, stamps, whole=new))
@@ -146,7 +142,7 @@ def encode_files(model, folder, names, writer, window, job=ALONE, workers=0, bat
     T = model.frames
     names = names[job.rank::job.world]
     segments = [Segment(os.path.join(folder.path, name)) for name in names]
-    transform = data.test_transform(model.clip.image_size)
+    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
     dataset = PieceDataset(segments, T, transform, window, batch)
     total = len(names) * job.world  # as if all processes were as far as this one
     progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)

@@ -27,7 +27,15 @@ from clip_model import CLIP, Tokenizer
 from eval import evaluate, format_metrics
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
-from lib.processes import Stopped, loading, noting_signals, process_died, run, start_processes
+from lib.processes import (
+    Gather,
+    Stopped,
+    loading,
+    noting_signals,
+    process_died,
+    run,
+    start_processes,
+)
 from lib.runs import (
     START_ONLY,
     Checkpoint,
@@ -37,6 +45,7 @@ from lib.runs import (
     earlier_run,
     go_on,
     only_run,
+    without_effect,
 )
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
@@ -148,6 +157,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()
+    model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
             note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
@@ -238,10 +248,12 @@ def collate(tokenizer, items):
 
 def read_batches(args, job, checkpoint, batches, annotations):
     """A context manager: what collate makes of each of the batches, read by worker processes."""
-    transform = data.test_transform if args.augment == "none" else data.train_transform
+    clip = checkpoint.model.clip
+    transform = data.train_transform(clip.image_size)
+    if args.augment == "none":
+        transform = data.test_transform(clip.image_size, *clip.resize)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
-    size = checkpoint.model.clip.image_size
-    dataset = data.PairDataset(annotations, args.frames, transform(size), args.seed, cache)
+    dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
     return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
                    args.workers, pin=job.device.type == "cuda")
 
@@ -253,32 +265,6 @@ def note_bad(bad, ids, skip, noted):
     noted += [str(error) for error in bad if str(error) not in noted]
     if ids is None:
         raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
-
-
-# ---- several processes ----
-
-class Gather(torch.autograd.Function):
-    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, by rank.
-
-    Every process computes the same loss of all rows, hence the same gradient: each keeps that of
-    its own rows, times the number of processes, as DistributedDataParallel averages. What comes out
-    is exactly one process' gradient.
-    """
-    @staticmethod
-    def forward(ctx, job, uneven, x):
-        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
-        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
-        # Each adds its own rows to zeros, which is exact.
-        first = sum(counts[:job.rank])
-        ctx.job = job
-        ctx.rows = slice(first, first + len(x))
-        joined = x.new_zeros(sum(counts), *x.shape[1:])
-        joined[ctx.rows] = x
-        return job.sum(joined)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
@@ -587,20 +573,6 @@ def announce(args, job, splits, optimizer, batches):
         job.say("no step: the starting point is the result")
     elif not splits["val"].segments:
         job.say("no validation split: the last epoch is the result")
-
-
-def without_effect(args):
-    """Settings that others make idle."""
-    if args.radius == "none":
-        yield from ("prior", "prior_std", "support_video")
-    if args.prior == "uniform":
-        yield "prior_std"
-    if args.support_weight == 0:
-        yield "support_video"
-    if args.pooling != "xpool":
-        yield from ("heads", "dropout")
-    if args.freeze_clip:
-        yield "clip_lr"
 
 
 def evaluation(args):

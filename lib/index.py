@@ -74,21 +74,12 @@ def keep_files(shard, keep):
 
 # ---- what embeddings depend on ----
 
-# The settings of clip_model.CLIP that were there when the format was fixed: those that came later
-# must not change the fingerprint of a model that is as it was, or all would be encoded again.
-FIRST_SETTINGS = (
-    "embed_dim", "image_size", "patch_size", "vision_width", "vision_layers",
-    "context_length", "vocab_size", "text_width", "text_layers", "quick_gelu",
-)
-
-
 def fingerprint(model, window):
     """What embeddings depend on, as 16 letters: the image tower, T and the window in seconds.
 
     Every weight counts, in a sum of its tensor's bits, and about 64 of each tensor by themselves.
     """
-    settings = {key: model.clip.config[key] for key in FIRST_SETTINGS}
-    known = FORMAT, model.frames, float(window), settings
+    known = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(known).encode())
     tensors = sorted(model.clip.visual.state_dict().items())
     sums = []

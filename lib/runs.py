@@ -353,3 +353,17 @@ class Checkpoint:
             path = beside(self.out, ".bad.txt")
             write_text(path, "\n".join([*lines, ""]))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
+
+
+def without_effect(args):
+    """Settings that others make idle."""
+    if args.radius == "none":
+        yield from ("prior", "prior_std", "support_video")
+    if args.prior == "uniform":
+        yield "prior_std"
+    if args.support_weight == 0:
+        yield "support_video"
+    if args.pooling != "xpool":
+        yield from ("heads", "dropout")
+    if args.freeze_clip:
+        yield "clip_lr"
