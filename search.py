@@ -513,6 +513,8 @@ def parse_args(argv=None):
     if args.query and (args.update or args.serve is not None):
         p.error("--update and --serve take no query")
     args.files |= args.end == "\0"
+    if 0 < args.window < 0.01:
+        p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     return args
 
 

@@ -563,6 +563,12 @@ def test_a_csv_with_splits_means_its_test_rows(folder, tmp_path, call):
     assert status == 0 and "split test: 2 texts, 2 videos" in out, err
 
 
+def test_pieces_of_no_length(folder, call):
+    arguments = "x", "--videos", folder / "videos", "--ckpt", folder / "model.pt", "--window"
+    for window in ("5e-324", "1e-09"):  # as many pieces as memory would hold
+        assert one_error(*call(*arguments, window, program=search), "--window", window)
+
+
 def test_a_cache_folder_of_nobody(folder, call, monkeypatch):
     monkeypatch.setenv("TMASS_CACHE", "~nosuchuser")
     arguments = "--ckpt", "ViT-B/32", "--data", folder / "one.csv"
