@@ -368,6 +368,7 @@ def mass_figure(i, model, scored):
     right = scored.ann.owner[i]
     found = scored.sims[i].argsort(descending=True).tolist()
     found.remove(right)
+    # With one video alone there is no wrong one, and nothing to compare.
     trials, seed, _ = scored.scoring.values()
     f = scored.f[[right, *found[:1]]]
     points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
