@@ -559,7 +559,7 @@ def answer(model, tokenizer, index, args, job):
         results = search_present(model, t, index, args, args.top, job)
         for query, hits in zip(queries, results):
             if not hits and (index.file < 0).all():
-                raise DataError("all videos of the index are gone: without -n others are looked for")
+                raise DataError("all videos of the index are gone: without -n, others are found")
             if not hits:
                 raise WeightsError(
                     f"{args.ckpt}: no score of {query!r} is a finite number, nothing can be "
