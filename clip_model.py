@@ -301,8 +301,6 @@ class CLIP(nn.Module):
     The attribute grad_checkpoint = True trades a third of the speed for memory in training.
     """
 
-    resize = ("shortest", "bicubic")  # how images become P x P
-
     def __init__(
         self,
         embed_dim,

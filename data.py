@@ -85,6 +85,11 @@ def test_transform(size, mode="shortest", interpolation="bicubic"):
     return v2.Compose([resize, v2.CenterCrop(size)])
 
 
+def transform_for(clip):
+    """test_transform as an encoder wants it; as CLIP's own where it does not say."""
+    return test_transform(clip.image_size, *getattr(clip, "resize", ()))
+
+
 class VideoDataset(Dataset):
     """Each segment once. Item v -> uint8 (T,3,P,P), or the DataError of a video that can't be read.
 

@@ -95,7 +95,7 @@ def encode_videos(
     T = model.frames
     device = model.clip.logit_scale.device
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
+    transform = data.transform_for(model.clip)
     frame_cache = FrameCache(cache, T) if cache else None
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]

@@ -146,7 +146,7 @@ def encode_files(
     T = model.frames
     names = [] if stopping else names[job.rank::job.world]
     segments = [Segment(os.path.join(folder.path, name)) for name in names]
-    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
+    transform = data.transform_for(model.clip)
     dataset = PieceDataset(segments, T, transform, window, batch)
     total = len(names) * job.world  # as if all processes were as far as this one
     progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)

@@ -251,7 +251,7 @@ def read_batches(args, job, checkpoint, batches, annotations):
     clip = checkpoint.model.clip
     transform = data.train_transform(clip.image_size)
     if args.augment == "none":
-        transform = data.test_transform(clip.image_size, *clip.resize)
+        transform = data.transform_for(clip)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
     dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
     return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
