@@ -211,16 +211,17 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W)."""
 
-    def __init__(self, width, heads, layers, activation):
+    def __init__(self, width, heads, layers, activation, mlp=None):
         super().__init__()
+        mlp = mlp or 4 * width
         self.outputs = None  # all tokens; Q: only the first Q of them, x (N,L,W) -> (N,Q,W)
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.c_fc = nn.Linear(width, 4 * width)
+        self.mlp.c_fc = nn.Linear(width, mlp)
         self.mlp.gelu = activation()
-        self.mlp.c_proj = nn.Linear(4 * width, width)
+        self.mlp.c_proj = nn.Linear(mlp, width)
         # What is added to the residual stream is smaller in a deeper tower, as in GPT-2.
         for layer in (self.attn.out_proj, self.mlp.c_proj):
             nn.init.normal_(layer.weight, std=(2 * layers * width) ** -0.5)
@@ -236,10 +237,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks. x (N,L,W) -> (N,L,W)."""
 
-    def __init__(self, width, heads, layers, activation):
+    def __init__(self, width, heads, layers, activation, mlp=None):
         super().__init__()
         self.resblocks = nn.ModuleList(
-            Block(width, heads, layers, activation) for _ in range(layers))
+            Block(width, heads, layers, activation, mlp) for _ in range(layers))
 
     def forward(self, x, causal=False, grad_checkpoint=False):
         for block in self.resblocks:
@@ -253,7 +254,9 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """The image tower. images (N,3,P,P), normalised -> (N,D), of the class token."""
 
-    def __init__(self, embed_dim, image_size, patch_size, width, heads, layers, activation):
+    def __init__(
+        self, embed_dim, image_size, patch_size, width, heads, layers, activation, mlp=None
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = normal(width, std=width ** -0.5)
@@ -261,7 +264,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = normal(tokens, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
-        self.transformer = Transformer(width, heads, layers, activation)
+        self.transformer = Transformer(width, heads, layers, activation, mlp)
         # Only the class token is read, so that the last MLP computes no other: 5 % of the time.
         self.transformer.resblocks[-1].outputs = 1
         self.proj = normal(width, embed_dim, std=width ** -0.5)
@@ -286,12 +289,19 @@ def heads_of(width):
     return max(1, width // 64)
 
 
+NO_SETTINGS = ("self", "unusual", "__class__")  # what else is local where a CLIP is made
+
+
 class CLIP(nn.Module):
     """CLIP with a vision transformer; CLIP(**clip.config) builds another of the same sizes.
 
     quick_gelu: the activation, QuickGELU (OpenAI) or else GELU (most others).
+    unusual: vision_heads, text_heads; vision_mlp, text_mlp, the width inside the MLPs; norm_eps;
+    mean and std, with which pixels are normalised. As OpenAI's, where they are not given.
     The attribute grad_checkpoint = True trades a third of the speed for memory in training.
     """
+
+    resize = ("shortest", "bicubic")  # how images become P x P
 
     def __init__(
         self,
@@ -305,9 +315,23 @@ class CLIP(nn.Module):
         text_width,
         text_layers,
         quick_gelu=True,
+        **unusual,
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {k: v for k, v in locals().items() if k not in NO_SETTINGS}
+        usual = dict(
+            vision_heads=heads_of(vision_width),
+            text_heads=heads_of(text_width),
+            vision_mlp=4 * vision_width,
+            text_mlp=4 * text_width,
+            norm_eps=1e-5,
+            mean=MEAN,
+            std=STD,
+        )
+        if unknown := unusual.keys() - usual.keys():
+            raise TypeError(f"CLIP has no setting {', '.join(unknown)}")
+        self.config |= {k: v for k, v in unusual.items() if v != usual[k]}
+        settings = usual | unusual
         self.embed_dim = embed_dim
         self.image_size = image_size
         self.grad_checkpoint = False
@@ -317,20 +341,29 @@ class CLIP(nn.Module):
             image_size,
             patch_size,
             vision_width,
-            heads_of(vision_width),
+            settings["vision_heads"],
             vision_layers,
             activation,
+            settings["vision_mlp"],
         )
         self.transformer = Transformer(
-            text_width, heads_of(text_width), text_layers, activation)
+            text_width,
+            settings["text_heads"],
+            text_layers,
+            activation,
+            settings["text_mlp"],
+        )
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = normal(context_length, text_width, std=0.01)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = normal(text_width, embed_dim, std=text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = settings["norm_eps"]
         # On the CPU even where from_state_dict builds the parameters without memory.
-        mean_std = torch.tensor([MEAN, STD], device="cpu").view(2, 3, 1, 1)
+        mean_std = torch.tensor([settings["mean"], settings["std"]], device="cpu").view(2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
 
     def encode_image(self, images):
@@ -350,30 +383,34 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     @classmethod
-    def from_state_dict(cls, sd, quick_gelu=True):
+    def from_state_dict(cls, sd, quick_gelu=True, **settings):
         """State dict with OpenAI's names -> CLIP in float32, its sizes read off the shapes."""
-        tokens, vision_width = sd["visual.positional_embedding"].shape
-        patch_size = sd["visual.conv1.weight"].shape[-1]
-        context_length, text_width = sd["positional_embedding"].shape
-        vocab_size, _ = sd["token_embedding.weight"].shape
-        _, embed_dim = sd["text_projection"].shape
-        image_size = math.isqrt(tokens) * patch_size  # of the patches and the class
-        blocks = [name for name in sd if name.endswith(".ln_1.weight")]
-        vision_layers = len([name for name in blocks if name.startswith("visual.")])
-        text_layers = len(blocks) - vision_layers
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            clip = cls(
-                embed_dim,
-                image_size,
-                patch_size,
-                vision_width,
-                vision_layers,
-                context_length,
-                vocab_size,
-                text_width,
-                text_layers,
-                quick_gelu,
-            )
+            clip = cls(**sizes_of(sd), quick_gelu=quick_gelu, **settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
         clip.load_state_dict(sd, assign=True)
         return clip
+
+
+def sizes_of(sd):
+    """The sizes that the shapes in a state dict with OpenAI's names tell. -> arguments of CLIP"""
+    tokens, vision_width = sd["visual.positional_embedding"].shape
+    patch_size = sd["visual.conv1.weight"].shape[-1]
+    context_length, text_width = sd["positional_embedding"].shape
+    vocab_size, _ = sd["token_embedding.weight"].shape
+    _, embed_dim = sd["text_projection"].shape
+    blocks = [name for name in sd if name.endswith(".ln_1.weight")]
+    vision_layers = len([name for name in blocks if name.startswith("visual.")])
+    return dict(
+        embed_dim=embed_dim,
+        image_size=math.isqrt(tokens) * patch_size,  # of the patches and the class
+        patch_size=patch_size,
+        vision_width=vision_width,
+        vision_layers=vision_layers,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        text_width=text_width,
+        text_layers=len(blocks) - vision_layers,
+        vision_mlp=sd["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        text_mlp=sd["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+    )

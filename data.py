@@ -6,13 +6,12 @@
 In this order: Annotations, what training and evaluation iterate over, the readers of each data
 set's own files, DATASETS, splits.
 """
-import bisect
 import functools
+import html
 import math
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,20 @@ from torchvision.transforms import v2
 from lib.common import DataError, Parser, mixed_seed, numeric, program
 from lib.processes import worker_place
 from lib.shapes import shapes_table
-from lib.tables import field_of, read_json, read_table, read_text, sentences
-from lib.video import Segment, read_frames
+from lib.tables import (
+    field_of,
+    first_ten,
+    has_splits,
+    listed_ids,
+    read_json,
+    read_table,
+    read_text,
+    sentences,
+    split_by_name,
+    warn_of_silent,
+    warn_once,
+)
+from lib.video import SUFFIXES, Segment, read_frames, spelled
 
 SPLITS = ("train", "val", "test")
 
@@ -64,9 +75,13 @@ def train_transform(size):
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def test_transform(size):
-    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own."""
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+def test_transform(size, mode="shortest", interpolation="bicubic"):
+    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own.
+
+    mode: squash makes both sides P, as some other models want it.
+    """
+    sides = [size, size] if mode == "squash" else size
+    resize = v2.Resize(sides, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.CenterCrop(size)])
 
 
@@ -143,7 +158,6 @@ UNPACKED = (  # folders that the archives unpack to
     "videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo",
     "YouTubeClips", "Charades_v1_480",
 )
-SUFFIXES = (".mp4", ".avi", ".mov", ".m4v", ".mpg", ".3gp", ".webm", ".mkv")
 
 
 def _video_folders(root, videos=None):
@@ -164,7 +178,7 @@ def _find_video(folders, name):
     stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
     for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
         for folder in folders:
-            path = os.path.join(folder, other)
+            path = spelled(os.path.join(folder, other))
             if os.path.isfile(path):
                 return Segment(path)
     return Segment(os.path.join(folders[0], name))
@@ -196,7 +210,7 @@ def read_csv(path, root, split):
         if not 0 <= (start or 0) < last:
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be "
                             "negative")
-        yield Segment(str(Path(root) / name), start, end), row["caption"], where
+        yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
 
 
 def _seconds(text):
@@ -211,15 +225,19 @@ def read_msrvtt(root, split, folders, size="9k"):
             yield segment, row["sentence"], f"{name}, row {line}"
         return
     segments = {}
-    for _, row in read_table(root / f"MSRVTT_train.{size}.csv", "msrvtt", ["video_id"]):
+    described = set()
+    table = f"MSRVTT_train.{size}.csv"
+    for _, row in read_table(root / table, "msrvtt", ["video_id"]):
         segments[row["video_id"]] = _find_video(folders, row["video_id"] + ".mp4")
     name = "MSRVTT_data.json"
     content = read_json(root / name, "msrvtt", dict)
     for number, sentence in enumerate(field_of(content, "sentences", name, list), 1):
         where = f"{name}, sentence {number}"
         video = field_of(sentence, "video_id", where)
+        described.add(video)
         if video in segments:
             yield segments[video], field_of(sentence, "caption", where), where
+    warn_of_silent(table, segments, described)
 
 
 LSMDC = dict(
@@ -290,19 +308,13 @@ def _read_didemo_json(root, name, folders):
         yield _find_video(folders, video), " ".join(paragraph), where
 
 
-@functools.cache
-def warn_once(line):
-    """A warning, by the first process only, and once though several splits read the same file."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {line}", file=sys.stderr)
-
-
 def read_vatex(root, split, folders):
     name = "vatex_training_v1.0.json"
     wanted = None
     if split != "train":  # the published validation file, halved by two lists
         name = "vatex_validation_v1.0.json"
-        wanted = set(read_text(root / f"{split}_list.txt", "vatex").split())
+        wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
+    described = set()
     for number, entry in enumerate(read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {number}"
         video = field_of(entry, "videoID", where)
@@ -310,6 +322,7 @@ def read_vatex(root, split, folders):
         if not match:
             raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; "
                             "fetch the file again")
+        described.add(video)
         if wanted is not None and video not in wanted:
             continue
         segment = _find_video(folders, video + ".mp4")
@@ -319,6 +332,7 @@ def read_vatex(root, split, folders):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
         for caption in sentences(entry, "enCap", where):
             yield segment, caption, where
+    warn_of_silent(f"{split}_list.txt", wanted or (), described)
 
 
 def read_charades(root, split, folders):
@@ -337,11 +351,13 @@ def read_msvd(root, split, folders):
     """
     name = "captions_msvd.json"
     captions = read_json(root / name, "msvd", dict)
-    videos = read_text(root / f"{split}_list.txt", "msvd").split()
+    table = f"{split}_list.txt"
+    videos = listed_ids(root / table, "msvd")
+    warn_of_silent(table, videos, captions)
     for line, video in enumerate(videos, 1):
         segment = _find_video(folders, video + ".avi")
         for caption in sentences(captions, video, name):
-            yield segment, caption, f"{split}_list.txt, row {line}"
+            yield segment, caption, f"{table}, row {line}"
 
 
 # ---- data sets ----
@@ -438,7 +454,7 @@ def _collect(rows):
     captions = []
     owner = []
     for segment, caption, line in rows:
-        if not caption.strip():
+        if not html.unescape(html.unescape(caption)).strip():  # as CLIP's tokenizer reads it
             raise DataError(f"{line}: empty caption; fill it in or delete it")
         if segment not in number:
             number[segment] = len(number)
@@ -455,7 +471,7 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     """The split that training and evaluation use; no test video is in another one. -> Annotations.
 
     A data set's own splits where it has them. Without a validation split, val_videos videos, a
-    seeded choice, are held out of train. A csv without a split column: see `_split_by_name`.
+    seeded choice, are held out of train. A csv without a split column: see `split_by_name`.
     """
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
@@ -475,42 +491,16 @@ def _divide_csv(path, root, split, videos):
     """The split of a csv without a split column."""
     annotations = load_annotations(path, root, "all", videos)
     base = videos or root or Path(path).parent
-    files = [os.path.relpath(segment.path, base) for segment in annotations.segments]
-    splits = _split_by_name(files)
+    names = {}  # as the csv has them, wherever it lies
+    for _, row in read_table(Path(path), "--data", ["video"]):
+        name = row["video"].strip()
+        names[str(Path(base, name))] = os.path.normpath(name)
+    splits = split_by_name([names[segment.path] for segment in annotations.segments])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
                         "or the column")
     return annotations
-
-
-def has_splits(path):
-    """Whether a csv has a split column."""
-    return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"])[0][1]
-
-
-def _split_by_name(files):
-    """80 % train, 10 % val, 10 % test by a hash of the file's name: adding videos moves none.
-
-    Only where train or test would get fewer than two files (nearly never from 60 on) do the nearest
-    by hash make up the two (of two or three files, the one): these may move when the list grows.
-    """
-    code = {name: zlib.crc32(os.fsencode(name)) for name in files}
-    order = sorted(code, key=lambda name: (code[name] % 10, code[name], name))
-    tenths = [code[name] % 10 for name in order]
-    least = min(2, len(order) // 2)
-    most = len(order) - least
-    test = min(max(bisect.bisect_left(tenths, 1), least), most)
-    train = max(min(bisect.bisect_left(tenths, 2), most), test)
-    split = dict.fromkeys(order[:test], "test") | dict.fromkeys(order[test:train], "val")
-    return [split.get(name, "train") for name in files]
-
-
-def first_ten(lines):
-    """The first ten lines, and how many more there are."""
-    if len(lines) <= 10:
-        return lines
-    return [*lines[:10], f"and {len(lines) - 10} more"]
 
 
 def present(annotations, skip_bad=False):

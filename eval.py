@@ -18,11 +18,13 @@ import torch.nn.functional as F
 
 import data
 from lib import exact
+from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, output
-from lib.options import add_common, load_model, write_json
+from lib.options import add_common, load_model, read_features, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
 from lib.shapes import shapes_ceiling
+from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
@@ -93,7 +95,7 @@ def encode_videos(
     T = model.frames
     device = model.clip.logit_scale.device
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    transform = data.test_transform(model.clip.image_size)
+    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
     frame_cache = FrameCache(cache, T) if cache else None
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
@@ -281,31 +283,38 @@ def score_split(
     trials=20,
     seed=24,
     expected=False,
+    features=None,
 ):
-    """Encode and score. Annotations -> Scored. name: of the model, for errors."""
+    """Encode and score. Annotations -> Scored. name: of the model, for errors.
+
+    features: t (N,D) and f (V,T,D), where they are made already.
+    """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
     bad = {} if skip_bad else None
-    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
-    if bad:
-        readable = [v for v in range(len(f)) if v not in bad]
-        f = f[readable]
-        ann = ann.take(readable)
-        say_left_out(job, f"{len(bad)} unreadable", ann)
-    if not ann.captions:
-        raise DataError("nothing to evaluate: no caption has a video that can be read")
-    # Equal captions are encoded once: so they tie exactly.
-    distinct = list(dict.fromkeys(ann.captions))
-    t = encode_texts(model, tokenizer, distinct, job, amp=amp)
+    # Equal texts are scored once: so they tie exactly.
+    if features:
+        t, f = features
+        t, rows = t.unique(dim=0, return_inverse=True)
+    else:
+        f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
+        if bad:
+            readable = [v for v in range(len(f)) if v not in bad]
+            f = f[readable]
+            ann = ann.take(readable)
+            say_left_out(job, f"{len(bad)} unreadable", ann)
+        if not ann.captions:
+            raise DataError("nothing to evaluate: no caption has a video that can be read")
+        row = {caption: i for i, caption in enumerate(dict.fromkeys(ann.captions))}
+        t = encode_texts(model, tokenizer, list(row), job, amp=amp)
+        rows = [row[caption] for caption in ann.captions]
     sims = score_all(model, t, f, job, **scoring)
     wrong = (~sims.isfinite()).sum().item()
     if wrong:
         raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, so "
                            "nothing can be ranked: its weights are damaged, or its training failed")
     model.train(training)
-    row = {caption: i for i, caption in enumerate(distinct)}
-    rows = [row[caption] for caption in ann.captions]
     left_out = list(bad.values()) if bad else []
     return Scored(t[rows], f, sims[rows], ann, left_out, scoring)
 
@@ -361,35 +370,42 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--ckpt", default="model.pt",
-                   help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
-                        "ViT-B/32 or the like, or a file (default: %(default)s)")
-    p.add_argument("--data",
-                   help="name of a data set or path of a .csv (default: what --ckpt trained on)")
-    p.add_argument("--root",
-                   help="folder of the data set (default: as in training; for a .csv, its own)")
-    p.add_argument("--videos", metavar="DIR",
-                   help="folder of its videos (default: as in training, or within --root)")
-    p.add_argument("--split", choices=(*data.SPLITS, "all"),
-                   help="(default: test; all of a .csv that --ckpt did not train on)")
-    p.add_argument("--dsl", action="store_true",
-                   help="add rows with dual softmax, which uses all queries at once")
-    p.add_argument("--released-protocol", action="store_true",
-                   help="add what the released, LEAKING evaluation reports")
-    p.add_argument("--analyze", action="store_true",
-                   help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
-                        "complexity and caption length")
-    g = add_common(p, batch=16)
-    g.add_argument("--save", metavar="FILE",
-                   help="write similarities, ranks, embeddings, captions and segments there")
-    g.add_argument("--cache", metavar="DIR",
-                   help="keep every video's sampled frames there as JPEG (default: where training "
-                        "kept those of the same data set)")
-    g.add_argument("--skip-bad", action="store_true",
-                   help="leave unreadable videos out and count them (default: stop)")
+    add = p.add_argument
+    add("--ckpt", default="model.pt",
+        help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
+             "ViT-B/32 or the like, or a file (default: %(default)s)")
+    add("--data",
+        help="name of a data set or path of a .csv (default: what --ckpt trained on)")
+    add("--root",
+        help="folder of the data set (default: as in training; for a .csv, its own)")
+    add("--videos", metavar="DIR",
+        help="folder of its videos (default: as in training, or within --root)")
+    add("--split", choices=(*data.SPLITS, "all"),
+        help="(default: test; all of a .csv without that column that --ckpt did not "
+             "train on)")
+    add("--features", metavar="FILE",
+        help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
+             "owner (N,), the number of each text's video, as --save writes them")
+    add("--dsl", action="store_true",
+        help="add rows with dual softmax, which uses all queries at once")
+    add("--released-protocol", action="store_true",
+        help="add what the released, LEAKING evaluation reports")
+    add("--analyze", action="store_true",
+        help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
+             "complexity and caption length")
+    add = add_common(p, batch=16).add_argument
+    add("--save", metavar="FILE",
+        help="write similarities, ranks, embeddings, captions and segments there")
+    add("--cache", metavar="DIR",
+        help="keep every video's sampled frames there as JPEG (default: where training "
+             "kept those of the same data set)")
+    add("--skip-bad", action="store_true",
+        help="leave unreadable videos out and count them (default: stop)")
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
+    if args.features and (args.data or args.frames):
+        p.error("--features takes the place of --data and --frames")
     return args
 
 
@@ -397,8 +413,8 @@ def as_trained(args, config, job):
     """What is not given in args becomes what it was in training, on the same data set."""
     cache = args.cache
     for name in ("data", "root", "videos", "cache"):
-        if getattr(args, name) is None:
-            setattr(args, name, config.get(name))
+        if getattr(args, name) is None and isinstance(config.get(name), str):
+            setattr(args, name, config[name])
     # Frames from training's cache went through JPEG: with them training's numbers come out again.
     if args.cache != cache and not os.path.isdir(args.cache):
         job.say(f"{args.cache}, where training kept its frames, is gone: numbers can differ a "
@@ -417,7 +433,8 @@ def load_data(args, config, job):
     if same:
         as_trained(args, config, job)
     if args.split is None:  # no row of another .csv was trained on
-        args.split = "test" if same or not args.data.endswith(".csv") else "all"
+        whole = args.data.endswith(".csv") and not has_splits(args.data)
+        args.split = "all" if whole and not same else "test"
     ann = data.load_split(
         args.data,
         args.root,
@@ -462,7 +479,7 @@ def write_results(args, model, scored, result, job):
         job.say("\n" + analysis_text(analysis))
     if args.report:
         log = os.path.splitext(args.ckpt)[0] + ".log.csv"
-        write_report(args.report, result, analysis, scored, t2v, log)
+        write_report(args.report, model, result, analysis, scored, t2v, log)
         job.say(f"report: {args.report}")
     if args.json:
         write_json(args.json, result)
@@ -474,7 +491,15 @@ def main(argv=None):
     args = parse_args(argv)
     job = start_processes(args.device)
     model, tokenizer, config = load_model(args, job)
-    ann, missing = load_data(args, config, job)
+    missing = 0
+    features = None
+    if args.features:
+        ann, features = read_features(args.features, model)
+        args.data = args.features
+        args.split = "all"
+    else:
+        ann, missing = load_data(args, config, job)
+        say_cut(job, tokenizer, ann.captions, args.split)
     scored = score_split(
         model,
         tokenizer,
@@ -485,10 +510,11 @@ def main(argv=None):
         cache=args.cache,
         batch=args.batch,
         amp=args.amp,
-        name=args.ckpt,
+        name=args.features or args.ckpt,
         trials=args.trials,
         seed=args.seed,
         expected=args.expected,
+        features=features,
     )
     result = summarise(model, scored, args.dsl, args.released_protocol)
     for name in ("ckpt", "data", "split", "amp"):

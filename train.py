@@ -25,9 +25,28 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from clip_model import CLIP, Tokenizer
 from eval import evaluate, format_metrics
+from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
-from lib.processes import Stopped, loading, noting_signals, process_died, run, start_processes
-from lib.runs import START_ONLY, Checkpoint, Log, earlier_run, go_on, only_run
+from lib.processes import (
+    Gather,
+    Stopped,
+    loading,
+    noting_signals,
+    process_died,
+    run,
+    start_processes,
+)
+from lib.runs import (
+    START_ONLY,
+    Checkpoint,
+    Log,
+    board,
+    check_settings,
+    earlier_run,
+    go_on,
+    only_run,
+    without_effect,
+)
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
 from lib.weights import build_own, load_checkpoint, load_strictly
@@ -47,6 +66,7 @@ BASE = dict(
     epochs=5,
     head_lr=1e-5,
     clip_lr=1e-6,
+    freeze_clip=False,
     weight_decay=0.2,
     warmup=0.1,
     augment="crop-flip",
@@ -137,6 +157,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()
+    model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
             note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
@@ -227,10 +248,12 @@ def collate(tokenizer, items):
 
 def read_batches(args, job, checkpoint, batches, annotations):
     """A context manager: what collate makes of each of the batches, read by worker processes."""
-    transform = data.test_transform if args.augment == "none" else data.train_transform
+    clip = checkpoint.model.clip
+    transform = data.train_transform(clip.image_size)
+    if args.augment == "none":
+        transform = data.test_transform(clip.image_size, *clip.resize)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
-    size = checkpoint.model.clip.image_size
-    dataset = data.PairDataset(annotations, args.frames, transform(size), args.seed, cache)
+    dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
     return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
                    args.workers, pin=job.device.type == "cuda")
 
@@ -242,32 +265,6 @@ def note_bad(bad, ids, skip, noted):
     noted += [str(error) for error in bad if str(error) not in noted]
     if ids is None:
         raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
-
-
-# ---- several processes ----
-
-class Gather(torch.autograd.Function):
-    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, by rank.
-
-    Every process computes the same loss of all rows, hence the same gradient: each keeps that of
-    its own rows, times the number of processes, as DistributedDataParallel averages. What comes out
-    is exactly one process' gradient.
-    """
-    @staticmethod
-    def forward(ctx, job, uneven, x):
-        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
-        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
-        # Each adds its own rows to zeros, which is exact.
-        first = sum(counts[:job.rank])
-        ctx.job = job
-        ctx.rows = slice(first, first + len(x))
-        joined = x.new_zeros(sum(counts), *x.shape[1:])
-        joined[ctx.rows] = x
-        return job.sum(joined)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, gradient[ctx.rows] * ctx.job.world
 
 
 # ---- what is trained ----
@@ -301,8 +298,12 @@ def build(args, captions, saved, job):
 def make_optimizer(model, args):
     """AdamW with a group for CLIP and one for what T-MASS adds. peak: a group's highest rate."""
     head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+    clip = [] if args.freeze_clip else list(model.clip.parameters())
+    if not head + clip:
+        raise DataError("--freeze-clip leaves nothing to train: choose --pooling xpool, or a "
+                        "--radius that learns")
     groups = [
-        dict(params=list(model.clip.parameters()), peak=args.clip_lr),
+        dict(params=clip, peak=args.clip_lr),
         dict(params=head, peak=args.head_lr),
     ]
     # differs from the released code, which does not correct epsilon's bias and decays last
@@ -360,8 +361,8 @@ def parser():
     def option(name, text, kind=None, default=None):
         """kind: the type of the value, or the choices; bool: there is no value."""
         more = {"type" if callable(kind) else "choices": kind, "default": default}
-        if kind is bool:
-            more = {"action": "store_true"}
+        if kind is bool:  # what a run keeps is unknown until the recipe or that run says it
+            more = {"action": "store_true", "default": None if name in BASE else False}
         shown = BASE.get(name, default)
         if shown is not None:
             text += f" (default: {shown})"
@@ -406,6 +407,7 @@ def parser():
            numeric(int, 2, 10 ** 6))
     option("head_lr", "peak learning rate of pooling and radius", rate)
     option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
+    option("freeze_clip", "leave CLIP as it is, and train pooling and radius alone", bool)
     option("weight_decay", "of AdamW", rate)
     option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
            numeric(float, 0, 1))
@@ -416,6 +418,7 @@ def parser():
     option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
     option("save_every", "steps between two saves; each epoch ends with one", count, 500)
     option("log_every", "steps between two lines", count, 20)
+    option("tensorboard", "folder for TensorBoard: what the log has, as curves", board)
     option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
            "it; or in float16 with a scaled loss (T4, V100)", AMP)
     option("device", "cpu, cuda or mps", default=DEVICE)
@@ -429,7 +432,11 @@ def settle(args, world=1):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     saved = earlier_run(args)
-    config = saved["config"] if saved else {}
+    config = {}
+    if saved:
+        config = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
+        if args.data not in (None, config.get("data")):  # the same, at another place
+            config.update(root=None, videos=None)
     name = args.data or config.get("data", "shapes")
     vars(args).update(BASE | RECIPES.get(name, {}) | config | given | {"data": name})
     # A mass of no size has no support text: this is X-Pool.
@@ -484,16 +491,18 @@ def train(args, job):
     model.clip.grad_checkpoint = args.grad_checkpoint
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
-    checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, saved)
+    checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, splits, saved)
     checkpoint.bad_videos += missing
     pairs = len(splits["train"].captions)
     batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
                       job.world)
     announce(args, job, splits, optimizer, batches)
+    say_cut(job, tokenizer, splits["train"].captions, "train")
     if saved is None:
         if args.pretrain:
             pretrain(model, tokenizer, args, scaler, job)
         checkpoint.save(0)
+    model.clip.requires_grad_(not args.freeze_clip)
     # All of it has been copied: let the memory go.
     del saved
 
@@ -536,6 +545,8 @@ def load_splits(args, job):
         split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
         splits[name], gone = data.present(split, args.skip_bad)
         missing += gone
+        if gone and not splits[name].segments:
+            job.say(f"{name}: all of its {len(gone)} videos are missing")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
     pairs = len(splits["train"].captions)
@@ -562,18 +573,6 @@ def announce(args, job, splits, optimizer, batches):
         job.say("no step: the starting point is the result")
     elif not splits["val"].segments:
         job.say("no validation split: the last epoch is the result")
-
-
-def without_effect(args):
-    """Settings that others make idle."""
-    if args.radius == "none":
-        yield from ("prior", "prior_std", "support_video")
-    if args.prior == "uniform":
-        yield "prior_std"
-    if args.support_weight == 0:
-        yield "support_video"
-    if args.pooling != "xpool":
-        yield from ("heads", "dropout")
 
 
 def evaluation(args):

@@ -7,6 +7,7 @@ import csv
 import data
 from lib.common import DataError, Progress, check_output, escaped, output
 from lib.processes import loading
+from lib.tables import first_ten, has_splits
 from lib.video import FrameCache
 
 HEADER = "video,problem\n"  # the first line of what --list writes
@@ -40,7 +41,7 @@ def check(args):
 
 def _splits(name):
     """The splits that a data set has; a csv without a split column has one."""
-    if name.endswith(".csv") and not data.has_splits(name):
+    if name.endswith(".csv") and not has_splits(name):
         return ["all"]
     return data.DATASETS[name].splits() if name in data.DATASETS else data.SPLITS
 
@@ -61,13 +62,28 @@ def _check_split(args, split, annotations, frames, cache):
         if number:
             counts[k] += f" (published {number})"
     print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
+    # A table of one's own need not have videos to validate with.
+    if not texts and (split != "val" or args.data in data.DATASETS):
+        missing.append(("", f"{split}: no caption is of this split"))
     _print_problems(missing)
     bad = []
     if args.decode:
         bad = _decode(there.segments, frames, cache, args.workers)
-        print(f"      {videos - len(missing) - len(bad)} decode, {len(bad)} don't")
+        print(f"      {len(there.segments) - len(bad)} decode, {len(bad)} don't")
         _print_problems(bad)
     return missing + bad
+
+
+def say_cut(job, tokenizer, captions, what):
+    """Say how many captions are longer than the encoder reads. Only our tokenizer tells."""
+    if job.rank or not hasattr(tokenizer, "encode"):
+        return
+    most = tokenizer.context_length - 2  # start and end
+    # A token is a byte at least: short ones need not be read.
+    cut = [x for x in captions if len(x.encode()) > most < len(tokenizer.encode(x))]
+    if cut:
+        job.say(f"{what}: {len(cut)} captions are longer than {most} tokens, and are cut; the "
+                f"first: {escaped(cut[0]):.60}")
 
 
 def _decode(segments, frames, cache, workers):
@@ -85,5 +101,5 @@ def _decode(segments, frames, cache, workers):
 
 
 def _print_problems(problems):
-    for line in data.first_ten([line for _, line in problems]):
+    for line in first_ten([line for _, line in problems]):
         print(f"      {escaped(line)}")

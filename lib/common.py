@@ -40,6 +40,7 @@ CURES = {  # what the system, Python and torch say -> what helps
         "use fewer --workers, or allow more files (ulimit -n 4096)",
     "shared memory|torch_.*(No space left|Bus error)":
         "give /dev/shm more room (docker run --shm-size 8g, or --ipc=host), or use fewer --workers",
+    "determine home directory": "set TMASS_CACHE or HOME to a folder that exists",
 }
 
 

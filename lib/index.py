@@ -20,11 +20,8 @@ import torch.nn.functional as F
 
 from lib.common import DataError, escaped, write_text, written_whole
 from lib.processes import ALONE
+from lib.video import SUFFIXES, spelled
 
-SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
-    ".3gp", ".ogv",
-)
 INDEX = ".tmass-index"
 FORMAT = "tmass index 2"
 FULL = 1000             # a shard is saved when it has so many pieces
@@ -55,7 +52,7 @@ def list_videos(paths, new=True):
         raise TypeError(f"paths must be a list of folders and files, not {paths!r} itself")
     folders = []
     named = {}  # files, by the folder that they lie in
-    for path in map(os.fspath, paths):
+    for path in map(spelled, paths):
         if os.path.isdir(path):
             refused = []
             stamps = videos_below(path, refused) if new else None
@@ -177,21 +174,12 @@ def keep_files(shard, keep):
 
 # ---- what embeddings depend on ----
 
-# The settings of clip_model.CLIP that were there when the format was fixed: those that came later
-# must not change the fingerprint of a model that is as it was, or all would be encoded again.
-FIRST_SETTINGS = (
-    "embed_dim", "image_size", "patch_size", "vision_width", "vision_layers",
-    "context_length", "vocab_size", "text_width", "text_layers", "quick_gelu",
-)
-
-
 def fingerprint(model, window):
     """What embeddings depend on, as 16 letters: the image tower, T and the window in seconds.
 
     Every weight counts, in a sum of its tensor's bits, and about 64 of each tensor by themselves.
     """
-    settings = {key: model.clip.config[key] for key in FIRST_SETTINGS}
-    known = FORMAT, model.frames, float(window), settings
+    known = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(known).encode())
     tensors = sorted(model.clip.visual.state_dict().items())
     sums = []

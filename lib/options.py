@@ -5,44 +5,50 @@ import os
 
 import torch
 
-from lib.common import DataError, WeightsError, check_output, numeric, output
-from lib.weights import load_checkpoint
+import data
+from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
+from lib.video import Segment
+from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
 def add_common(parser, batch):
     """Add the options that evaluation and search share. -> the last group of them."""
-    g = parser.add_argument_group("scoring")
-    g.add_argument("--trials", type=numeric(int, 0, 10 ** 5), default=20,
-                   help="M, samples of the text mass; 0: the point text (default: %(default)s)")
-    g.add_argument("--expected", action=argparse.BooleanOptionalAction, default=False,
-                   help="score by the average best of M in closed form, without noise "
-                        "(default: %(default)s)")
-    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
-                   help="of the samples (default: %(default)s)")
-    g.add_argument("--prior", choices=PRIORS,
-                   help="of the samples (default: as trained; released code: uniform)")
-    g.add_argument("--prior-std", type=numeric(float, 0, 1e6),
-                   help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
-    g.add_argument("--pooling", choices=POOLINGS,
-                   help="how frames become a video; mean and query need no weights "
-                        "(default: as trained; CLIP: query)")
+    add = parser.add_argument_group("scoring").add_argument
+    add("--trials", type=numeric(int, 0, 10 ** 5), default=20,
+        help="M, samples of the text mass; 0: the point text (default: %(default)s)")
+    add("--expected", action=argparse.BooleanOptionalAction, default=False,
+        help="score by the average best of M in closed form, without noise "
+             "(default: %(default)s)")
+    add("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
+        help="of the samples (default: %(default)s)")
+    add("--prior", choices=PRIORS,
+        help="of the samples (default: as trained; released code: uniform)")
+    add("--prior-std", type=numeric(float, 0, 1e6),
+        help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
+    add("--pooling", choices=POOLINGS,
+        help="how frames become a video; mean and query need no weights "
+             "(default: as trained; CLIP: query)")
+    add("--frames", type=numeric(int, 1, 1000), metavar="T",
+        help="frames sampled per video, where the radius is not tied to the number in "
+             "training, as linear is (default: as trained)")
     g = parser.add_argument_group("run")
-    g.add_argument("--activation", choices=("quickgelu", "gelu"),
-                   help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
-                        "LAION's gelu")
-    g.add_argument("--amp", choices=("off", "bf16"), default="off",
-                   help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
-                        "scores move by about 3e-4 (default: %(default)s)")
-    g.add_argument("--json", metavar="FILE", help="write the result there too")
-    g.add_argument("--report", metavar="FILE",
-                   help="write a page to look at: one .html file with frames and settings")
-    g.add_argument("--batch", type=numeric(int, 1, 10 ** 6), default=batch,
-                   help="videos encoded at once (default: %(default)s)")
-    g.add_argument("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-                   help="processes that decode videos (default: %(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="(default: %(default)s)")
+    add = g.add_argument
+    add("--activation", choices=("quickgelu", "gelu"),
+        help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
+             "LAION's gelu")
+    add("--amp", choices=("off", "bf16"), default="off",
+        help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
+             "scores move by about 3e-4 (default: %(default)s)")
+    add("--json", metavar="FILE", help="write the result there too")
+    add("--report", metavar="FILE",
+        help="write a page to look at: one .html file with frames and settings")
+    add("--batch", type=numeric(int, 1, 10 ** 6), default=batch,
+        help="videos encoded at once (default: %(default)s)")
+    add("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
+        help="processes that decode videos (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)")
     return g
 
 
@@ -77,16 +83,54 @@ def load_model(args, job):
             raise WeightsError(f"--pooling {args.pooling}: {args.ckpt} has no weights for it; "
                                "choose mean or query")
         model.config = dict(model.config, pooling=args.pooling)
+    if args.frames:
+        try:
+            model.radius(torch.zeros(args.frames))
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(f"--frames {args.frames}: {error}") from None
+        model.frames = args.frames
+        model.config = dict(model.config, frames=args.frames)
     model.to(job.device)
     model.prior = args.prior or model.prior
     if args.prior_std is not None:
         model.prior_std = args.prior_std
-    std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
-    drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
-    job.say(f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, "
-            f"radius {model.config['radius']}, {args.trials} samples, "
-            f"prior {model.prior}{std}, {drawn}, on {job.device}")
+    said = [f"{args.ckpt}: T={model.frames}", f"pooling {model.config['pooling']}"]
+    said.append(f"radius {model.config['radius']}")
+    if model.config["radius"] != "none" and args.trials:  # else nothing is sampled
+        std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
+        drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+        said += [f"{args.trials} samples", f"prior {model.prior}{std}", drawn]
+    job.say(f"{', '.join(said)}, on {job.device}")
     return model, tokenizer, config
+
+
+def read_features(path, model):
+    """Features made elsewhere. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
+
+    Where the file does not say captions and clips, as --save does, they have numbers for names.
+    """
+    content = read_weights(path)
+    device = model.clip.logit_scale.device
+    try:
+        t = content["t"].float().to(device)
+        f = content["f"].float().to(device)
+        owner = torch.as_tensor(content["owner"])
+        N = len(t)
+        V = len(f)
+        model.frames = f.shape[1]
+        model.config = dict(model.config, frames=model.frames)
+        model.score(t[:1], f[:1], 1)  # fails where they do not fit each other, or the model
+        captions = content.get("captions", [f"text {i}" for i in range(N)])
+        clips = content.get("clips", [(f"video {v}",) for v in range(V)])
+        sizes = len(owner), len(captions), len(clips), len(owner.bincount(minlength=V))
+        if sizes != (N, N, V, V):
+            raise ValueError(f"it has N, N, V, V = {sizes}")
+        segments = [Segment(*clip) for clip in clips]
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
+             "numbers of the texts' videos, of the D, and the T if the radius is "
+             f"linear, of --ckpt: {first_line(error)}") from None
+    return data.Annotations(segments, captions, owner.tolist()), (t, f)
 
 
 def write_json(path, content):

@@ -55,12 +55,6 @@ tr:last-child>*{border-bottom:0}
 th:first-child{text-align:left;font-weight:500;min-width:7.5em}
 thead th{color:var(--soft);font-weight:500;font-size:.88rem}
 td small{display:block;color:var(--soft);font-size:.78rem;white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;
-margin:1.2rem 0}
-.tiles div{background:var(--card);border:1px solid var(--rule);border-radius:12px;
-padding:12px 16px}
-.tiles b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
-.tiles span{color:var(--soft);font-size:.85rem}
 ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
 ol figure{margin:0}
 .strip{display:flex;gap:3px;align-items:flex-start}
@@ -86,6 +80,14 @@ svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13p
 [class^=line]{fill:none;stroke:var(--on);stroke-width:2;stroke-linecap:round}
 .line1{stroke-dasharray:7 4;stroke:var(--off)}.line2{stroke-dasharray:2 4;stroke:var(--ink)}
 .line3{stroke-dasharray:9 4 2 4;stroke:var(--soft)}
+.mass path{fill:none;stroke:var(--on);stroke-width:1.6;stroke-linecap:round}
+.mass .grid{stroke:var(--rule)}.mass .axis{stroke:var(--soft)}
+.mass .wrong,.mass .v_wrong{stroke:var(--off)}.mass .wrong{stroke-width:1.1}
+.mass .right{stroke-width:4.4}.mass .v_right{fill:var(--on)}.mass .frame{stroke:var(--soft)}
+.mass .support{fill:var(--card)}.mass .best,.mass .support,.mass .t{stroke:var(--ink)}
+.mass .best,.mass .support{stroke-width:2.4}.mass .t{stroke-width:11}
+@media(max-width:520px){.card{padding:12px 8px}table{font-size:.78rem}th,td{padding:5px 3px}
+th:first-child{min-width:0}thead th{font-size:.74rem}td small{font-size:.66rem;white-space:normal}}
 .key{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);margin:.3rem 0 0}
 .key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
 """
@@ -291,11 +293,11 @@ class Axes(NamedTuple):
 MARKS = {"on": "M1 13V3H25V13Z", "off": "M1 13V3H25V13Z", "diamond": "M13 1L19 7L13 13L7 7Z"}
 
 
-def key(entries):
-    """A legend. entries: {class of the mark: text}."""
+def key(entries, marks=MARKS):
+    """A legend. entries: {class of the mark: text}; marks: {class: path}."""
     spans = ""
     for css, text in entries.items():
-        path = MARKS.get(css, "M1 7H25")
+        path = marks.get(css, "M1 7H25")
         spans += ('<span><svg viewBox="0 0 26 14" aria-hidden="true">'
                   f'<path class="{css}" d="{path}"/></svg>{esc(text)}</span>')
     return f'<p class="key">{spans}</p>'

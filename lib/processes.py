@@ -71,6 +71,30 @@ class Job(NamedTuple):
             dist.barrier()
 
 
+class Gather(torch.autograd.Function):
+    """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, by rank.
+
+    Every process computes the same loss of all rows, hence the same gradient: each keeps that of
+    its own rows, times the number of processes, as DistributedDataParallel averages. What comes out
+    is exactly one process' gradient.
+    """
+    @staticmethod
+    def forward(ctx, job, uneven, x):
+        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
+        # Each adds its own rows to zeros, which is exact.
+        first = sum(counts[:job.rank])
+        ctx.job = job
+        ctx.rows = slice(first, first + len(x))
+        joined = x.new_zeros(sum(counts), *x.shape[1:])
+        joined[ctx.rows] = x
+        return job.sum(joined)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, gradient[ctx.rows] * ctx.job.world
+
+
 ALONE = Job()
 # Processes wait for each other while one of them downloads, reads more videos than the others, or
 # while a person thinks at a prompt; torch's 10 minutes (NCCL) or 30 (gloo) would end such a job.

@@ -3,6 +3,7 @@
 `analyze` computes and `analysis_text` prints: intervals of recall, relevant against irrelevant
 pairs, recall by third. `write_report` and `write_search_report` write a page each (lib/page.py).
 """
+import functools
 import math
 import os
 import textwrap
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from lib import exact
 from lib.common import clock
+from lib.mass import draw_mass, measure_mass
 from lib.page import (
     esc,
     histogram_chart,
@@ -37,12 +39,9 @@ RESAMPLES = 2000     # of a bootstrap
 def frame_diversity(f):
     """Mean cosine distance between two frames of a video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
-    unit = F.normalize(f, dim=-1)
+    total = F.normalize(f, dim=-1).sum(1)
     # |Σ_j f_j|² = T + Σ_{j≠k} cos(f_j, f_k): no matrix of all pairs is needed.
-    pairs = unit.sum(1).square().sum(-1) - T
-    if T == 1:
-        return torch.zeros_like(pairs)
-    return 1 - pairs / (T * (T - 1))
+    return (T * T - total.square().sum(-1)) / max(1, T * (T - 1))
 
 
 def bootstrap(hits, video, generator):
@@ -88,9 +87,15 @@ def thirds(values, hits, video, generator):
         inside = values[chosen].tolist()
         if inside:  # it is empty where too many texts have the same value
             samples, point = bootstrap(hits[chosen], video[chosen], generator)
-            row = dict(third=name, least=min(inside), most=max(inside), texts=len(inside))
-            row.update(R1=samples["value"], low=samples["low"], high=samples["high"])
-            rows.append(dict(row, R1_point=point["value"]))
+            samples["R1"] = samples.pop("value")
+            rows.append(dict(
+                samples,
+                third=name,
+                least=min(inside),
+                most=max(inside),
+                texts=len(inside),
+                R1_point=point["value"],
+            ))
     return rows
 
 
@@ -114,8 +119,7 @@ def radius_l1(model, t, f, i, j):
         S = F.cosine_similarity(t[texts, None], f[videos], dim=-1)  # (P,T)
         # A radius that is the same for all dimensions is (P,1).
         R = model.radius(S).expand(len(S), t.shape[1])
-        size = R.abs().sum(-1)
-        sizes.append(size.cpu())
+        sizes.append(R.norm(1, dim=-1).cpu())
     return torch.cat(sizes)
 
 
@@ -133,19 +137,19 @@ def spread(x):
     return dict(mean=mean, std=std)
 
 
-def histogram(relevant, irrelevant):
-    """Counts in common bins; what is not a number is left out. (P,), (Q,) -> dict."""
-    both = torch.cat([relevant, irrelevant])
-    both = both[both.isfinite()].tolist() or [0, 1]
-    low = min(both)
-    high = max(both)
+def histogram(pairs):
+    """Counts in common bins; what is not a number is left out. {kind: (P,)} -> dict."""
+    values = torch.cat(list(pairs.values()))
+    values = values[values.isfinite()].tolist() or [0, 1]
+    low = min(values)
+    high = max(values)
     # Where all are equal, as |R|₁ = 0 of radius none, the bins would have no width.
     if high - low < 1e-6 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     out = dict(edges=edges.tolist())
-    for kind, x in (("relevant", relevant), ("irrelevant", irrelevant)):
+    for kind, x in pairs.items():
         counts = torch.histc(x.double(), BINS, low, high)
         out[kind] = counts.long().tolist()
     return out
@@ -161,8 +165,7 @@ def analyze(model, scored, t2v, v2t):
     """
     t, f, sims, ann, *_ = scored
     sims = sims.cpu()
-    trials = scored.scoring["trials"]
-    seed = scored.scoring["seed"]
+    trials, seed, _ = scored.scoring.values()
     generator = torch.Generator().manual_seed(seed)
     owner = torch.tensor(ann.owner)
     N, V = sims.shape
@@ -189,10 +192,9 @@ def analyze(model, scored, t2v, v2t):
             best=spread(best[kind]),
             radius=spread(size[kind]),
             best_beats_point=spread(beats)["mean"],
+            sampled=kind == "irrelevant" and N * (V - 1) > MOST_PAIRS,
         )
-    out["relevant"]["sampled"] = False
-    out["irrelevant"]["sampled"] = N * (V - 1) > MOST_PAIRS
-    out["histograms"] = dict(similarity=histogram(**best), radius=histogram(**size))
+    out["histograms"] = dict(similarity=histogram(best), radius=histogram(size))
 
     hits = torch.stack([t2v <= 1, margins(point, owner) > 0], 1)
     out["point_R1"] = 100 * hits[:, 1].double().mean().item()
@@ -262,11 +264,9 @@ def pairs_table(a):
     kinds = (a["relevant"], a["irrelevant"])
     rows = []
     for key, (label, digits) in PAIR_ROWS.items():
-        row = [label]
-        for kind in kinds:
-            x = kind[key]
-            row.append(f"{number(x['mean'], digits)} ± {number(x['std'], digits)}")
-        rows.append(row)
+        pair = [kind[key] for kind in kinds]
+        cells = [f"{number(x['mean'], digits)} ± {number(x['std'], digits)}" for x in pair]
+        rows.append([label, *cells])
     beats = [number(kind["best_beats_point"]) for kind in kinds]
     rows.append(["best sample beats point text, %", *beats])
     return ["mean ± std", "relevant", "irrelevant"], rows
@@ -285,14 +285,12 @@ def thirds_table(a, key):
 
 def text_table(heads, rows):
     """A table for the terminal: the first column to the left, the others to the right."""
-    lengths = [[len(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(column) for column in zip(*lengths)]
-    lines = []
-    for first, *others in (heads, *rows):
-        line = first.ljust(widths[0])
-        for cell, width in zip(others, widths[1:]):
-            line += cell.rjust(width + 2)
-        lines.append(line)
+    first, *others = zip(heads, *rows)
+    width = max(map(len, first))
+    lines = [cell.ljust(width) for cell in first]
+    for column in others:
+        width = max(map(len, column)) + 2
+        lines = [line + cell.rjust(width) for line, cell in zip(lines, column)]
     return "\n".join(lines)
 
 
@@ -328,7 +326,7 @@ def analysis_text(a):
 def segment_name(segment):
     """File name, and the seconds where it is a part of a file."""
     name = os.path.basename(segment.path)
-    if segment.start is None and segment.end is None:
+    if segment == Segment(segment.path):
         return name
     end = "the end" if segment.end is None else f"{segment.end:g} s"
     return f"{name} ({segment.start or 0:g} s to {end})"
@@ -358,8 +356,33 @@ def choose_queries(sims, owner, t2v, each, seed):
     return chosen
 
 
-def query_card(i, sims, ann, rank, top, strips):
-    """The best videos of text i, then the right one where it is not among them. -> HTML."""
+def moment(path, folder, seconds, label):
+    """A link from a page in a folder to a moment of a video file. label: text. -> HTML."""
+    # The bytes of the name: it need not be Unicode.
+    link = os.fsencode(os.path.relpath(path, folder))
+    return f'<a href="{quote(link)}#t={seconds:g}">{esc(label)}</a>'
+
+
+def mass_figure(i, model, scored):
+    """Text i's mass beside its right and its nearest wrong video. -> HTML, empty without them."""
+    right = scored.ann.owner[i]
+    found = scored.sims[i].argsort(descending=True).tolist()
+    found.remove(right)
+    trials, seed, _ = scored.scoring.values()
+    f = scored.f[[right, *found[:1]]]
+    points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
+    if points is None:
+        return ""
+    rows = [[name, *(f"{x:.4f}" for x in pair)] for name, pair in numbers.items()]
+    table = html_table(["its mass", "right video", "nearest wrong video"], rows)
+    return draw_mass(points) + table
+
+
+def query_card(i, sims, ann, rank, top, pictures, folder, mass=""):
+    """The best videos of text i, then the right one where it is not among them. -> HTML.
+
+    pictures: segment -> HTML. folder: of the page. mass: what `mass_figure` gives.
+    """
     right = ann.owner[i]
     top = min(top, sims.shape[1])
     found = sims[i].topk(top).indices.tolist()
@@ -370,30 +393,30 @@ def query_card(i, sims, ann, rank, top, strips):
     rows = ""
     for place, v in places:
         segment = ann.segments[v]
-        if v not in strips:
-            strips[v] = strip(segment)
-        name = esc(segment_name(segment))
+        name = moment(segment.path, folder, segment.start or 0, segment_name(segment))
         css = ""
         if v == right:
             css = "right"
             name = f'<span class="mark">✓ the right video</span> {name}'
-        rows += hit(strips[v], place, sims[i, v].item(), name, css)
+        rows += hit(pictures(segment), place, sims[i, v].item(), name, css)
     ties = " (ties averaged)" if rank % 1 else ""
     return (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4><p class="soft">'
-            f"right video: rank {rank:g} of {sims.shape[1]}{ties}</p><ol>{rows}</ol></article>")
+            f"right video: rank {rank:g} of {sims.shape[1]}{ties}</p><ol>{rows}</ol>"
+            f"{mass}</article>")
 
 
-def query_cards(scored, t2v, each=2, top=5):
-    """The best videos of chosen texts. -> HTML."""
+def query_cards(model, scored, t2v, folder):
+    """The best videos of chosen texts, and their masses. -> HTML."""
     sims = scored.sims.cpu()
     ann = scored.ann
-    queries = choose_queries(sims, torch.tensor(ann.owner), t2v, each, scored.scoring["seed"])
-    strips = {}  # no video is decoded twice
+    queries = choose_queries(sims, torch.tensor(ann.owner), t2v, 2, scored.scoring["seed"])
+    pictures = functools.cache(strip)  # no video is decoded twice
     body = ""
     for title, texts in queries.items():
         cards = ""
         for i in texts:
-            cards += query_card(i, sims, ann, t2v[i].item(), top, strips)
+            mass = mass_figure(i, model, scored)
+            cards += query_card(i, sims, ann, t2v[i].item(), 5, pictures, folder, mass)
         if cards:
             body += f'<h3>{title}</h3><div class="cards">{cards}</div>'
     return body
@@ -407,34 +430,33 @@ def figures(pictures):
     return f'<div class="cards">{cards}</div>'
 
 
-def write_report(path, result, a, scored, t2v, log):
+def write_report(path, model, result, a, scored, t2v, log):
     """The page of an evaluation. a: of `analyze`; t2v (N,): the ranks; log: path of train.py's."""
+    folder = os.path.dirname(os.path.abspath(path))
     heads, rows = metrics_table(result)
-    tiles = ""
-    for name, value in zip(heads[1:], rows[0][1:]):
-        tiles += f"<div><b>{value}</b><span>t2v {name}</span></div>"
     notes = ""
     for note in metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
     pairs = {}
     for title, key, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
                               ("Radius of the text mass", "radius", "|R|₁")):
-        about = f"{title}: histogram, relevant and irrelevant pairs"
-        pairs[title] = histogram_chart(a["histograms"][key], about, label)
+        pairs[title] = histogram_chart(a["histograms"][key], title, label)
     samples = f"{a['trials']} samples"
     if result["expected"]:
         samples = f"best of {a['trials']} on average"
     groups = {}
     for key, (label, _) in THIRDS.items():
-        about = f"thirds of the texts by {label}"
-        groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], about, samples)
-    body = f"""<div class="tiles">{tiles}</div>
-<section><h2>Metrics</h2>{html_table(heads, rows)}{notes}<p class="soft">Recall in percent.
-The intervals are those of a bootstrap over videos, each with all its texts (seed {a['seed']}): they
-say nothing about other training seeds.</p>{html_table(*intervals_table(a))}</section>
+        groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], label, samples)
+    body = f"""<section><h2>Metrics</h2>{html_table(heads, rows)}{notes}
+<p class="soft">Recall in percent. The intervals are those of a bootstrap over videos, each with all
+its texts (seed {a['seed']}): they say nothing about other training seeds.</p>
+{html_table(*intervals_table(a))}</section>
 <section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
-the right one; where it is further down, it comes last with its rank.</p>
-{query_cards(scored, t2v)}</section>
+the right one; where it is further down, it comes last with its rank. The mass is seen on
+the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
+samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide one, add up to
+what the best of {a['trials']} samples is on average.</p>
+{query_cards(model, scored, t2v, folder)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
 <p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
@@ -458,15 +480,13 @@ def write_search_report(path, found, settings):
         for x in results:
             segment = Segment(x["file"], x["start"], x["end"])
             images = strip(segment, settings.get("frames", 12), x["at"])
-            # The bytes of the name: it need not be Unicode.
-            link = os.fsencode(os.path.relpath(x["file"], folder))
-            moment = f"{quote(link)}#t={x['at']:g}"
-            name = f'<a href="{moment}">{esc(x["file"])} at {clock(x["at"])}</a>'
+            label = f"{x['file']} at {clock(x['at'])}"
+            name = moment(x["file"], folder, x["at"], label)
             rows += hit(images, x["rank"], x["score"], name)
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")
-    lead = (f"{len(found)} {'query' if len(found) == 1 else 'queries'}; scores order the videos of "
-            "one query, and are no probabilities; the framed picture is the frame nearest to the "
-            "text, and a name leads to it")
+    lead = (f"Queries: {len(found)}. Scores order the videos of one query; they are no "
+            "probabilities. The framed picture is the frame nearest to the "
+            "query, and a name leads to it.")
     body = f'<div class="cards">{cards}</div>'
     write_page(path, page("T-MASS: search results", lead, body, settings))

@@ -1,18 +1,20 @@
 """What a training run keeps: its lock, what may be resumed or replaced, its log, its checkpoint."""
+import argparse
 import contextlib
 import csv
+import functools
+import hashlib
 import os
 import shlex
-import stat
 import sys
 import time
 
 import torch
 
-from lib.common import WeightsError, clock, remove_parts, write_text
+from lib.common import WeightsError, check_output, clock, write_text
 from lib.weights import check_own, read_weights, save_checkpoint, unusable
 
-START_ONLY = ("resume", "overwrite")  # settings of this start alone
+START_ONLY = ("resume", "overwrite", "tensorboard")  # settings of this start alone
 # Free to change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
@@ -28,6 +30,7 @@ def only_run(out):
     """One run at a time writes --out: a lock beside it, which dies with the process."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        check_output("--out", out, overwrite=True)
         lock = open(out + ".lock", "a+")
     except OSError as error:
         why = f"--out {out} cannot be written: {error.strerror}"
@@ -37,7 +40,6 @@ def only_run(out):
             import fcntl
             # The system frees it however this process ends.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_parts(out)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             owner = f"{out} is being written by process {lock.read()}"
@@ -66,9 +68,6 @@ def earlier_run(args):
                 raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or "
                                    "choose another --out")
         return None
-    if not stat.S_ISREG(os.lstat(out).st_mode):
-        raise WeightsError(f"--out {out} is a folder, a link or a device: give the name of a plain "
-                           "file, new or old")
     # What is not this program's is never replaced, whatever the options.
     content = {}
     with contextlib.suppress(WeightsError):
@@ -78,7 +77,7 @@ def earlier_run(args):
                            "choose another --out")
     if args.resume:
         check_run(content, out)
-        check_unchanged(args, content["config"])
+        check_unchanged(args, content)
         return content
     finished = content.get("finished", True)
     if finished and not args.overwrite:
@@ -90,11 +89,47 @@ def earlier_run(args):
     return None
 
 
-def check_unchanged(args, config):
+def checksum(annotations):
+    """Of the captions in their order, each with its video's name and seconds: not of any place."""
+    digest = hashlib.sha256()
+    for caption, v in zip(annotations.captions, annotations.owner):
+        path, *seconds = annotations.segments[v]
+        name = os.path.splitext(os.path.basename(path))[0]
+        # ascii() is the same in every version of Python, and takes names of any bytes.
+        digest.update(ascii((caption, v, name, seconds)).encode())
+    return digest.hexdigest()
+
+
+def check_data(saved, sums, out):
+    """Raise a WeightsError unless the splits are those of the run; checkpoints of old don't say."""
+    for split, now in sums.items():
+        if saved.get("splits", {}).get(split, now) != now:
+            raise WeightsError(f"{out} was trained with another {split} split than this: --resume "
+                               "needs its data, wherever they lie now (--data, --root, --videos), "
+                               "and with --skip-bad the same videos missing")
+
+
+def check_settings(parser, config, path):
+    """The settings of a run as its options take them: a WeightsError where one does not."""
+    def fault(message):
+        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {message}")
+
+    parser.error = fault
+    words = []
+    for name, value in config.items():
+        if value is not None and value is not False:
+            option = "--" + name.replace("_", "-")
+            words.append(option if value is True else f"{option}={value}")
+    settings, _ = parser.parse_known_args(words)  # checkpoints of old may have others
+    return {name: x for name, x in vars(settings).items() if name in config}
+
+
+def check_unchanged(args, content):
     """Settings given with --resume must be those of the run, unless they change no result."""
-    for name, before in config.items():
+    free = (*FREE, "data") if "splits" in content else FREE  # the data's checksum says more
+    for name, before in content["config"].items():
         now = getattr(args, name, None)
-        if now is not None and now != before and name not in FREE:
+        if now is not None and now != before and name not in free:
             option = "--" + name.replace("_", "-")
             raise WeightsError(f"{option} {now} differs from {before} in {args.out}: drop it to "
                                "resume, or start anew with another --out")
@@ -125,6 +160,7 @@ def check_run(content, path):
         check_own(content)
         if not all(isinstance(line, str) for line in content["bad_videos"]):
             raise ValueError("bad_videos is no list of lines")
+        dict.keys(content.get("splits", {}))
         step = content["step"]
         if content["best"] is not None:
             best, R1 = content["best"]
@@ -150,6 +186,15 @@ def load_optimizer(optimizer, saved):
             for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
                 if optimizer.state[p][name].shape != p.shape:
                     raise ValueError(f"the optimizer's {name} is of another size")
+
+
+def board(folder):
+    """The type of --tensorboard: a function that makes the writer, if its package is there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise argparse.ArgumentTypeError("needs a package: pip install tensorboard") from None
+    return functools.partial(SummaryWriter, folder)
 
 
 class Log:
@@ -179,6 +224,9 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.FIELDS)
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.board = None
+        if args.tensorboard and job.rank == 0:
+            self.board = args.tensorboard(purge_step=batches.start + 1)
         self.since = time.monotonic()  # of the last row
         self.done = batches.start
 
@@ -229,6 +277,10 @@ class Log:
         for name, value in values.items():
             if isinstance(value, float):
                 values[name] = f"{value:.6g}"
+                if self.board:
+                    self.board.add_scalar(name, value, values["step"])
+        if self.board:
+            self.board.flush()
         self.writer.writerow(values)
         self.file.flush()
         self.since = time.monotonic()
@@ -241,8 +293,9 @@ class Checkpoint:
     The result is the best epoch on the validation split, or without one the latest weights.
     """
 
-    def __init__(self, args, job, model, tokenizer, optimizer, scaler, saved=None):
+    def __init__(self, args, job, model, tokenizer, optimizer, scaler, splits, saved=None):
         self.out = args.out
+        self.sums = {name: checksum(annotations) for name, annotations in splits.items()}
         self.config = {k: x for k, x in vars(args).items() if k not in START_ONLY}
         self.job = job
         self.model = model
@@ -263,6 +316,7 @@ class Checkpoint:
             self.step = saved["step"]
             self.best = saved["best"]
             self.bad_videos = saved["bad_videos"]
+            check_data(saved, self.sums, args.out)
             if "training" in saved:
                 self.best_weights = saved["model"]
 
@@ -278,7 +332,8 @@ class Checkpoint:
         """For all processes to call; process 0 writes. Once finished, the model is the result."""
         self.step = step
         self.bad_videos = self.job.join(self.bad_videos)
-        state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished)
+        state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished,
+                     splits=self.sums)
         if not finished:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
@@ -298,3 +353,17 @@ class Checkpoint:
             path = beside(self.out, ".bad.txt")
             write_text(path, "\n".join([*lines, ""]))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
+
+
+def without_effect(args):
+    """Settings that others make idle."""
+    if args.radius == "none":
+        yield from ("prior", "prior_std", "support_video")
+    if args.prior == "uniform":
+        yield "prior_std"
+    if args.support_weight == 0:
+        yield "support_video"
+    if args.pooling != "xpool":
+        yield from ("heads", "dropout")
+    if args.freeze_clip:
+        yield "clip_lr"

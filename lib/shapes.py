@@ -14,7 +14,6 @@ from pathlib import Path
 
 import av
 import torch
-from torch.utils.data import Dataset
 
 from lib.common import (
     DataError,
@@ -27,6 +26,7 @@ from lib.common import (
     written_whole,
 )
 from lib.processes import loading
+from lib.tables import read_json
 
 # ---- facts and words ----
 # A video is a sequence of shots. A shot has six facts: sky, ground, then shape and colour of the
@@ -81,13 +81,14 @@ COLOURS = _table("""
 """)
 FACTS = [SKIES, GROUNDS, SHAPES, COLOURS, SHAPES, COLOURS]
 WORDS = [[row[:2] for row in rows] for rows in FACTS]
+# by the number of the fact: 0 is the sky, 3 the colour on the left
 FORMS = [
-    "a {left} and a {right} {ground} {sky}",  # the warm-up's
-    "a {left} next to a {right} {ground} {sky}",
-    "{sky}, a {left} beside a {right} {ground}",
-    "there is a {left} with a {right} {ground} {sky}",
-    "{sky} we see a {left} and a {right} {ground}",
-    "a video that shows a {left} near a {right} {ground}, {sky}",
+    "a {3} {2} and a {5} {4} {1} {0}",  # the warm-up's
+    "a {3} {2} next to a {5} {4} {1} {0}",
+    "{0}, a {3} {2} beside a {5} {4} {1}",
+    "there is a {3} {2} with a {5} {4} {1} {0}",
+    "{0} we see a {3} {2} and a {5} {4} {1}",
+    "a video that shows a {3} {2} near a {5} {4} {1}, {0}",
 ]
 POSE = _table("""
     zoom         |  1   | .04 | .06
@@ -112,6 +113,7 @@ CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 queries have a quart
 FRAMES = 24  # per video
 RATE = 8  # frames per second
 SIDE = 96  # pixels
+WORKERS = min(8, os.cpu_count() or 1)  # that render
 SHAPES_VERSION = 2  # of what is drawn and written; older folders are refused
 
 # ---- drawing ----
@@ -128,9 +130,8 @@ def _paints(row):
 PAINTS = torch.cat([_paints(row) for row in COLOURS])
 CELLS = 1021  # with a speck each, before they repeat
 # Each cell has four random numbers: x, y and rarity of its speck, and one more; three of them are
-# also the colour of confetti. They are here twice, so that the sum of two indices is an index.
+# also the colour of confetti.
 SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0))
-SPECKS = SPECKS.repeat(1, 2)
 
 
 def _specks(x, y, density, radius, px):
@@ -140,8 +141,7 @@ def _specks(x, y, density, radius, px):
     """
     column = x.floor()
     row = y.floor()
-    cell = column.long() * 61 % CELLS
-    cell = cell + row.long() * 157 % CELLS
+    cell = (column.long() * 61 + row.long() * 157) % CELLS
     right = x - column - .3 - (.4 * SPECKS[0])[cell]
     up = y - row - .3 - (.4 * SPECKS[1])[cell]
     amount = (radius - torch.hypot(right, up)) / px + .5
@@ -149,34 +149,27 @@ def _specks(x, y, density, radius, px):
 
 
 def _draw_sky(sky, x, y, time, px):
-    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S)."""
+    """x (n,1,S), y (n,S,1), time (n,1,1) -> (3,n,S,S), or (3,n,S,1) where x makes no difference."""
     top, low, *others = _paints(SKIES[sky])
-    low_part = .75 - .75 * y  # brighter towards the horizon
-    picture = torch.lerp(top, low, low_part.clamp(0, 1))
-    picture = picture.repeat(1, 1, 1, x.shape[2])
+    picture = torch.lerp(top, low, (.75 - .75 * y).clamp(0, 1))  # brighter towards the horizon
     name = SKIES[sky][0]
     if name == "at night":
-        across = x * 4 + time / 4
-        amount, _ = _specks(across, y * 4, .6, .12, px * 4)
+        amount, _ = _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)
     elif name == "at sunset":
-        distance = torch.hypot(x - .1 * time.sin(), y - .35)
-        amount = (.3 - distance) / px + .5
+        amount = (.3 - torch.hypot(x - .1 * time.sin(), y - .35)) / px + .5
     elif name == "in the rain":
-        streak = (x * 9 - y * 3 + time * 2) % 1
-        amount = (.12 - (streak - .5).abs()) * 2
+        amount = (.12 - ((x * 9 - y * 3 + time * 2) % 1 - .5).abs()) * 2
     elif name == "in a snowfall":
-        across = x * 3.5 + time / 4
-        amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
+        amount, _ = _specks(x * 3.5 + time / 4, y * 3.5 + time, .7, .16, px * 3.5)
     elif name == "under green lights":
-        bend = (3 * y + time).sin()
-        amount = (x * 4 + bend).sin() * .6
+        amount = (x * 4 + (3 * y + time).sin()).sin() * .6
     else:
         return picture
-    return picture.lerp_(others[0], amount.clamp_(0, 1))
+    return picture.lerp(others[0], amount.clamp_(0, 1))
 
 
 def _draw_ground(ground, x, y, time, px):
-    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S), the y of the horizon."""
+    """x (n,1,S), y (n,S,1), time (n,1,1) -> (3,n,S,S), the y of the horizon."""
     name = GROUNDS[ground][0]
     horizon = .02
     if name == "on bricks":
@@ -199,40 +192,13 @@ def _draw_ground(ground, x, y, time, px):
         wave = (10 * y + bend + time).sin()
         amount = (wave - .4) / px / 9 + .5
     paint, second = _paints(GROUNDS[ground])
-    picture = paint.repeat(1, *amount.shape)
-    return picture.lerp_(second, amount.clamp_(0, 1)), horizon
-
-
-def _span(numbers):
-    """The slice from the first to the last of some numbers, in ascending order."""
-    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return paint.lerp(second, amount.clamp_(0, 1)), horizon
 
 
 def _alike(values):
-    """The different values (n,) -> pairs (value, its rows: a slice where they lie together)."""
+    """The different values (n,) -> pairs (value, its rows)."""
     for value in values.unique().tolist():
-        rows = (values == value).nonzero()[:, 0]
-        span = _span(rows)
-        together = span.stop - span.start == len(rows)
-        yield value, span if together else rows  # a slice costs no copy
-
-
-def _draw_scenery(picture, facts, x, y, time, px):
-    """Draw skies and grounds, each only in the rows of pixels where some picture shows it."""
-    # the horizon is never above .15 nor below -.11
-    first = int((y > .15 + px).all(0).sum())  # row that has ground
-    last = int((y > -.11 - px).any(0).sum())  # row that has no sky
-    for sky, rows in _alike(facts[:, 0]):
-        above = y[rows, :last]
-        picture[:, rows, :last] = _draw_sky(sky, x[rows], above, time[rows], px)
-    for ground, rows in _alike(facts[:, 1]):
-        below = y[rows, first:]
-        soil, horizon = _draw_ground(ground, x[rows], below, time[rows], px)
-        cover = (horizon - y[rows, first:last]) / px + .5
-        sky = picture[:, rows, first:last]
-        both = soil[:, :, :last - first]
-        both[:] = sky.lerp(both, cover.clamp_(0, 1))
-        picture[:, rows, first:] = soil
+        yield value, (values == value).nonzero()[:, 0]
 
 
 def _outline(shape, x, y):
@@ -246,10 +212,7 @@ def _outline(shape, x, y):
     if name == "ring":
         return (r - .66).abs() - .26
     if name == "cross":
-        x = x.abs()
-        y = y.abs()
-        nearer = torch.minimum(x, y)
-        farther = torch.maximum(x, y)
+        nearer, farther = torch.stack([x, y]).abs().sort(0).values
         return torch.maximum(nearer - .3, farther - .9)
     # Triangle and star are fans of equal sectors, folded into one half of a sector. Their edge
     # there runs from the tip (1, 0) to a corner (ex, ey) before it.
@@ -259,8 +222,7 @@ def _outline(shape, x, y):
     angle = (turn % 1 - .5).abs() * 2 * half
     ex = 1 - inner * math.cos(half)
     ey = inner * math.sin(half)
-    beyond = ey * (r * angle.cos() - 1)
-    beyond = beyond + ex * r * angle.sin()
+    beyond = ey * (r * angle.cos() - 1) + ex * r * angle.sin()
     return beyond / math.hypot(ex, ey) - grow
 
 
@@ -276,20 +238,15 @@ def _draw_sticker(picture, facts, pose, x, y, px):
         across = right * angle.cos() - up * angle.sin()
         along = right * angle.sin() + up * angle.cos()
         distance = _outline(shape, across, along).mul_(radius)
-        # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
-        near = distance.amin(0) < .4 / 2.2 + px
-        height = _span(near.any(1).nonzero())
-        width = _span(near.any(0).nonzero())
-        distance = distance[:, height, width]
         inside = (-distance / px).add_(.5).clamp_(0, 1)
         rim = (.055 - distance).div_(px).add_(.5).clamp_(0, 1)
         shadow = (.4 - 2.2 * distance).clamp_(0, 1)
-        bright = inside * (.93 + .07 * along[:, height, width])
+        bright = inside * (.93 + .07 * along)
         paint = PAINTS[facts[rows, 1], :, 0].transpose(0, 1)  # (3,n,1,1)
-        spot = picture[:, rows, height, width]
+        spot = picture[:, rows]
         spot *= (1 - shadow) * (1 - rim)
         spot += (rim - inside) + paint * bright
-        picture[:, rows, height, width] = spot  # which is a copy where rows are not a slice
+        picture[:, rows] = spot
 
 
 def draw_shots(facts, pose, size):
@@ -303,7 +260,12 @@ def draw_shots(facts, pose, size):
     x = (line + camera_x) / zoom  # (n,1,S)
     y = (camera_y - line[:, None]) / zoom  # (n,S,1)
     picture = torch.empty(3, len(facts), size, size)
-    _draw_scenery(picture, facts, x, y, time, px)
+    for sky, rows in _alike(facts[:, 0]):
+        picture[:, rows] = _draw_sky(sky, x[rows], y[rows], time[rows], px)
+    for ground, rows in _alike(facts[:, 1]):
+        soil, horizon = _draw_ground(ground, x[rows], y[rows], time[rows], px)
+        cover = (horizon - y[rows]) / px + .5
+        picture[:, rows] = picture[:, rows].lerp_(soil, cover.clamp_(0, 1))
     for strewn, rows in _alike(confetti.flatten()):
         if strewn:
             across = x[rows] * 3 + time[rows] / 3
@@ -337,16 +299,12 @@ def _describe(facts, generator, forms, second):
     u, v = torch.rand(2, n, 6, generator=generator)
     says = facts.where(u >= LEFT_OUT, -1)
     chosen = torch.randint(len(forms), (n,), generator=generator).tolist()
-    wordings = (v < second).long().tolist()
     texts = []
-    for form, mentioned, wording in zip(chosen, says.tolist(), wordings):
+    for form, mentioned, wording in zip(chosen, says.tolist(), (v < second).tolist()):
         words = []
         for choices, fact, k in zip(WORDS, mentioned, wording):
             words.append(choices[fact][k] if fact >= 0 else "")
-        sky, ground, shape, colour, shape2, colour2 = words
-        left = f"{colour} {shape}"
-        right = f"{colour2} {shape2}"
-        text = forms[form].format(left=left, right=right, sky=sky, ground=ground)
+        text = forms[form].format(*words)
         text = " ".join(text.split()).replace(" ,", ",").strip(" ,")
         texts.append(re.sub(r"\ba (?=[aeiou])", "an ", text))
     return texts, says
@@ -368,7 +326,6 @@ def _animate(pose, generator):
     extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
     lengths = 5 + extra.bincount(minlength=shots)
     u = torch.rand(3, shots, 14, generator=generator) * 2 - 1
-    pose = pose.clone()
     pose[:, 4] += .15 * u[0, :, 4] - .05  # light
     pose[:, 5] = u[0, :, 5] > 0  # confetti or none
     shot = torch.arange(shots).repeat_interleave(lengths)
@@ -379,7 +336,7 @@ def _animate(pose, generator):
     return shot, pose[shot] + REACH * motion
 
 
-class ShapesVideos(Dataset):
+class ShapesVideos:
     """All videos, by number. Item i -> captions, facts of the shots (S,6), facts mentioned (n,6).
 
     It is drawn by a generator of its own, and written to its file unless that is there. The facts
@@ -394,16 +351,12 @@ class ShapesVideos(Dataset):
     def __len__(self):
         return len(self.splits)
 
-    def path(self, i):
-        return self.folder / f"{i:05d}.mp4"
-
     def __getitem__(self, i):
-        path = self.path(i)
+        path = self.folder / f"{i:05d}.mp4"
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, i))
         shots = int(torch.randint(2, 5, (), generator=generator))
         facts, pose = random_shots(shots, generator)
-        captions = CAPTIONS[self.splits[i]]
-        described = torch.randint(shots, (captions,), generator=generator)
+        described = torch.randint(shots, (CAPTIONS[self.splits[i]],), generator=generator)
         texts, says = _describe(facts[described], generator, FORMS, second=.2)
         try:
             if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
@@ -450,7 +403,7 @@ def oracle_ceiling(facts, owner, says, target):
 
 
 def _about(root):
-    return json.loads(Path(root, "shapes.json").read_text(encoding="utf-8"))
+    return read_json(Path(root, "shapes.json"), "shapes", dict)
 
 
 def shapes_of(root):
@@ -487,22 +440,26 @@ def shapes_table(root):
     return Path(root) / "captions.csv"
 
 
-def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
+def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=WORKERS):
     """Make the data set unless one is there: shapes.json (settings, ceiling), videos, captions.csv.
 
     captions.csv is written last, and a rendering that was stopped goes on with the next call. The
     files are the same for any number of workers.
     """
     root = Path(root)
-    wanted = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
+    wanted = dict(
+        version=SHAPES_VERSION,
+        train=train,
+        val=val,
+        test=test,
+        seed=seed
+    )
     begun, whole = shapes_of(root)
     if whole:
         return
     if begun and begun != wanted:
         raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose "
                         "another --root")
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
     videos = ShapesVideos(root / "videos", train, val, test, seed)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -532,7 +489,7 @@ def _render(videos, workers):
             if isinstance(item, DataError):
                 raise item
             captions, shots, mentioned = item
-            name = f"videos/{videos.path(i).name}"
+            name = f"videos/{i:05d}.mp4"
             split = videos.splits[i]
             rows += [(name, caption, split) for caption in captions]
             if split == "test":
@@ -550,8 +507,9 @@ def _render(videos, workers):
 def shapes_ceiling(root=None):
     """The ceiling that rendering wrote down, in percent; None if there is none."""
     try:
-        return _about(root or "data/shapes")["ceiling"]
-    except (OSError, ValueError, KeyError):
+        ceiling = _about(root or "data/shapes")["ceiling"]
+        return ceiling if 0 <= ceiling <= 100 else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 

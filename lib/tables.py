@@ -1,9 +1,15 @@
 """Files of annotations: text, JSON, csv. A DataError names the line that is wrong."""
+import bisect
 import csv
+import functools
 import io
 import json
+import os
+import sys
+import zlib
+from pathlib import Path
 
-from lib.common import DataError
+from lib.common import DataError, escaped
 
 
 def read_text(path, what):
@@ -84,3 +90,55 @@ def sentences(entry, key, where):
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
     return texts
+
+
+# ---- splits and lists ----
+
+
+def has_splits(path):
+    """Whether a csv has a split column."""
+    return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"])[0][1]
+
+
+def split_by_name(files):
+    """80 % train, 10 % val, 10 % test by a hash of the file's name: adding videos moves none.
+
+    Only where train or test would get fewer than two files (nearly never from 60 on) do the nearest
+    by hash make up the two (of two or three files, the one): these may move when the list grows.
+    """
+    code = {name: zlib.crc32(os.fsencode(name)) for name in files}
+    order = sorted(code, key=lambda name: (code[name] % 10, code[name], name))
+    tenths = [code[name] % 10 for name in order]
+    least = min(2, len(order) // 2)
+    most = len(order) - least
+    test = min(max(bisect.bisect_left(tenths, 1), least), most)
+    train = max(min(bisect.bisect_left(tenths, 2), most), test)
+    split = dict.fromkeys(order[:test], "test") | dict.fromkeys(order[test:train], "val")
+    return [split.get(name, "train") for name in files]
+
+
+def listed_ids(path, what):
+    """The ids in a list of videos; some lists have them as names of files."""
+    return [video.removesuffix(".avi") for video in read_text(path, what).split()]
+
+
+def warn_of_silent(table, videos, described):
+    """A warning that names the videos of a table which no caption describes."""
+    silent = sorted(set(videos) - set(described))
+    if silent:
+        warn_once(f"{table}: {len(silent)} of its {len(videos)} videos have no caption: "
+                  f"{', '.join(first_ten(silent))}")
+
+
+@functools.cache
+def warn_once(line):
+    """A warning, by the first process only, and once though several splits read the same file."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {escaped(line)}", file=sys.stderr)
+
+
+def first_ten(lines):
+    """The first ten lines, and how many more there are."""
+    if len(lines) <= 10:
+        return lines
+    return [*lines[:10], f"and {len(lines) - 10} more"]

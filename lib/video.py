@@ -8,17 +8,26 @@ import hashlib
 import itertools
 import json
 import os
+import struct
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import av
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms import v2
 
 from lib.common import DataError, written_whole
+
+# of films, cameras, discs and the web
+SUFFIXES = tuple((
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .mts .m2ts .m2t .vob .3g2 "
+    ".asf .f4v .mxf .dv .divx .ogm .m2v .mpe .gif"
+).split())
 
 
 class Segment(NamedTuple):
@@ -34,6 +43,20 @@ class Piece(NamedTuple):
     end: float
     times: list
     frames: torch.Tensor
+
+
+def spelled(path):
+    """A path as the disk spells it, where é is one character or two; a missing one as it is."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    if path.isascii() or not name or os.path.exists(path):
+        return path
+    folder = spelled(folder)
+    for form in ("NFC", "NFD"):
+        other = os.path.join(folder, unicodedata.normalize(form, name))
+        if os.path.exists(other):
+            return other
+    return path
 
 
 def as_segment(segment_or_path):
@@ -52,7 +75,7 @@ def read_frames(segment_or_path, frames):
 
 
 def read_segment(segment, frames):
-    """The Piece of T frames that a Segment is. Seconds count from the first frame."""
+    """The Piece of T frames that a Segment is. Seconds are those that a player shows."""
     [piece] = _read(segment.path, frames, lambda times: [_range_of(segment, times)])
     return piece
 
@@ -67,7 +90,7 @@ def read_pieces(path, frames, window=0):
 
 
 # ---- which frames ----
-# A range (a, b) stands for the frames a, ..., b - 1. Times are in seconds from the first frame,
+# A range (a, b) stands for the frames a, ..., b - 1. Times are in seconds as a player shows them,
 # sorted, one for each frame of the file.
 
 
@@ -108,14 +131,42 @@ def _end(times):
 
 def _cut(times, window):
     """The ranges of equal parts of about `window` seconds; the whole if it is not much longer."""
-    length = _end(times)
+    start = times[0]
+    length = _end(times) - start
     n = 1
     if window and length > 1.5 * window:
         n = min(len(times), round(length / window))
-    bounds = [bisect.bisect_left(times, length * k / n - 1e-6) for k in range(n)]
+    bounds = [bisect.bisect_left(times, start + length * k / n - 1e-6) for k in range(n)]
     bounds.append(len(times))
     # a part is empty where a single frame lasts longer
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
+
+
+def _seconds(times, origin, rate=25):
+    """Seconds as a player shows them, sorted, from those of frames in order, None where unknown.
+
+    origin: when the file starts, be it with sound, in microseconds or None. Where recordings were
+    joined, times start anew: they go on where the last one ended. rate: frames per second, for
+    times that are unknown.
+    """
+    step = 1 / rate
+    earlier = max(1, 4 * step)  # frames may be out of order by a few
+    later = 36_000  # of a clock that wraps after 26 hours, this is earlier too
+    shift = 0
+    last = (times[0] or 0) - step
+    seconds = []
+    for time in times:
+        if time is None:
+            time = last + step - shift
+        elif not -earlier < time + shift - last < later:
+            shift = last + step - time
+        seconds.append(time + shift)
+        last = max(last, seconds[-1])
+    seconds.sort()
+    start = seconds[0]
+    if origin is not None and origin / av.time_base < start - 1e-5:  # more than it is rounded
+        start = origin / av.time_base
+    return [time - start for time in seconds]
 
 
 # ---- decoding ----
@@ -147,8 +198,10 @@ def _read(path, T, cut):
             else:
                 return
         yield from itertools.islice(_count_frames(path, T, cut), done, None)
+    except (MemoryError, RuntimeError) as e:  # the second is torch's word for it
+        raise DataError(f"video {path} needs more memory than there is") from e
     except av.FFmpegError as e:
-        raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from None
+        raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from e
 
 
 # Containers of moving pictures that open no file but their own: no playlists, lists of files or
@@ -156,33 +209,50 @@ def _read(path, T, cut):
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
+AREA = 2 ** 19  # pixels of a frame: more than encoders look at, and 1.5 MB where they come from 8K
 # Titles of old files are not always UTF-8. PyAV reads them by itself from version 19 on; before, it
 # has to be asked to.
 ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 def _open(path):
-    """-> (open file, its first stream of moving pictures)."""
+    """-> (open file, its best stream of moving pictures)."""
     only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
     try:  # absolute, or "12:30.mp4" would be a protocol named 12
         file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
     except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
+    best = file.streams.best("video")
+    streams = []
     for stream in file.streams.video:
         cover = stream.disposition & av.stream.Disposition.attached_pic
         if stream.codec_context is not None and not cover:
-            # frame threads cost workers more than they give
-            stream.codec_context.thread_type = "NONE"
-            return file, stream
-    file.close()
-    raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
-                    "decoded")
+            streams.append(stream)
+    if not streams:
+        file.close()
+        raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
+                        "decoded")
+    # a single frame is a preview, though it be marked as the best
+    stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
+    # frame threads cost workers more than they give
+    stream.codec_context.thread_type = "NONE"
+    return file, stream
+
+
+@contextlib.contextmanager
+def _damage_allowed():
+    """What is damaged costs itself only. Want of memory is no damage."""
+    try:
+        yield
+    except av.FFmpegError as e:
+        if isinstance(e, MemoryError):
+            raise
 
 
 def _packets(file, stream):
     """The packets as far as the file goes: where it is damaged, what came before still counts."""
-    with contextlib.suppress(av.FFmpegError):
+    with _damage_allowed():
         yield from file.demux(stream)
 
 
@@ -198,12 +268,13 @@ def _seek_frames(file, stream, T, cut):
             shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-    if not shown or None in shown:
+    if not shown or None in shown or len(set(shown)) < len(shown):  # joined: times start anew
         yield None
         return
     shown.sort()
     keys.sort()
-    times = [float((pts - shown[0]) * stream.time_base) for pts in shown]
+    times = [float(pts * stream.time_base) for pts in shown]
+    times = _seconds(times, file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -236,11 +307,11 @@ def _decode_until(i, packets, stream, wanted, found):
     for packet in packets:
         needed = packet.pts in wanted or not packet.size  # an empty one gives the last frames
         stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-        with contextlib.suppress(av.FFmpegError):
+        with _damage_allowed():
             for frame in packet.decode():
                 if frame.pts in wanted:
-                    found[wanted[frame.pts]] = _pixels(frame)
-        if i in found:
+                    found[wanted[frame.pts]] = _pixels(frame, stream)
+        if max(found, default=-1) >= i:  # frames come in order: i will not come after a later one
             return
 
 
@@ -248,61 +319,107 @@ def _count_frames(path, T, cut):
     """The exact way of _read for any file: decode from the start, and count. Yields Pieces.
 
     The times of the frames need one pass over the file, their pixels another. A single Piece mostly
-    needs but one: the number of packets is nearly always that of frames, so that those to be taken
+    needs but one: the packets nearly always tell the times of the frames, so that those to be taken
     are known before.
     """
     file, stream = _open(path)
     with file:
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        n = sum(1 for packet in _packets(file, stream) if packet.size)
+        # of a raw stream, the average is made up
+        rate = float(stream.guessed_rate or stream.average_rate or 25)
+        # avi tells when frames are decoded, a few before they are shown
+        start = None if file.format.name == "avi" else file.start_time
+        stamps = []
+        for packet in _packets(file, stream):
+            if packet.size:
+                stamps.append(packet.pts and float(packet.pts * stream.time_base))  # None stays
     expected = []
     with contextlib.suppress(DataError):  # a start after the end: the true times will tell
-        ranges = cut([k / rate for k in range(n)]) if n else []
+        ranges = cut(_seconds(stamps, start, rate)) if stamps else []
         if len(ranges) == 1:
             expected = _chosen(*ranges[0], T)
     times = []
     found = {}
-    for k, frame in enumerate(_decode(path)):
-        times.append(k / rate if frame.time is None else frame.time)
+    for k, (frame, stream) in enumerate(_decode(path)):
+        times.append(frame.time)
         if k in expected:
-            found[k] = _pixels(frame)
+            found[k] = _pixels(frame, stream)
     if not times:
         raise DataError(f"video {path} has no frame that can be decoded")
-    times = [time - times[0] for time in times]
+    times = _seconds(times, start, rate)
     again = enumerate(_decode(path))
     for a, b in cut(times):
         chosen = _chosen(a, b, T)
         if any(i not in found for i in chosen):
             found = {}
-            for k, frame in again:
+            for k, (frame, stream) in again:
                 if k in chosen:
-                    found[k] = _pixels(frame)
+                    found[k] = _pixels(frame, stream)
                 if k >= chosen[-1]:
                     break
         yield _piece(path, times, a, b, chosen, found)
 
 
 def _decode(path):
-    """Every frame of a file, in order; a damaged packet costs its own frames only."""
+    """Every frame of a file, in order, and its stream; a damaged packet costs its frames only."""
     file, stream = _open(path)
     with file:
         for packet in _packets(file, stream):
-            frames = []
-            with contextlib.suppress(av.FFmpegError):
-                frames = packet.decode()
-            yield from frames
+            with _damage_allowed():
+                for frame in packet.decode():
+                    yield frame, stream
 
 
-def _pixels(frame):
-    """A decoded frame -> uint8 (3,H,W), upright."""
+def _pixels(frame, stream):
+    """A decoded frame -> uint8 (3,H,W): upright, of square pixels, AREA of them at most."""
+    ratio = float(stream.sample_aspect_ratio or 1)  # of a pixel's width to its height
+    scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
+    W = max(1, round(frame.width * ratio * scale))
+    H = max(1, round(frame.height * scale))
     # PyAV 19 keeps the threads of a conversion: in a process forked later they are missing, and it
     # waits for them.
-    plane = frame.reformat(format="rgb24", threads=1).planes[0]
+    plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
-    x = x.view(frame.height, plane.line_size)[:, :frame.width * 3]  # lines are padded
-    x = x.reshape(frame.height, frame.width, 3)
-    turns = round((frame.rotation or 0) / 90) % 4
-    return torch.rot90(x, turns).permute(2, 0, 1).contiguous()
+    x = x.view(H, plane.line_size)[:, :W * 3]  # lines are padded
+    x = x.reshape(H, W, 3)
+    # frame.side_data would keep every frame for ever, in PyAV before 19
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack_from("5i", matrix)
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            x = x.transpose(0, 1)
+            a = c
+            d = b
+        if d < 0:
+            x = x.flip(0)
+        if a < 0:
+            x = x.flip(1)
+    if frame.color_trc in (PQ, HLG):
+        x = _from_hdr(x, frame.color_trc)
+    return x.permute(2, 0, 1).contiguous()
+
+
+PQ = 16  # as FFmpeg numbers transfer curves
+HLG = 18
+
+
+def _from_hdr(x, curve):
+    """HDR uint8 (H,W,3) -> the colours of ordinary video, where white is 203 nits. ITU-R BT.2100"""
+    code = torch.arange(256) / 255
+    if curve == PQ:
+        power = code ** (32 / 2523)
+        light = (power - 0.8359375).clamp(0) / (18.8515625 - 18.6875 * power)
+        light = light ** (16384 / 2610) * 10_000
+    else:
+        bright = ((code - 0.55991073) / 0.17883277).exp() + 0.28466892
+        light = torch.where(code > 0.5, bright, 4 * code ** 2) / 12
+        light = light ** 1.2 * 1000  # on a screen of 1000 nits
+    to_bt709 = torch.tensor([  # red, green and blue of BT.2020, a row each
+        [1.6605, -0.1246, -0.0182],
+        [-0.5876, 1.1329, -0.1006],
+        [-0.0728, -0.0083, 1.1187],
+    ])
+    light = light[x.int()] / 203 @ to_bt709
+    return (light.clamp(0, 1) ** (1 / 2.2) * 255).round().to(torch.uint8)
 
 
 def _piece(path, times, a, b, chosen, found):
@@ -328,6 +445,8 @@ def _fill(frames):
 
 
 # ---- cache ----
+
+EDITION = 2  # of what is decoded: one more where pixels or times change, and files are made again
 
 
 class FrameCache:
@@ -356,7 +475,7 @@ class FrameCache:
         except OSError:
             return read_frames(segment, self.frames)  # says what is wrong
         span = [self.frames, segment.start, segment.end]
-        key = [path, stat.st_size, stat.st_mtime_ns, *span]
+        key = [EDITION, path, stat.st_size, stat.st_mtime_ns, *span]
         name = hashlib.sha1(json.dumps([path, *span]).encode()).hexdigest()
         file = self.folder / f"{name}.jpegs"
         try:

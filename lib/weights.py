@@ -3,16 +3,20 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import warnings
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from textwrap import shorten
 
 import torch
+from safetensors.torch import load_file
 
-from clip_model import CLIP, Tokenizer
+from clip_model import CLIP, Tokenizer, sizes_of
+from lib.checks import SETTINGS, check_own, check_range, check_tensors, listed
 from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
+from lib.encoders import PREFIX, OpenCLIP, OpenTokenizer, split_name, warn_of_pixels
+from lib.settings import described, settings_beside
 from tmass import TMASS
 
 # ---- downloads ----
@@ -28,6 +32,13 @@ MODELS = {  # name: (file, SHA-256)
     "ViT-L/14": (
         "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
 }
+HF_MODELS = {
+    "openai/clip-vit-base-patch32": "ViT-B/32",
+    "openai/clip-vit-base-patch16": "ViT-B/16",
+    "openai/clip-vit-large-patch14": "ViT-L/14",
+}
+FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
+         "open_clip_pytorch_model.bin")
 
 
 def load_vocabulary():
@@ -36,14 +47,27 @@ def load_vocabulary():
 
 
 def find_weights(name_or_path):
-    """"ViT-B/32", "ViT-B/16", "ViT-L/14" (downloaded on first use) or a file. -> its path"""
-    if name_or_path in MODELS:
-        file, sha256 = MODELS[name_or_path]
-        return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
+    """A name of MODELS or HF_MODELS (downloaded on first use), a file, or a folder. -> file"""
     path = Path(name_or_path)
+    if path.is_dir():
+        return file_in(path)
+    name = HF_MODELS.get(str(name_or_path), str(name_or_path))
+    for known, (file, sha256) in MODELS.items():
+        if name in (known, known.replace("/", "-")) and not path.exists():
+            return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
     if not path.exists():
         raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
     return path
+
+
+def file_in(folder):
+    """The file of weights in a folder as save_pretrained and open_clip write it."""
+    for name in FILES:
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
+    raise WeightsError(f"{folder}: a folder; name the weights file in it (there is none of "
+                       f"{', '.join(FILES)})")
 
 
 def fetch(url, sha256):
@@ -88,30 +112,33 @@ def read_weights(path):
     """
     path = Path(path)
     if path.is_dir():
-        raise WeightsError(f"{path}: a folder; name the weights file in it")
+        path = file_in(path)
     if not path.exists():
         raise WeightsError(f"{path}: no such file")
     if not path.is_file():
         raise WeightsError(f"{path}: a pipe or a device; give the name of a plain file")
     try:
         check_sums(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        if path.name.endswith(".index.json"):
+            weights = read_parts(path)
+        elif path.suffix == ".safetensors":
             weights = load_file(path)
         elif is_torchscript(path):
             weights = read_torchscript(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(numpy_scalars()):
+                weights = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
-    except ImportError:
-        raise WeightsError(f"{path}: needs a package to be read: pip install safetensors") from None
     except Exception as error:  # a file of another kind fails in pickle, zip or torch in many ways
         if cure(error):
             raise out_of_memory(path, error) from None
         why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
         if "GLOBAL" in str(error):
-            why = "it holds Python objects beside tensors, and loading those could run any code"
+            why = ("it holds Python objects beside tensors, and loading those could run any code; "
+                   "if you trust it, write a clean file: python -c \"import torch; "
+                   f"c = torch.load({str(path)!r}, weights_only=False); "
+                   "torch.save(c.get('state_dict', c.get('model', c)), 'clean.pt')\"")
         raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "
@@ -128,6 +155,27 @@ def check_sums(path):
         if part := file.testzip():
             raise WeightsError(f"{path}: damaged, the checksum of {part} is wrong: get the file "
                                "again, or train again")
+
+
+def read_parts(path):
+    """The weights of all files that an index, as save_pretrained writes it, names."""
+    files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    weights = {}
+    for name in sorted(files):
+        weights |= read_weights(path.with_name(name))  # a plain name: nothing beyond the folder
+    return weights
+
+
+def numpy_scalars():
+    """What numbers of numpy, as people note them beside weights, are made of. Without code."""
+    try:
+        import numpy
+    except ImportError:
+        return []
+    scalar = numpy.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    types = {type(numpy.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [numpy.dtype, *types, *((scalar, name) for name in names)]
 
 
 def out_of_memory(path, error):
@@ -151,13 +199,24 @@ def read_torchscript(path):
     return dict(module.state_dict())
 
 
+HOLDERS = ("state_dict", "model_state_dict", "model")
+# What DistributedDataParallel, Lightning, torch.compile and FSDP put into names.
+WRAPPERS = re.compile(r"^(module\.|model\.)+|_orig_mod\.|_fsdp_wrapped_module\."
+                      r"|_checkpoint_wrapped_module\.")
+
+
 def state_dict_in(weights):
-    """The state dict that a file holds, or is, without DistributedDataParallel's prefix."""
-    for key in ("model", "state_dict"):
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-            break
-    return {str(key).removeprefix("module."): x for key, x in weights.items()}
+    """The state dict that a file holds, or is, without what wrappers add to its names."""
+    while inner := [weights[key] for key in HOLDERS if isinstance(weights.get(key), dict)]:
+        weights = inner[0]
+    sd = {}
+    for key, x in weights.items():
+        inside = str(key)
+        while (key := WRAPPERS.sub("", inside)) != inside:  # one in another
+            inside = key
+        # The temperature is a vector of one in some files.
+        sd[key] = x.reshape(()) if key.endswith("logit_scale") and torch.is_tensor(x) else x
+    return sd
 
 
 HF_NAMES = {  # part of a name in transformers' CLIPModel: in OpenAI's CLIP; in this order
@@ -181,18 +240,6 @@ TRANSPOSED = ("visual.proj", "text_projection")
 # Entries that are not weights, in OpenAI's archives and in HF's files.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids",
                "num_batches_tracked")
-
-
-def check_tensors(sd):
-    """Raise a WeightsError unless all values are plain tensors of floats, with values."""
-    wrong = []
-    for key, x in sd.items():
-        plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
-        if not plain or not x.is_floating_point():
-            wrong.append(key)
-    if wrong:
-        raise WeightsError("expected a state dict, a dict of float tensors; these are none: "
-                           f"{listed(wrong)}")
 
 
 def to_openai_names(sd):
@@ -234,8 +281,25 @@ def load_clip(name_or_path, quick_gelu=None):
     checkpoints and in those of T-MASS and X-Pool as released.
     quick_gelu=None: by the rule of `activation`.
     """
+    if str(name_or_path).startswith(PREFIX):
+        return load_open_clip(str(name_or_path))
     path = find_weights(name_or_path)
     return clip_from(read_weights(path), path, quick_gelu)
+
+
+def load_open_clip(name):
+    """A name of open_clip's, with a tag or a file of weights -> OpenCLIP."""
+    model, tag, file = split_name(name)
+    clip = OpenCLIP(model, tag, load=model.startswith("hf-hub:") and not file)
+    if file:
+        load_strictly(clip.model, state_dict_in(read_weights(file)), f"open_clip's {model}")
+        warn_of_pixels(clip)
+    elif not tag and not model.startswith("hf-hub:"):
+        print(f"{name}: random weights; for others give {name}/TAG or {name}=FILE")
+    millions = sum(p.numel() for p in clip.parameters()) / 1e6
+    print(f"{name}: {millions:.1f} M parameters, {clip.image_size} px images, pixels less "
+          f"{clip.config['mean']} over {clip.config['std']}, resized by {clip.resize[0]}")
+    return clip
 
 
 def clip_from(weights, path, quick_gelu=None):
@@ -243,63 +307,32 @@ def clip_from(weights, path, quick_gelu=None):
     sd = state_dict_in(weights)
     in_checkpoint = {k.removeprefix("clip."): x for k, x in sd.items() if k.startswith("clip.")}
     sd = in_checkpoint or sd
-    why = "as asked for"
-    if quick_gelu is None:
-        quick_gelu, why = activation(weights, sd, path)
     try:
-        clip = CLIP.from_state_dict(to_openai_names(sd), quick_gelu)
+        settings, why, heads_by = settings_of(weights, sd, path)
+        if quick_gelu is not None:
+            settings["quick_gelu"] = quick_gelu
+            why = "as asked for"
+        clip = CLIP.from_state_dict(to_openai_names(sd), **settings)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    except (LookupError, ValueError, RuntimeError) as error:
+    except (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: not a CLIP with a vision transformer: {reason(error)}; "
                            f"found {listed(sd)}") from None
-    millions = sum(p.numel() for p in clip.parameters()) / 1e6
-    name = "QuickGELU" if quick_gelu else "GELU"
-    print(f"CLIP from {path}: {millions:.1f} M parameters, {clip.image_size} px images in patches "
-          f"of {clip.config['patch_size']}, {name} ({why})")
+    print(f"CLIP from {path}: {described(clip, why, heads_by)}")
     return clip
 
 
-def activation(weights, sd, path):
-    """Which GELU the weights were trained with, as tensors don't tell. -> (quick_gelu, why)
+BESIDE = {"quick_gelu", "vision_heads", "text_heads", "norm_eps", "mean", "std"}
 
-    By what our checkpoint records; else by the project's settings file beside the weights; else
-    by where the weights come from.
-    """
+
+def settings_of(weights, sd, path):
+    """What tensors don't tell. -> (arguments of CLIP, why this activation, where heads are from)"""
     recorded = weights.get("clip")
     if isinstance(recorded, dict) and "quick_gelu" in recorded:
-        return recorded["quick_gelu"], "recorded in this checkpoint"
-    hf = any("text_model." in key for key in sd)
-    settings = path.with_name("config.json" if hf else "open_clip_config.json")
-    quick_gelu = activation_beside(settings, hf)
-    if quick_gelu is not None:
-        return quick_gelu, f"by {settings}"
-    if hf:
-        return True, "HF's default; a config.json beside the file would tell"
-    if "input_resolution" in sd:
-        return True, "OpenAI's"
-    # Any other file is open_clip's, whose own models are GELU.
-    name = path.name.lower().replace("_", "")
-    if "quickgelu" in name or "openai" in name:
-        return True, ("an open_clip file with quickgelu or openai in its name; "
-                      "to change: --activation gelu")
-    return False, ("an open_clip file without quickgelu or openai in its name; "
-                   "to change: --activation quickgelu")
-
-
-def activation_beside(path, hf):
-    """quick_gelu in config.json (HF) or open_clip_config.json; None where that doesn't tell."""
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if hf and "vision_config" in settings:
-            return settings["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
-        if not hf and "model_cfg" in settings:
-            return bool(settings["model_cfg"].get("quick_gelu", False))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not readable as JSON settings: {error}") from None
-    return None
+        check_range(recorded, SETTINGS["clip"], "clip.")
+        names = recorded.keys() & BESIDE
+        return {name: recorded[name] for name in names}, "recorded in this checkpoint", "recorded"
+    return settings_beside(path, sd, sizes_of(to_openai_names(sd)))
 
 
 # ---- checkpoints ----
@@ -356,6 +389,11 @@ def load_checkpoint(name_or_path, activation=None):
     then nothing was trained further, frames are pooled by `query`, and there is no radius.
     activation: quickgelu or gelu, where what the file says of it is wrong.
     """
+    if str(name_or_path).startswith(PREFIX):
+        clip = load_open_clip(str(name_or_path))
+        model = TMASS(clip, **method_of({}))
+        tokenizer = OpenTokenizer(clip.config["open_clip"])
+        return model.eval(), tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
     quick_gelu = None if activation is None else activation == "quickgelu"
@@ -370,88 +408,6 @@ def load_checkpoint(name_or_path, activation=None):
     return model.eval(), tokenizer, config
 
 
-SIZE = (int, 1, 2 ** 20)
-COUNT = (int, 0, 2 ** 62)
-WEIGHT = ((int, float), 0, 1e6)
-TEXT = (str, "", "\U0010ffff")
-# What a checkpoint of ours says beside its tensors: the names, their type, least and most.
-SETTINGS = {
-    "clip": {
-        "embed_dim image_size patch_size vision_width vision_layers": SIZE,
-        "context_length vocab_size text_width text_layers": SIZE,
-        "quick_gelu": (bool, False, True),
-    },
-    "tmass": {
-        "frames heads": (int, 1, 1000),
-        "dropout": ((int, float), 0, 1),
-        "prior_std support_weight ce_weight": WEIGHT,
-        "pooling radius prior support_video": TEXT,
-    },
-}
-SETTINGS["config"] = SETTINGS["tmass"] | {
-    "data clip amp augment device out": TEXT,
-    "epochs pretrain val_videos workers seed": COUNT,
-    "batch save_every log_every": (int, 1, 2 ** 31),
-    "head_lr clip_lr weight_decay warmup": WEIGHT,
-}
-STATE = {
-    "version step": COUNT,
-    "context_length": SIZE,
-    "finished": (bool, False, True),
-    "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
-    "merges bad_videos": (list,),
-}
-
-
-def check_range(values, table, where=""):
-    """Raise a WeightsError where a value is of another type than the table's, or out of range."""
-    for names, (kinds, *ends) in table.items():
-        for name in values.keys() & names.split():
-            value = values[name]
-            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-            # No isinstance: True is no whole number here.
-            if type(value) not in kinds or ends and not ends[0] <= value <= ends[1]:
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                limits = f" from {ends[0]} to {ends[1]}" if ends and str not in kinds else ""
-                raise WeightsError(f"{where}{name} is {value!r:.60}, expected {wanted}{limits}")
-
-
-def check_own(content):
-    """Raise an error, a WeightsError if it can, unless all that a checkpoint of ours says makes
-    sense. Nothing is built before: some of it would take for ever, or all memory."""
-    check_range(content, STATE)
-    if content["version"] != 1:
-        raise WeightsError(f"it is of version {content['version']}, and this program reads "
-                           "version 1")
-    for section, table in SETTINGS.items():
-        check_range(content[section], table, f"{section}.")
-    sizes = content["clip"]
-    if sizes["image_size"] % sizes["patch_size"]:
-        raise WeightsError("clip.image_size is no multiple of clip.patch_size")
-    for weights in (content, content.get("training", {})):
-        check_tensors(weights.get("model", {}))
-    layers = sum(name.endswith(".ln_1.weight") for name in content["model"])
-    expected = sizes["vision_layers"] + sizes["text_layers"]
-    if layers != expected:
-        raise WeightsError(f"its weights are of {layers} layers, its settings say {expected}")
-    check_merges(content["merges"], sizes["vocab_size"])
-    if content["context_length"] != sizes["context_length"]:
-        raise WeightsError("context_length differs from clip.context_length")
-
-
-def check_merges(merges, vocab_size):
-    """Raise a ValueError unless merges join what is known by then, and make that vocabulary."""
-    tokenizer = Tokenizer(merges)
-    if len(tokenizer.rank) < len(merges) or tokenizer.vocab_size != vocab_size:
-        raise WeightsError(f"{len(tokenizer.rank)} different merges do not make a vocabulary of "
-                           f"{vocab_size}")
-    known = set(Tokenizer().symbols)
-    for pair in tokenizer.rank:
-        if not known.issuperset(pair):
-            raise WeightsError(f"merge {' '.join(pair)!r} joins what no merge before it made")
-        known.add("".join(pair))
-
-
 def build_own(content, path, quick_gelu=None):
     """What save_checkpoint wrote -> (model, tokenizer, config)."""
     try:
@@ -459,12 +415,17 @@ def build_own(content, path, quick_gelu=None):
         settings = dict(content["clip"])
         if quick_gelu is not None:
             settings["quick_gelu"] = quick_gelu
-        with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            model = TMASS(CLIP(**settings), **content["tmass"])
+        if "open_clip" in settings:
+            model = TMASS(OpenCLIP(**settings), **content["tmass"])
+            tokenizer = OpenTokenizer(settings["open_clip"])
+        else:
+            with torch.device("meta"):  # no memory, no random numbers: the weights are given
+                model = TMASS(CLIP(**settings), **content["tmass"])
+            tokenizer = Tokenizer(content["merges"], content["context_length"])
         # Half precision, to which people convert files, is taken too.
-        weights = {name: x.float() for name, x in content["model"].items()}
+        weights = {name: x.float() if x.is_floating_point() else x
+                   for name, x in content["model"].items()}
         load_strictly(model, weights, "its own settings")
-        tokenizer = Tokenizer(content["merges"], content["context_length"])
         return model, tokenizer, dict(content["config"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             RuntimeError) as error:
@@ -552,12 +513,3 @@ def load_strictly(module, sd, what):
         if names:
             raise WeightsError(f"weights that don't fit {what}, {fault}: {listed(names)}")
     module.load_state_dict(sd, assign=True)
-
-
-def listed(names, most=8):
-    """The first few names, in one line."""
-    names = sorted(map(str, names))
-    line = ", ".join(names[:most])
-    if len(names) > most:
-        line += f" and {len(names) - most} more"
-    return line

@@ -22,7 +22,7 @@ from videos import numbered, numbers, write_video
 
 import data
 from data import PairDataset, VideoDataset, load_annotations, load_split, present
-from lib import check, shapes
+from lib import check, shapes, tables
 from lib import video as decode
 from lib.common import DataError, program
 from lib.video import FrameCache, Segment, read_frames, sample_indices
@@ -555,6 +555,7 @@ def test_csv(tmp_path):
         ([["video", "caption", "video"], ["a.mp4", "x", "b.mp4"]], "has the column video 2 times"),
         ([["video", "caption"], ["a.mp4", "two\nlines"], ["b.mp4", ""]], "row 4: empty caption"),
         ([["video", "caption"], ["a.mp4", ""], ["b.mp4", "x"]], "row 2: empty caption"),
+        ([["video", "caption"], ["a.mp4", "&nbsp; &amp;nbsp;"]], "row 2: empty caption"),
         (
             [["video", "caption"], [], ["a.mp4", "two\nlines", "too much"], ["b.mp4", "x"]],
             "row 3: not as many fields",
@@ -673,6 +674,16 @@ def divided(tmp_path, files):
     names = {s: {os.path.basename(c.path) for c in ann.segments} for s, ann in parts.items()}
     assert set.union(*names.values()) == set(files) and sum(map(len, names.values())) == len(files)
     return names
+
+
+def test_a_csv_is_divided_by_its_content_alone(tmp_path):
+    """Names may be absolute: it matters neither where the csv lies nor --root."""
+    rows = [["video", "caption"], *([f"{tmp_path}/v/{i}.mp4", f"caption {i}"] for i in range(80))]
+    (tmp_path / "other").mkdir()
+    names = table(tmp_path / "my.csv", *rows), table(tmp_path / "other" / "my.csv", *rows)
+    for split in data.SPLITS:
+        one, other = (load_split(name, split=split) for name in names)
+        assert one.captions == other.captions == load_split(names[0], "/root", split).captions
 
 
 def test_a_small_csv_without_splits_can_train_and_test(tmp_path):
@@ -856,7 +867,7 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys, monkeypatch)
         rows.append(didemo_row(f"{k}.mp4", f"tensor([[{end}]])", f"tensor([[{start}]])"))
         shutil.copy(make(folder, "bframes.mp4"), tmp_path / "videos" / f"{k}.mp4")
     table(tmp_path / "didemo_val_label.csv", DIDEMO, *rows)
-    data.warn_once.cache_clear()
+    tables.warn_once.cache_clear()
     for _ in range(2):
         ann = load_annotations("didemo", tmp_path, "val")
         assert [c[1:] for c in ann.segments] == [(0, 31), (1, 2), (5, 30), (3, 3)]
@@ -864,7 +875,7 @@ def test_didemo_spans_the_wrong_way_round(folder, tmp_path, capsys, monkeypatch)
     assert err.startswith("warning: didemo_val_label.csv, row 3 and 2 more: ") and "swapped" in err
     assert err.count("\n") == 1
     monkeypatch.setenv("RANK", "1")  # another process of the same job
-    data.warn_once.cache_clear()
+    tables.warn_once.cache_clear()
     assert load_annotations("didemo", tmp_path, "val") == ann and capsys.readouterr().err == ""
     assert numbers(read_frames(ann.segments[1], 2)) == [25 + i for i in sample_indices(25, 2)]
     # no time at all: the one frame there
@@ -975,6 +986,40 @@ def test_msvd(tmp_path):
     ann = load_annotations("msvd", tmp_path, "test")
     assert ann.captions == ["z", "x", "y"] and ann.owner == [0, 1, 1]
     assert paths(ann, tmp_path) == ["videos/b_3_4.avi", "videos/a_1_2.mp4"]
+
+
+def test_lists_whose_ids_fit_no_caption(tmp_path, capsys):
+    """Ids may be names of files; those without a caption are named; an empty split is a fault."""
+    (tmp_path / "captions_msvd.json").write_text(json.dumps({"a_1_2": ["x"], "b_3_4": ["z"]}))
+    (tmp_path / "train_list.txt").write_text("a_1_2.avi\nc_5_6.avi\nd_7_8.avi\n")
+    (tmp_path / "val_list.txt").write_text("b_3_4\n")
+    (tmp_path / "test_list.txt").write_text("e_9_9\n")
+    touch(tmp_path, "videos/a_1_2.avi", "videos/b_3_4.avi")
+    assert load_annotations("msvd", tmp_path, "train").captions == ["x"]
+    err = capsys.readouterr().err
+    assert err == "warning: train_list.txt: 2 of its 3 videos have no caption: c_5_6, d_7_8\n"
+    rest = ["--root", str(tmp_path), "--list", str(tmp_path / "list.csv")]
+    assert data.main(["check", "--data", "msvd", *rest]) == 1
+    assert "test: no caption is of this split" in (tmp_path / "list.csv").read_text()
+    vatex = [dict(videoID="abcdefghijk_000001_000011", enCap=["x"])]
+    (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(vatex))
+    (tmp_path / "test_list.txt").write_text("abcdefghijk_000001_000011 bbcdefghijk_000001_000011")
+    assert load_annotations("vatex", tmp_path, "test").captions == ["x"]
+    assert "test_list.txt: 1 of its 2 videos have no caption: bbc" in capsys.readouterr().err
+    msrvtt(tmp_path)
+    with open(tmp_path / "MSRVTT_train.9k.csv", "a") as file:
+        file.write("video777\n")
+    load_annotations("msrvtt", tmp_path)
+    assert "videos have no caption: video777" in capsys.readouterr().err
+
+
+def test_a_csv_may_lack_a_split_to_validate_with_and_no_other(tmp_path):
+    touch(tmp_path, "a.mp4")
+    for split, status in (("train", 1), ("test", 1)):
+        name = table(tmp_path / "my.csv", ["video", "caption", "split"], ["a.mp4", "x", split])
+        assert data.main(["check", "--data", name]) == status
+    table(name, ["video", "caption", "split"], ["a.mp4", "x", "train"], ["a.mp4", "x", "test"])
+    assert data.main(["check", "--data", name]) == 0
 
 
 @pytest.mark.parametrize("folder", ["videos", "videos/all", "all", "YouTubeClips", "."])
@@ -1262,7 +1307,18 @@ def test_render_never_passes_off_another_data_set(tmp_path, capsys):
 def test_a_closed_pipe_ends_it_quietly(tmp_path):
     """python data.py check ... | head: who reads no further has no use for an error."""
     name = table(tmp_path / "my.csv", ["video", "caption"], *([f"{k}.mp4", "x"] for k in range(30)))
-    command = [sys.executable, data.__file__, "check", "--data", name]
+    command = [sys.executable, data.__file__, "check", "--data", name, "--list"]
+    command.append(tmp_path / "list.csv")
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     job.stdout.close()
     assert job.stderr.read() == "" and job.wait(60) == 0
+    assert len((tmp_path / "list.csv").read_text().splitlines()) == 31  # what was asked for
+
+
+@pytest.mark.parametrize("ceiling", ['"x"', "[1]", "NaN", "1e999", "-1", "null", "9" * 5000,
+                                     "[" * 100_000])
+def test_a_ceiling_that_is_no_percentage_is_none(tmp_path, ceiling):
+    (tmp_path / "shapes.json").write_text('{"settings": {}, "ceiling": ' + ceiling + "}")
+    assert shapes.shapes_ceiling(tmp_path) is None
+    with pytest.raises(DataError, match="neither empty nor made by shapes.py"):
+        shapes.shapes_of(tmp_path)

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -494,6 +495,78 @@ def test_saved_scores(folder, tmp_path, call):
     assert (content["captions"], content["owner"].tolist()) == (ann.captions, ann.owner)
     assert [video.Segment(*x) for x in content["clips"]] == ann.segments
     assert content["result"] == result
+
+
+def test_features_made_elsewhere(folder, tmp_path, call):
+    """What --save wrote gives the same numbers; without captions and clips too; else one line."""
+    first = ["--save", tmp_path / "s.pt", "--json", tmp_path / "s.json"]
+    assert call(*on(folder, *first))[0] == 0
+    expected = json.loads((tmp_path / "s.json").read_text())
+    content = saved(tmp_path / "s.pt")
+    bare = {name: content[name] for name in ("t", "f", "owner")}
+    torch.save(bare, tmp_path / "bare.pt")
+    for name in ("s.pt", "bare.pt"):
+        features = ["--features", tmp_path / name, "--json", tmp_path / "f.json"]
+        status, out, err = call(*on(folder, *features, "--report", tmp_path / "f.html"))
+        assert status == 0 and "15 texts, 7 videos" in out, err
+        found = json.loads((tmp_path / "f.json").read_text())
+        for way in ("t2v", "v2t"):
+            assert found[way] == pytest.approx(expected[way])
+    t, f, owner = bare.values()
+    torch.save(make(pooling="mean", radius="none").clip.state_dict(), tmp_path / "clip.pt")
+    wrong = (dict(t=t), dict(bare, t=t[0]), dict(bare, t=t[:, 1:]), dict(bare, f=f[:, :1]),
+             dict(bare, f=f[..., 1:]), dict(bare, owner=owner[1:]), dict(bare, owner=owner - 1),
+             dict(bare, owner=owner + 1), dict(bare, owner=owner / 1), dict(bare, t="t"),
+             dict(bare, captions=["one"]), dict(bare, clips=[5] * 7), dict(bare, f=f[:0]),
+             dict(bare, t=t * math.nan))
+    for number, features in enumerate(wrong):
+        torch.save(features, tmp_path / "wrong.pt")
+        status, out, err = call(*on(folder, "--features", tmp_path / "wrong.pt"))
+        assert one_error(status, out, err, "wrong.pt"), (number, err)
+    both = "--features", tmp_path / "s.pt", "--data", folder / "one.csv"
+    assert one_error(*call(*on(folder, *both)), "--features takes the place of --data")
+
+
+def test_another_number_of_frames(folder, tmp_path, call):
+    """Where the radius is not tied to it; where nothing is sampled no sample is printed."""
+    status, out, err = call(*on(folder, "--frames", T + 1))
+    assert one_error(status, out, err, f"--frames {T + 1}: this model was built for {T} frames")
+    config = dict(data=str(folder / "many.csv"), root=str(folder / "videos"))
+    save_checkpoint(tmp_path / "none.pt", make(radius="none"), Tokenizer((), 16), config)
+    arguments = ["--workers", 0, "--device", "cpu", "--ckpt", tmp_path / "none.pt"]
+    arguments += ["--save", tmp_path / "s.pt"]
+    status, out, err = call(*arguments, "--frames", T + 1)
+    assert status == 0 and f"T={T + 1}, " in out and "radius none, on cpu" in out, err
+    content = saved(tmp_path / "s.pt")
+    assert content["f"].shape[1] == content["result"]["frames"] == T + 1
+
+
+def test_the_mean_of_several_seeds(folder, tmp_path, call, run):
+    files = [tmp_path / f"{seed}.json" for seed in (1, 2)]
+    for seed, file in enumerate(files):
+        assert call(*on(folder, "--seed", seed, "--json", file))[0] == 0
+    rates = [json.loads(file.read_text())["t2v"]["R1"] for file in files]
+    done = run("study/mean.py", *files)
+    mean = sum(rates) / 2
+    std = abs(rates[0] - rates[1]) / math.sqrt(2)
+    assert done.returncode == 0 and f"{mean:.1f} ± {std:.1f}" in done.stdout, done.stderr
+    files[0].write_text("{}")
+    done = run("study/mean.py", *files)
+    assert one_error(done.returncode, done.stdout, done.stderr, str(files[0]), "t2v")
+
+
+def test_a_csv_with_splits_means_its_test_rows(folder, tmp_path, call):
+    rows = [f"v{v}.mp4,text {v},{'train' if v < 5 else 'test'}" for v in range(7)]
+    (tmp_path / "my.csv").write_text("\n".join(["video,caption,split", *rows]))
+    status, out, err = call(*on(folder, "--data", tmp_path / "my.csv", "--root",
+                                folder / "videos"))
+    assert status == 0 and "split test: 2 texts, 2 videos" in out, err
+
+
+def test_a_cache_folder_of_nobody(folder, call, monkeypatch):
+    monkeypatch.setenv("TMASS_CACHE", "~nosuchuser")
+    arguments = "--ckpt", "ViT-B/32", "--data", folder / "one.csv"
+    assert one_error(*call(*arguments), "home directory", "set TMASS_CACHE")
 
 
 def test_the_samples_on_average(folder, tmp_path, call):

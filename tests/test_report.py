@@ -7,17 +7,21 @@ import subprocess
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
+import mass as study_mass
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torchvision.io import ImageReadMode, decode_image
 from videos import numbered, write_video
 
 import data
 import eval as ev
 from clip_model import CLIP, Tokenizer
-from lib import common, exact, report, video
+from lib import common, exact, mass, report, video
 from lib import page as pages
 from lib.weights import save_checkpoint
 from tmass import TMASS
@@ -104,7 +108,7 @@ def test_complexity_and_length_against_literal_loops():
         apart = [1 - F.cosine_similarity(x, y, dim=0).item() for x, y in combinations(frames, 2)]
         diversity.append(sum(apart) / 3)
     torch.testing.assert_close(report.frame_diversity(f), torch.tensor(diversity))
-    assert report.frame_diversity(f[:, :1]).tolist() == [0] * len(f)
+    assert report.frame_diversity(f[:, :1]).abs().max() < 1e-6
     rank = ev.ranks(sims, ann.owner)[0].tolist()
     values = {"complexity": [diversity[v] for v in ann.owner],
               "length": [len(caption.split()) for caption in ann.captions]}
@@ -206,6 +210,111 @@ def test_one_video_and_scores_that_are_no_numbers():
     assert "–" in report.analysis_text(a)
 
 
+# ---- the picture of a mass ----
+
+@pytest.mark.parametrize("radius, prior", [("linear", "normal"), ("linear", "uniform"),
+                                           ("mean", "normal")])
+def test_numbers_of_a_mass_are_those_of_score(radius, prior):
+    model = make_model(radius)
+    model.prior, model.prior_std = prior, .3
+    t, f, _ = features()
+    t, f = t[0], f[[0, 4]]
+    _, numbers = mass.measure_mass(model, t, f, M, 3)
+    score = lambda **how: model.score(t[None], f, **how)[0]
+    close = lambda name, wanted, far=1e-5: torch.testing.assert_close(
+        numbers[name], wanted, atol=far, rtol=0)
+    close("cos(t, v)", score(trials=0))
+    close("cos(t_s, v), best sample", score(trials=M, seed=3))
+    numbers["average"] = numbers["h·cos"] + numbers["E_M b"]
+    close("average", torch.stack([score(trials=M, seed=seed) for seed in range(400)]).mean(0), .01)
+    assert numbers["E_M b"].min() > 0
+    S = F.cosine_similarity(t, f, dim=-1)
+    close("mean of R", model.radius(S).mean(1))
+    close("|t|", t.norm().expand(2))
+
+
+@torch.no_grad()
+def test_a_mass_in_its_plane():
+    """t and both v are as far apart in it as they are; all else is its projection."""
+    model = make_model()
+    t, f, _ = features()
+    for t, f in ((t[0], f[[0, 4]]), (t[1], f[[1, 2]]), (t[2], f[[2, 0]])):
+        v = model.pool(t[None], f)[0]
+        points, numbers = mass.measure_mass(model, t, f, M, 3)
+        three = torch.cat([points["t"], points["v_right"], points["v_wrong"]])
+        torch.testing.assert_close(torch.pdist(three), torch.pdist(torch.stack([t, *v])))
+        assert points["t"].abs().max() == 0 and points["v_right"][0, 1].abs() < 1e-4
+        assert points["v_right"][0, 0] > 0 and points["v_wrong"][0, 1] > 0
+        # what a point has along t -> v, by the definition of a projection
+        ahead = F.normalize(v[0] - t, dim=0)
+        torch.testing.assert_close(points["frame"][:, 0], (f[0] - t) @ ahead)
+        R = model.radius(F.cosine_similarity(t, f[0], dim=-1))
+        support = F.normalize(v[0] - t, dim=0) * R
+        torch.testing.assert_close(points["support"][0, 0], support @ ahead)
+        samples = t + R * model.noise(M, 3)
+        best = F.cosine_similarity(samples, v[0], dim=-1).argmax()
+        torch.testing.assert_close(points["best"][0, 0], (samples[best] - t) @ ahead)
+        noise = model.noise(200, 3)
+        for k, kind in enumerate(("right", "wrong")):
+            R = model.radius(F.cosine_similarity(t, f[k], dim=-1))
+            torch.testing.assert_close(points[kind][:, 0], (R * noise) @ ahead)
+            seen = 100 * points[kind].var(0).sum() / (R * noise).var(0).sum()
+            assert numbers["spread in the plane, %"][k] == pytest.approx(seen.item(), rel=.25)
+
+
+def test_no_mass_no_picture():
+    t, f, ann = features()
+    for radius, trials in (("none", M), ("linear", 0)):
+        scored = score(make_model(radius), t, f, ann, trials)
+        assert mass.measure_mass(make_model(radius), t[0], f[:2], trials, 3) == (None, None)
+        assert report.mass_figure(0, make_model(radius), scored) == ""
+    scored = score(make_model(), t[:1], f[:1], data.Annotations([], ["a"], [0]))
+    assert report.mass_figure(0, make_model(), scored) == ""  # no wrong video
+
+
+def test_marks_of_a_mass_need_no_colour():
+    """Each kind has a shape of its own, or the width of a dot; nothing lies outside the picture."""
+    t, f, _ = features()
+    points, _ = mass.measure_mass(make_model(), t[0], f[[0, 4]], M, 3)
+    drawn = {}
+    wide, near, *legend = ElementTree.fromstring(mass.draw_mass(points)).iter("svg")
+    for svg in (wide, near, *legend):
+        *_, width, height = map(float, svg.get("viewBox").split())
+        for path in svg.iter("path"):
+            if path.get("class") in mass.MARKS:
+                places = [re.match(r"(\S+) (\S+?)([hm].*)", move).groups()
+                          for move in path.get("d").split("M")[1:]]
+                assert all(0 < float(x) < width and 0 < float(y) < height for x, y, _ in places)
+                drawn.setdefault(path.get("class"), []).append(places)
+    for kind in ("right", "wrong"):  # all of it, near t, and the key
+        assert list(map(len, drawn[kind])) == [200, 200, 1]
+    assert drawn.keys() == mass.MARKS.keys() and len(legend) == len(drawn)
+    shapes = {kind: views[-1][0][2] for kind, views in drawn.items()}
+    dots = [kind for kind, shape in shapes.items() if shape == "h0"]
+    assert dots == ["right", "t"] and len(set(shapes.values())) == len(shapes) - 1
+    for kind, width in (("right", 4.4), ("t", 11)):
+        assert re.search(rf"\.mass \.{kind}{{stroke-width:{width}}}", pages.STYLE)
+    # videos that are alike, and a text that is its video: a picture all the same
+    for right, wrong in ((f[0], f[0]), (t[0].expand(T, D), f[1])):
+        points, _ = mass.measure_mass(make_model(), t[0], torch.stack([right, wrong]), M, 3)
+        assert "nan" not in mass.draw_mass(points)
+
+
+def test_the_picture_in_readme():
+    """What study/mass.py writes is a file that needs nothing, whatever the caption is."""
+    t, f, _ = features()
+    points, _ = mass.measure_mass(make_model(), t[0], f[[0, 4]], M, 3)
+    kept = (ROOT / ".github" / "mass.svg").read_text(encoding="utf-8")
+    for picture, caption in ((study_mass.document(EVIL, points), EVIL), (kept, "a purple box")):
+        svg = ElementTree.fromstring(picture)
+        assert caption in "".join(svg.itertext())
+        tags = {element.tag.split("}")[1] for element in svg.iter()}
+        assert tags == {"svg", "style", "path", "text"}
+        marks = [path.get("class") for path in svg.iter("{http://www.w3.org/2000/svg}path")]
+        assert all(marks.count(kind) >= 2 for kind in mass.MARKS)
+        assert picture.count("http") == 1 and "@import" not in picture
+
+
 # ---- the page ----
 
 class Page(HTMLParser):
@@ -217,6 +326,7 @@ class Page(HTMLParser):
         self.open = []
         self.tags = []
         self.images = []
+        self.links = []
         self.hits = []
         self.text = ""
         self.feed(text)
@@ -229,6 +339,7 @@ class Page(HTMLParser):
         assert not any(name.startswith("on") or name == "srcset" for name in attrs)
         if "href" in attrs:  # a moment of a file
             assert tag == "a" and re.fullmatch(r"[^:?]*\.mp4#t=[\d.]+", attrs["href"])
+            self.links.append(attrs["href"])
         if tag == "img":
             self.images.append(attrs)
         if tag == "li":
@@ -289,7 +400,7 @@ def written(tmp_path_factory):
     result = dict(m, dsl=m, released_protocol=dict(m, **counts), first_captions=m, **counts,
                   data=f"{EVIL}.csv", split="test", expected=True, **model.config)
     path = folder / "report.html"
-    report.write_report(str(path), result, a, scored, t2v, str(folder / "log.csv"))
+    report.write_report(str(path), model, result, a, scored, t2v, str(folder / "log.csv"))
     return path, ann, scored.sims
 
 
@@ -306,6 +417,10 @@ def test_report(written):
     for css, text in page.hits:
         assert ("✓ the right video" in text) == ("right" in css)
     assert 8 * 5 <= len(page.hits) <= 8 * 6 and len(page.images) == 6 * len(page.hits)
+    # every result leads to its file, seen from the page
+    assert len(page.links) == len(page.hits)
+    for link in page.links:
+        assert (path.parent / unquote(link.removesuffix("#t=0"))).is_file(), link
 
 
 def test_the_right_video_and_its_rank(written):
@@ -314,6 +429,7 @@ def test_the_right_video_and_its_rank(written):
     ranks = ev.ranks(sims, ann.owner)[0]
     for card in path.read_text(encoding="utf-8").split("<article")[1:]:
         page = Page("<article" + card.split("</article>")[0] + "</article>")
+        assert page.tags.count("svg") == 2 + len(mass.MARKS)
         i = ann.captions.index(page.text.split("“")[1].split("”")[0])
         order = sims[i].sort(descending=True).indices
         for n, (css, text) in enumerate(page.hits):
@@ -325,6 +441,10 @@ def test_the_right_video_and_its_rank(written):
             if right:
                 assert text.split()[0] == f"{ranks[i]:g}"
         assert f"rank {ranks[i]:g} of 8" in page.text
+        right = ann.owner[i]
+        wrong = next(v for v in order if v != right)
+        best = card.split("best sample</th>")[1].split("</tr>")[0]
+        assert re.findall(r"-?\d\.\d{4}", best) == [f"{sims[i, v]:.4f}" for v in (right, wrong)]
 
 
 def test_a_tied_rank_hides_no_video():
@@ -332,9 +452,8 @@ def test_a_tied_rank_hides_no_video():
     for V in (5, 6):
         segments = [video.Segment(f"{v}.mp4") for v in range(V)]
         ann = data.Annotations(segments, ["a"], [V - 1])
-        strips = dict.fromkeys(range(V), "")
         rank = (V + 1) / 2
-        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, strips))
+        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, lambda segment: "", "."))
         assert [text.split()[0] for _, text in page.hits[:4]] == ["1", "2", "3", "4"]
         assert sum(css == "right" for css, _ in page.hits) == 1
         assert ("ties averaged" in page.text) == (V == 6)
@@ -437,8 +556,10 @@ def test_in_a_browser(written, tmp_path, width):
             const outside = x => x.getBoundingClientRect().right > {width} + 1;
             const wide = [...d.querySelectorAll('body *')].filter(
                 x => outside(x) && !x.closest('.scroll'));
+            const sideways = [...d.querySelectorAll('.scroll')].filter(
+                x => x.scrollWidth > x.clientWidth).length;
             const broken = [...d.images].filter(x => !x.naturalWidth).length;
-            document.title = ['probe', e.clientWidth, e.scrollWidth, wide.length, broken,
+            document.title = ['probe', e.clientWidth, e.scrollWidth, wide.length + sideways, broken,
                               d.images.length].join(' ') }};
         f.srcdoc = {page};</script>""", encoding="utf-8")
 

@@ -588,6 +588,13 @@ def test_out_replaces_nothing_but_a_run_that_may_go(here, call):
     assert status == 0 and read_weights("model.pt")["step"] == 6
 
 
+@pytest.mark.parametrize("name", ["", "a" * 245])
+def test_a_name_that_cannot_be_written_is_refused_before_anything_long(here, call, name):
+    status, out, err = call(*SMALL, "--out", name)
+    refused(status, out, err, f"--out {name} cannot be written")
+    assert not out and os.listdir(here) == ["set"]
+
+
 def unfinished(**values):
     return lambda content: content.update(values)
 
@@ -644,6 +651,90 @@ def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
         if status != 2 or err.count("\n") != 1 or "model.pt" not in err:
             wrong.append((number, status, err[-300:]))
     assert not wrong
+
+
+def resumable(one_step, **settings):
+    """Make model.pt a run that ends after an epoch, with other settings. -> what it holds."""
+    content = copy.deepcopy(read_weights(one_step))
+    content["config"] |= dict(epochs=1, workers=0) | settings
+    torch.save(content, "model.pt")
+    return content
+
+
+def test_settings_of_a_run_are_those_that_options_take(here, call, one_step):
+    wrong = dict(amp="x", augment="x", grad_checkpoint="no", head_lr=11, root=3)
+    for name, value in wrong.items():
+        resumable(one_step, **{name: value})
+        refused(*call("--resume", "--device", "cpu"), str(value))
+    resumable(one_step, gone="a setting of an older version", frames=9)  # the model has 2
+    assert call("--resume", "--device", "cpu")[0] == 0
+
+
+def test_a_run_is_its_data(own_copy, call, one_step):
+    """It goes on with the same data at another place, and with no other."""
+    os.rename("set", "moved")
+    elsewhere = "--resume", "--device", "cpu", "--data", "moved/my.csv"
+    table = Path("moved/my.csv").read_text()
+    for split, before, after in (("train", "to red,", "to pink,"), ("test", ",test", ",train"),
+                                 ("val", "from red to white", "from white to red")):
+        resumable(one_step)
+        Path("moved/my.csv").write_text(table.replace(before, after))
+        kept = Path("model.pt").read_bytes()
+        refused(*call(*elsewhere), "model.pt", "split than this", "--data")
+        assert Path("model.pt").read_bytes() == kept, split
+    Path("moved/my.csv").write_text(table)
+    old = resumable(one_step)
+    del old["splits"]  # as older versions wrote it: nothing says that the data are the same
+    torch.save(old, "model.pt")
+    refused(*call(*elsewhere), "--data", "differs")
+    old["config"].update(data=os.path.abspath("moved/my.csv"), root=os.path.abspath("moved"))
+    torch.save(old, "model.pt")
+    assert call("--resume", "--device", "cpu")[0] == 0
+    resumable(one_step)
+    assert call(*elsewhere)[0] == 0
+    config = read_weights("model.pt")["config"]
+    assert (config["data"], config["root"]) == (str(own_copy / "moved/my.csv"),
+                                                str(own_copy / "moved"))
+
+
+def test_clip_can_be_left_as_it_is(here, call):
+    assert call(*SMALL, "--epochs", 0, "--out", "start.pt")[0] == 0
+    status, out, _ = call(*SMALL, "--epochs", 1, "--freeze-clip", "--radius", "scaled")
+    assert status == 0 and "CLIP 0 parameters" in out and "clip_lr" not in out
+    before, after = weights("start.pt"), weights("model.pt")
+    clip = [name for name in before if name.startswith("clip.")]
+    assert clip and all(torch.equal(before[name], after[name]) for name in clip)
+    assert not torch.equal(before["pool.linear.weight"], after["pool.linear.weight"])
+    nothing = "--freeze-clip", "--pooling", "query", "--radius", "none", "--out", "none.pt"
+    refused(*call(*SMALL, *nothing), "--freeze-clip leaves nothing to train")
+
+
+def test_a_frozen_run_is_resumed_frozen(here, start, call):
+    job = start(here, *SMALL, "--epochs", 300, "--freeze-clip").until(reaches(2))
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.wait() == 143
+    before = resumable("model.pt")
+    status, out, err = call("--resume", "--device", "cpu")
+    assert status == 0 and "freeze_clip=True" in out, err
+    same_scale = weights("model.pt")["clip.logit_scale"], before["model"]["clip.logit_scale"]
+    assert torch.equal(*same_scale)
+
+
+def test_tensorboard(here, call, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert call(*SMALL, "--epochs", 1, "--tensorboard", "curves")[0] == 0
+    found = EventAccumulator("curves").Reload()
+    assert {"loss", "support", "head_lr", "clip_lr", "scale", "val_R1"} <= set(
+        found.Tags()["scalars"])
+    points = [(point.step, f"{point.value:.4g}") for point in found.Scalars("loss")]
+    assert points == [(int(row["step"]), f"{float(row['loss']):.4g}") for row in steps(here)]
+
+
+def test_tensorboard_is_asked_for_where_it_is_missing(here, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
+    refused(*call(*SMALL, "--tensorboard", "curves"), "pip install tensorboard")
+    assert os.listdir(here) == ["set"]
 
 
 def test_a_run_with_steps_is_not_overwritten_and_one_without_is(here, start, call):
@@ -816,6 +907,17 @@ def test_bad_videos(own_copy, call):
     assert "4 videos left out, listed in model.bad.txt" in out
 
 
+def test_what_of_the_data_counts_for_nothing_is_said(own_copy, call):
+    table = Path("set/my.csv").read_text()
+    for name in re.findall("(.*mp4).*,val\n", table):
+        os.remove(f"set/{name}")
+    long = "red " * 50
+    Path("set/my.csv").write_text(table.replace("the picture turns from red to green", long))
+    status, out, err = call(*SMALL, "--epochs", 0, "--skip-bad")
+    assert status == 0 and "val: all of its 5 videos are missing" in out, err
+    assert "train: 1 captions are longer than 46 tokens, and are cut; the first: red red" in out
+
+
 def test_parts_of_a_killed_save_are_removed_by_the_next_run(here, call):
     left = "model.pt.123.0a1b2c3d.part"
     others = "model.pt.mine.part", "other.pt.123.0a1b2c3d.part"
@@ -835,6 +937,7 @@ def test_settings_without_effect_are_not_printed(here, call):
     assert train.METHOD.keys() | {"cache", "seed", "out"} <= every
     assert not {"resume", "overwrite"} & every
     assert every - shown("--radius", "none") == {"prior", "prior_std", "support_video"}
+    assert every - shown("--freeze-clip") == {"clip_lr"}
     left_out = every - shown("--prior", "uniform", "--pooling", "mean")
     assert left_out == {"prior_std", "heads", "dropout"}
 
@@ -1100,7 +1203,7 @@ def test_bad_input(own_copy, call):
         ("--data", "set/caption.csv"): "row 3",
         ("--data", "set/gone.csv"): "row 3",
         ("--root", "folder"): "videos are missing",
-        ("--out", "folder"): "folder is a folder, a link or a device",
+        ("--out", "folder"): "--out folder cannot be written: give a plain file's name",
         ("--out", "file/model.pt"): "file/model.pt",
         ("--out", "file"): "file",
         ("--batch", 1): "--batch",
