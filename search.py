@@ -30,7 +30,7 @@ import data
 from eval import encode_texts, lowest_if_nan
 from lib import exact
 from lib import index as store
-from lib.common import DataError, Parser, Progress, WeightsError, clock, escaped, numeric
+from lib.common import DataError, Parser, Progress, WeightsError, numeric
 from lib.index import INDEX, File, ShardWriter, list_videos, move_means
 from lib.options import add_common, load_model, write_json
 from lib.page import read_picture
@@ -44,7 +44,7 @@ from lib.processes import (
     worker_place,
 )
 from lib.report import write_search_report
-from lib.serve import SearchPage, questions, span
+from lib.serve import SearchPage, print_files, questions, table
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -501,26 +501,6 @@ def search_present(model, t, index, args, top, job=ALONE):
         if not gone:
             return found
         index.file[torch.isin(index.file, torch.tensor(gone))] = -1
-
-
-def table(query, hits, index):
-    """A query's results for people."""
-    lines = [f"\n{escaped(query)}", " rank   score  at       file"]
-    for rank, hit in enumerate(hits, 1):
-        name = escaped(index.names[hit.file]) + span(hit, index)
-        lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
-    return "\n".join(lines)
-
-
-def print_files(names, end):
-    """File names alone: harmless ones at a terminal, and elsewhere the bytes that open the files.
-    """
-    if sys.stdout.isatty() and end == "\n":
-        names = map(escaped, names)
-    else:
-        errors = sys.getfilesystemencodeerrors()
-        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
-    print(*names, sep=end, end=end, flush=True)
 
 
 def answer(model, tokenizer, index, args, job):
