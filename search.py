@@ -29,34 +29,9 @@ from torch.utils.data import IterableDataset
 import data
 from eval import encode_texts, lowest_if_nan
 from lib import exact
-from lib.common import (
-    DataError,
-    Parser,
-    Progress,
-    WeightsError,
-    clock,
-    cure,
-    escaped,
-    numeric,
-)
-from lib.index import (
-    INDEX,
-    File,
-    ShardWriter,
-    add_copies,
-    content_of,
-    divide_copies,
-    file_shard,
-    fingerprint,
-    list_videos,
-    move_means,
-    newest_shards,
-    newest_with_missed,
-    open_shards,
-    repack,
-    shard_folder,
-    summary,
-)
+from lib import index as store
+from lib.common import DataError, Parser, Progress, WeightsError, cure, numeric
+from lib.index import INDEX, File, ShardWriter, list_videos, move_means
 from lib.options import add_common, load_model, write_json
 from lib.page import read_picture
 from lib.processes import (
@@ -69,7 +44,7 @@ from lib.processes import (
     worker_place,
 )
 from lib.report import write_search_report
-from lib.serve import SearchPage, questions, span
+from lib.serve import SearchPage, print_files, questions, table
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -103,7 +78,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
             why = None
             content = ""
             try:
-                content = content_of(path)
+                content = store.content_of(path)
                 for piece in read_pieces(path, self.frames, self.window):
                     rows.append((v, piece._replace(frames=None)))
                     pixels.append(self.transform(piece.frames))
@@ -182,7 +157,7 @@ def encode_files(
                     continue
                 tensors = (torch.cat(x) for x in zip(*pieces))
                 file = File(names[v], folder.stamps[names[v]], why, content)
-                writer.parts.append(file_shard(*tensors, file))
+                writer.parts.append(store.file_shard(*tensors, file))
             progress.update(done * job.world)
             if writer.save_if_due():
                 saved()
@@ -213,11 +188,11 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
     """
     writer = ShardWriter(where, mark)
     size = model.frames, model.clip.embed_dim
-    opened = functools.partial(open_shards, where, mark, {}, job, size)
+    opened = functools.partial(store.open_shards, where, mark, {}, job, size)
     # Files may come and go: all processes share out what the first one saw.
     folder = folder._replace(stamps=job.gather(folder.stamps)[0])
     shards = opened()
-    newest = newest_shards(shards, folder.stamps)
+    newest = store.newest_shards(shards, folder.stamps)
     names = [name for name in folder.stamps or () if name not in newest]
     encoded = 0
     if names and not stopped:
@@ -225,11 +200,11 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
         if threading.current_thread() is threading.main_thread():  # others are not told of signals
             noting = noting_signals()
         with noting as stopping:
-            divided = divide_copies(folder, names, shards) if job.rank == 0 else None
+            divided = store.divide_copies(folder, names, shards) if job.rank == 0 else None
             firsts, copies, contents = job.gather(divided)[0]
             for part in filter(None, (firsts, copies)):
                 if job.rank == 0:
-                    part = add_copies(folder, part, contents, shards, writer)
+                    part = store.add_copies(folder, part, contents, shards, writer)
                 part = job.gather(part)[0]
                 count = encode_files(
                     model, folder, part, writer, job=job, stopping=stopping, **encoding
@@ -239,11 +214,11 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
                 for unsaved in job.gather(writer.unsaved):
                     shards.update(unsaved)
             stopped += job.join(stopping)
-        newest = newest_shards(shards, folder.stamps)
+        newest = store.newest_shards(shards, folder.stamps)
     if folder.whole and job.rank == 0 and not writer.unsaved:
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
-            kept = newest_with_missed(folder.path, where, mark, shards, newest)
-            repack(where, mark, shards, kept)
+            kept = store.newest_with_missed(folder.path, where, mark, shards, newest)
+            store.repack(where, mark, shards, kept)
     return shards, newest, encoded
 
 
@@ -256,7 +231,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     encoded. Raises DataError where nothing can be searched.
     """
     folders = list_videos(paths, new)
-    mark = fingerprint(model, window)
+    mark = store.fingerprint(model, window)
     shards = []
     file = []
     found = {}  # absolute path: path
@@ -266,7 +241,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     encoded = 0
     stopped = []
     for folder in folders:
-        where = shard_folder(folder.path, index_dir)
+        where = store.shard_folder(folder.path, index_dir)
         parts, newest, count = update_index(
             model, folder, where, mark, job, stopped, window=window, **encoding
         )
@@ -295,7 +270,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     pieces = (file >= 0).sum().item()
     reasons = [*unreadable.values(), *refused]
     if found or reasons:
-        job.say(summary(encoded, len(found), pieces, reasons, stopped))
+        job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))
         missing = "the index holds none of its videos (without -n they are looked for)"
@@ -315,7 +290,7 @@ def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
     A picture's or a video's own embedding takes the text's place.
     """
     t = encode_texts(model, tokenizer, queries, job, amp=amp)
-    transform = data.test_transform(model.clip.image_size)
+    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
     for text, query in zip(t, queries):
         name = query.lower()
         if not name.endswith(PICTURES + SUFFIXES) or not os.path.isfile(query):
@@ -531,26 +506,6 @@ def search_present(model, t, index, args, top, job=ALONE):
         index.file[torch.isin(index.file, torch.tensor(gone))] = -1
 
 
-def table(query, hits, index):
-    """A query's results for people."""
-    lines = [f"\n{escaped(query)}", " rank   score  at       file"]
-    for rank, hit in enumerate(hits, 1):
-        name = escaped(index.names[hit.file]) + span(hit, index)
-        lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
-    return "\n".join(lines)
-
-
-def print_files(names, end):
-    """File names alone: harmless ones at a terminal, and elsewhere the bytes that open the files.
-    """
-    if sys.stdout.isatty() and end == "\n":
-        names = map(escaped, names)
-    else:
-        errors = sys.getfilesystemencodeerrors()
-        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
-    print(*names, sep=end, end=end, flush=True)
-
-
 def answer(model, tokenizer, index, args, job):
     """Search for every query, and print what is found. -> {query: [dict of rank, score, ...]}"""
     found = {}
@@ -559,7 +514,7 @@ def answer(model, tokenizer, index, args, job):
         results = search_present(model, t, index, args, args.top, job)
         for query, hits in zip(queries, results):
             if not hits and (index.file < 0).all():
-                raise DataError("all videos of the index are gone: without -n, others are found")
+                raise DataError("the videos of the index are gone: look for others, without -n")
             if not hits:
                 raise WeightsError(
                     f"{args.ckpt}: no score of {query!r} is a finite number, nothing can be "

@@ -1,4 +1,4 @@
-"""Searches that stay open: questions at a prompt or from a pipe, and the page of `--serve`.
+"""How search.py is asked and answers: at a prompt, in a pipe, and on the page of `--serve`.
 
 The page lets out the files of the index, by number, and nothing else of this machine: `SearchPage`
 has the index, `Handler` answers a request.
@@ -13,7 +13,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from lib.common import DataError, clock
+from lib.common import DataError, clock, escaped
 from lib.page import about_six, document, esc, jpeg, nearest_of, shrunk
 from lib.video import Segment, read_segment
 
@@ -42,7 +42,7 @@ video{width:100%;max-height:60vh;margin-top:8px;border-radius:8px;background:#00
 </style>"""
 
 
-# ---- a prompt, or a pipe ----
+# ---- at a prompt, in a pipe ----
 
 def questions(args, job):
     """Lists of queries: of the command line; or asked for at a terminal, or read from a pipe."""
@@ -80,6 +80,26 @@ def span(hit, index):
     if (index.file == hit.file).sum() == 1:
         return ""
     return f"   ({clock(hit.start)} to {clock(hit.end)})"
+
+
+def table(query, hits, index):
+    """A query's results for people."""
+    lines = [f"\n{escaped(query)}", " rank   score  at       file"]
+    for rank, hit in enumerate(hits, 1):
+        name = escaped(index.names[hit.file]) + span(hit, index)
+        lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
+    return "\n".join(lines)
+
+
+def print_files(names, end):
+    """File names alone: harmless ones at a terminal, and elsewhere the bytes that open the files.
+    """
+    if sys.stdout.isatty() and end == "\n":
+        names = map(escaped, names)
+    else:
+        errors = sys.getfilesystemencodeerrors()
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
+    print(*names, sep=end, end=end, flush=True)
 
 
 # ---- the page ----

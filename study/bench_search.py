@@ -44,7 +44,7 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
     t = torch.randn(16, D, generator=g)
     noise = 0.7 * torch.randn(512, T, D, generator=g)
     model.encode_video = lambda x: torch.randn(len(x), 1, D, generator=g) + noise[:len(x)]
-    data.test_transform = lambda size: lambda x: x
+    data.test_transform = lambda *settings: lambda x: x
     times = [k / 2 for k in range(T)]
     nothing = torch.zeros(1)
     a_video = [decode.Piece(10.0 * k, 10.0 * k + 10, times, nothing) for k in range(a_file)]

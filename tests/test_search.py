@@ -629,8 +629,6 @@ def test_an_index_stays_in_use():
         x.copy_(torch.arange(x.numel()).view_as(x) / 7)
     assert store.fingerprint(model, 10) == "f9a7b0b5a8e42c53"
     assert store.fingerprint(model, 2.5) == "3c42eb476f2f7f67"
-    clip.config["a setting that came later"] = 1
-    assert store.fingerprint(model, 10) == "f9a7b0b5a8e42c53"
     for k in range(64):  # any weight counts
         before = store.fingerprint(model, 10)
         with torch.no_grad():
