@@ -290,7 +290,7 @@ def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
     A picture's or a video's own embedding takes the text's place.
     """
     t = encode_texts(model, tokenizer, queries, job, amp=amp)
-    transform = data.test_transform(model.clip.image_size, *model.clip.resize)
+    transform = data.transform_for(model.clip)
     for text, query in zip(t, queries):
         name = query.lower()
         if not name.endswith(PICTURES + SUFFIXES) or not os.path.isfile(query):

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from test_readme import COMMANDS, README
+from torchvision.io import write_jpeg
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,12 @@ def test_search_finds_what_was_asked_for(trained, run):
 def test_readmes_python_runs(trained):
     """The way in from Python; the small data set has videos of lower numbers."""
     folder, _ = trained
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 15
+    code, search = re.findall(r"```python\n(.*?)```", README, re.S)
+    for part, most in ((code, 15), (search, 6)):
+        assert len([line for line in part.splitlines() if line.strip()]) <= most
     code = code.replace("(1600, 1601, 1602)", "(130, 131, 132)")
     code += "print(sims.shape, R.shape, t_s.shape)"
-    code = code.replace("print(model.score", "sims = (model.score", 1)
+    code = code.replace("print(model.score", "sims = (model.score", 1) + "\n" + search
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -91,6 +93,7 @@ def test_readmes_commands_run_as_they_stand(trained, run):
     """
     folder, _ = trained
     shutil.copytree(folder / "data/shapes/videos", folder / "clips")
+    write_jpeg(torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8), str(folder / "photo.jpg"))
     ran = {"eval.py": 0, "search.py": 0}
     for command in COMMANDS:
         script = command.removeprefix("python ").split(" ")[0]
