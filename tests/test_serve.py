@@ -196,7 +196,9 @@ def test_other_names_are_refused(site):
 def raw(site, text):
     with socket.create_connection(("127.0.0.1", int(site.port)), timeout=30) as connection:
         connection.sendall(text)
-        return connection.recv(100)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            return answer.read()
 
 
 def test_clients_end_nothing(site):
