@@ -456,7 +456,8 @@ def parse_args(argv=None):
     add("--ckpt", default="ViT-B/32",
         help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a "
              "released T-MASS or X-Pool one (default: %(default)s)")
-    add("--videos", metavar="PATH", nargs="+", required=True, help="folders and files to search")
+    add("--videos", metavar="PATH", nargs="+", action="extend", required=True,
+        help="folders and files to search")
     add("--window", type=numeric(float, 0, 1e6), default=10, metavar="SECONDS",
         help="a video longer than 1.5 of these is searched by pieces of about this length; "
              "0: whole videos (default: %(default)s)")
@@ -488,6 +489,8 @@ def parse_args(argv=None):
     if args.query and (args.update or args.serve is not None):
         p.error("--update and --serve take no query")
     args.files |= args.end == "\0"
+    if args.files and args.json == "-":
+        p.error("file names and --json - would be mixed on standard output: give --json FILE")
     if 0 < args.window < 0.01:
         p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     return args

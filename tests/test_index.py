@@ -314,3 +314,17 @@ def test_names_are_the_bytes_that_open_the_files(tmp_path, folder):  # noqa: F81
     assert paths.pop() == b"" and sorted(map(os.path.basename, paths)) == sorted(names)
     assert all(map(os.path.isfile, paths))
     assert lines.stdout == b"\n".join(paths) + b"\n"
+
+
+def test_videos_of_every_option_are_searched(tmp_path, ask):  # noqa: F811
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        noise_video(tmp_path / name / f"{name}.mp4", ord(name))
+    out, _ = ask("noise", "--videos", tmp_path / "a", "--videos", tmp_path / "b")
+    assert "a.mp4" in out and "b.mp4" in out
+
+
+def test_names_and_json_are_not_mixed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        se.parse_args(["noise", "-f", "--json", "-", "--videos", str(tmp_path)])
+    assert end.value.code == 2 and "would be mixed" in capsys.readouterr().err
