@@ -374,7 +374,7 @@ def mass_figure(i, model, scored):
     points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
     if points is None:
         return ""
-    rows = [[name, *(f"{x:.4f}" for x in pair)] for name, pair in numbers.items()]
+    rows = [[name, *(f"{x:.4f}" for x in pair.tolist())] for name, pair in numbers.items()]
     table = html_table(["its mass", "right video", "nearest wrong video"], rows)
     return draw_mass(points) + table
 
