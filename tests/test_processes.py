@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,7 @@ def test_batches_for_a_gpu_are_pinned_one_ahead(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: pinned.append(device))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    forkserver.ensure_running()  # beside the thread that pins, workers are not forked from here
     before = children(os.getpid())
     with loading(Numbers(), BATCHES, together, workers=2, pin=True) as found:
         batches = list(found)
