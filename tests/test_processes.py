@@ -28,7 +28,7 @@ from lib.common import DataError
 from lib.processes import loading, noting_signals, start_processes, worker_place
 
 ROOT = Path(lib.processes.__file__).resolve().parent.parent
-LIMIT = 15  # seconds from the mishap to the end of a program; before, it was for ever
+LIMIT = 30  # seconds from the mishap to the end of a program; before, it was for ever
 
 
 TRAIN = ["train.py", "--data", "my.csv", "--clip", "tiny", "--frames", "2", "--batch", "4",
