@@ -55,15 +55,24 @@ def split_name(name):
 class OpenCLIP(nn.Module):
     """A model of open_clip. open_clip: its name there; the other arguments are in its settings.
 
-    tag: of weights to download; without one they are random, except for hf-hub: with `load`.
+    tag: of weights to download; without one they are random, except for hf-hub: with `load`. What
+    hf-hub: names is asked of the Hub, or its cache, whenever it is built.
     """
 
     def __init__(self, open_clip, tag=None, load=False, **settings):
         super().__init__()
         library = package()
+        # Some names are GELU's and have tags, such as openai, that were trained with QuickGELU.
+        if tag and (library.get_pretrained_cfg(open_clip, tag) or {}).get("quick_gelu"):
+            settings["quick_gelu"] = True
         with explaining(PREFIX + open_clip):
-            self.model = library.create_model(open_clip, tag, load_weights=load or bool(tag),
-                                              pretrained_text=False)
+            self.model = library.create_model(
+                open_clip,
+                tag,
+                load_weights=load or bool(tag),
+                force_quick_gelu=settings.get("quick_gelu", False),
+                pretrained_text=False,
+            )
         pixels = library.get_model_preprocess_cfg(self.model)
         size = pixels["size"]
         if isinstance(size, int):

@@ -26,15 +26,15 @@ def settings_beside(path, sd, shapes):
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
     section = "vision_config" if hf else "model_cfg"
+    found = {}
+    if hf:
+        pixels = read_settings(path.with_name("preprocessor_config.json"))
+        found = pixel_settings(pixels, "image_mean", "image_std")
     if section not in content:
         quick_gelu, why = activation_by_origin(path, sd, hf)
-        return dict(quick_gelu=quick_gelu), why, GUESSED
+        return found | dict(quick_gelu=quick_gelu), why, GUESSED
     try:
-        if hf:
-            pixels = read_settings(path.with_name("preprocessor_config.json"))
-            found = hf_settings(content) | pixel_settings(pixels, "image_mean", "image_std")
-        else:
-            found = open_clip_settings(content, shapes)
+        found |= hf_settings(content) if hf else open_clip_settings(content, shapes)
     except WeightsError as error:
         raise WeightsError(f"{file}: {error}") from None
     except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError) as error:

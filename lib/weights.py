@@ -138,7 +138,8 @@ def read_weights(path):
             why = ("it holds Python objects beside tensors, and loading those could run any code; "
                    "if you trust it, write a clean file: python -c \"import torch; "
                    f"c = torch.load({str(path)!r}, weights_only=False); "
-                   "torch.save(c.get('state_dict', c.get('model', c)), 'clean.pt')\"")
+                   f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict else c; "
+                   "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, 'clean.pt')\"")
         raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "

@@ -81,6 +81,26 @@ def test_a_file_of_weights_and_a_checkpoint(small, tmp_path, capsys):
         load_clip(name)
 
 
+def test_the_activation_of_a_tag_is_kept(tmp_path, monkeypatch):
+    """open_clip itself only warns that ViT-B-32/openai was trained with QuickGELU."""
+    plain = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=1, width=64, patch_size=16),
+                 text_cfg=dict(context_length=20, vocab_size=49408, width=64, heads=1, layers=1))
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("plain", force_quick_gelu=True)
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    tag = dict(file=str(tmp_path / "w.pt"), quick_gelu=True)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "plain", dict(quick=tag))
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda cfg, **_: cfg["file"])
+    model, tokenizer, _ = load_checkpoint("open_clip:plain/quick")
+    compare(model.clip, tokenizer, theirs, "plain")
+    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
+    again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
+    compare(again.clip, tokenizer, theirs, "plain")
+    assert not isinstance(again.clip.model.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+
+
 @pytest.mark.parametrize("name, message", [
     ("open_clip:no-such-model", "open_clip:no-such-model: "),
     ("open_clip:small/no-such-tag", "open_clip:small: "),

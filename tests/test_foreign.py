@@ -12,6 +12,7 @@ from test_clip import TINY, assert_same_features, batch, shaken
 from test_weights import make
 
 from clip_model import CLIP, Tokenizer
+from lib import weights
 from lib.common import WeightsError
 from lib.index import fingerprint
 from lib.weights import find_weights, load_checkpoint, load_clip, read_weights, save_checkpoint
@@ -62,9 +63,12 @@ def test_a_folder_of_save_pretrained_is_read_whole(tmp_path, capsys, heads, eps,
 def test_a_guess_is_called_one(tmp_path, capsys):
     hf = hf_with(tmp_path)
     (tmp_path / "config.json").unlink()
-    load_clip(tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    clip = load_clip(tmp_path / "model.safetensors")
     assert "heads (guessed: usual width)" in capsys.readouterr().out
-    assert hf is not None
+    assert clip.config["mean"] == (0.5, 0.5, 0.5)
+    assert clip.state_dict().keys() == weights.to_openai_names(hf.state_dict()).keys()
 
 
 @pytest.mark.parametrize("vision, text, message", [
@@ -187,15 +191,22 @@ def test_numbers_of_numpy_beside_weights(tmp_path):
     assert read_weights(tmp_path / "w.pt")["loss"] == 1.5
 
 
-def test_other_objects_beside_weights_name_the_line_that_makes_a_clean_file(tmp_path, monkeypatch):
-    sd = make().clip.state_dict()
-    torch.save(dict(state_dict=sd, args=argparse.Namespace(lr=1)), tmp_path / "w.pt")
+@pytest.mark.parametrize("hold", [
+    lambda clip: dict(state_dict=clip.state_dict(), args=argparse.Namespace(lr=1)),
+    lambda clip: dict(model_state_dict=clip.state_dict(), args=argparse.Namespace(lr=1)),
+    lambda clip: dict(model=clip, epoch=1),
+    lambda clip: clip])
+def test_other_objects_beside_weights_name_the_line_that_makes_a_clean_file(
+    tmp_path, monkeypatch, hold
+):
+    clip = make().clip
+    torch.save(hold(clip), tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="Python objects.*if you trust it") as error:
         load_clip(tmp_path / "w.pt")
     line = str(error.value).split('python -c "')[1].rsplit('"', 1)[0]
     monkeypatch.chdir(tmp_path)
-    exec(line)
-    assert load_clip("clean.pt").state_dict().keys() == sd.keys()
+    exec(line, {})
+    assert load_clip("clean.pt").state_dict().keys() == clip.state_dict().keys()
 
 
 # ---- folders and names ----
@@ -225,7 +236,6 @@ def test_sharded_weights(tmp_path, form):
 
 
 def test_names_in_other_spellings(tmp_path, monkeypatch):
-    from lib import weights
     monkeypatch.setattr(weights, "fetch", lambda url, sha256: url.rsplit("/", 1)[1])
     for name in ("ViT-B/32", "ViT-B-32", "openai/clip-vit-base-patch32"):
         assert find_weights(name) == "ViT-B-32.pt"
