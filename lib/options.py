@@ -128,8 +128,8 @@ def read_features(path, model):
         segments = [Segment(*clip) for clip in clips]
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
-             "numbers of the texts' videos, of the D, and the T if the radius is "
-             f"linear, of --ckpt: {first_line(error)}") from None
+                        "numbers of the texts' videos, of the D, and the T if the radius is "
+                        f"linear, of --ckpt: {first_line(error)}") from None
     return data.Annotations(segments, captions, owner.tolist()), (t, f)
 
 

@@ -75,9 +75,14 @@ def next_line(args):
         return ""
 
 
-def span(hit, index):
-    """Which part of its file a Hit is, in words; "" for the whole."""
-    if (index.file == hit.file).sum() == 1:
+def count_pieces(index):
+    """How many rows of an Index belong to each of its files. -> (number of the last one + 1,)"""
+    return index.file[index.file >= 0].bincount()
+
+
+def span(hit, pieces):
+    """Which part of its file a Hit is, in words; "" for the whole. pieces: by count_pieces."""
+    if pieces[hit.file] == 1:
         return ""
     return f"   ({clock(hit.start)} to {clock(hit.end)})"
 
@@ -85,8 +90,9 @@ def span(hit, index):
 def table(query, hits, index):
     """A query's results for people."""
     lines = [f"\n{escaped(query)}", " rank   score  at       file"]
+    pieces = count_pieces(index)
     for rank, hit in enumerate(hits, 1):
-        name = escaped(index.names[hit.file]) + span(hit, index)
+        name = escaped(index.names[hit.file]) + span(hit, pieces)
         lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
     return "\n".join(lines)
 
@@ -238,7 +244,8 @@ class Handler(BaseHTTPRequestHandler):
         """A search box, and cards of what is found."""
         index = self.server.index
         title = f"{query} - T-MASS" if query else "T-MASS: search videos"
-        found = f"{len(index.paths)} videos, {(index.file >= 0).sum()} pieces"
+        pieces = count_pieces(index)
+        found = f"{len(index.paths)} videos, {pieces.sum()} pieces"
         cards = ""
         focus = "autofocus"
         if query:
@@ -247,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
             found = f"The best {len(hits)} of {found}; scores order them, and are no probabilities"
             focus = ""
             for rank, hit in enumerate(hits, 1):
-                cards += self.card(rank, hit, index)
+                cards += self.card(rank, hit, index, pieces)
         body = (f'{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>'
                 '<form action="/" role="search"><label for="q">What is to be seen?</label>'
                 f'<input id="q" name="q" type="search" required {focus} value="{esc(query)}">'
@@ -256,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
         text = document(title, body, POLICY)
         self.send_whole("text/html; charset=utf-8", text.encode("utf-8", "replace"))
 
-    def card(self, rank, hit, index):
+    def card(self, rank, hit, index, pieces):
         """A Hit: its name, frames, and a player that begins at its moment. -> HTML"""
         number = self.server.numbers[index.paths[hit.file]]
         nearest = nearest_of(hit.times, hit.at)
@@ -273,7 +280,7 @@ class Handler(BaseHTTPRequestHandler):
                        f'alt="at {clock(hit.times[k])}">')
         video = f"/video/{number}#t={hit.at:g}"
         return (f'<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>'
-                f'<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, index)}, '
+                f'<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, pieces)}, '
                 f'score {hit.score:.4f}</p><div class="strip">{images}</div>'
                 f'<video controls preload="none" poster="{poster}" src="{video}"></video></li>')
 

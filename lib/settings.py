@@ -26,14 +26,15 @@ def settings_beside(path, sd, shapes):
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
     section = "vision_config" if hf else "model_cfg"
-    found = {}
+    # Hugging Face keeps what pixels are normalised with in a file of its own, open_clip does not.
+    pixels = {}
     if hf:
         pixels = read_settings(path.with_name("preprocessor_config.json"))
-        found = pixel_settings(pixels, "image_mean", "image_std")
-    if section not in content:
-        quick_gelu, why = activation_by_origin(path, sd, hf)
-        return found | dict(quick_gelu=quick_gelu), why, GUESSED
     try:
+        found = pixel_settings(pixels, "image_mean", "image_std")
+        if section not in content:
+            quick_gelu, why = activation_by_origin(path, sd, hf)
+            return found | dict(quick_gelu=quick_gelu), why, GUESSED
         found |= hf_settings(content) if hf else open_clip_settings(content, shapes)
     except WeightsError as error:
         raise WeightsError(f"{file}: {error}") from None
@@ -121,6 +122,11 @@ def pixel_settings(content, mean, std):
     """What pixels are normalised with. -> arguments of CLIP, as far as they are there."""
     if mean not in content or std not in content:
         return {}
+    for name in (mean, std):
+        numbers = content[name]
+        kinds = [type(x) for x in numbers] if isinstance(numbers, list) else []
+        if len(kinds) != 3 or not {int, float}.issuperset(kinds):
+            raise WeightsError(f"{name} is {numbers!r:.60}, expected three numbers")
     return dict(mean=tuple(content[mean]), std=tuple(content[std]))
 
 

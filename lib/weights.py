@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from clip_model import CLIP, Tokenizer, sizes_of
-from lib.checks import SETTINGS, check_own, check_range, check_tensors, listed
 from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
 from lib.encoders import PREFIX, OpenCLIP, OpenTokenizer, split_name, warn_of_pixels
 from lib.settings import described, settings_beside
+from lib.validate import SETTINGS, check_own, check_range, check_tensors, listed
 from tmass import TMASS
 
 # ---- downloads ----

@@ -88,6 +88,18 @@ def test_what_can_not_be_computed_is_an_error(tmp_path, vision, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("config", [True, False])
+def test_pixels_that_are_no_three_numbers(tmp_path, config):
+    hf_with(tmp_path)
+    if not config:
+        (tmp_path / "config.json").unlink()
+    for mean in (5, [0.5], ["a", "b", "c"]):
+        (tmp_path / "preprocessor_config.json").write_text(
+            json.dumps(dict(image_mean=mean, image_std=[0.5] * 3)))
+        with pytest.raises(WeightsError, match="image_mean is .*, expected three numbers"):
+            load_clip(tmp_path)
+
+
 def open_clip_with(tmp_path, vision, text, **more):
     """A CLIP of open_clip and its open_clip_config.json."""
     model = pytest.importorskip("open_clip.model")
