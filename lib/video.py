@@ -201,6 +201,7 @@ def _read(path, T, cut):
     except (MemoryError, RuntimeError) as e:  # the second is torch's word for it
         raise DataError(f"video {path} needs more memory than there is") from e
     except av.FFmpegError as e:
+        _check_disk(path)
         raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from e
 
 
@@ -209,6 +210,7 @@ def _read(path, T, cut):
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
+CHUNK = 2 ** 20  # bytes
 AREA = 2 ** 19  # pixels of a frame: more than encoders look at, and 1.5 MB where they come from 8K
 # Titles of old files are not always UTF-8. PyAV reads them by itself from version 19 on; before, it
 # has to be asked to.
@@ -221,6 +223,7 @@ def _open(path):
     try:  # absolute, or "12:30.mp4" would be a protocol named 12
         file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
     except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
+        _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
     best = file.streams.best("video")
@@ -252,8 +255,23 @@ def _damage_allowed():
 
 def _packets(file, stream):
     """The packets as far as the file goes: where it is damaged, what came before still counts."""
+    position = 0
     with _damage_allowed():
-        yield from file.demux(stream)
+        for packet in file.demux(stream):
+            position = packet.pos or position
+            yield packet
+    _check_disk(file.name, position)
+
+
+def _check_disk(path, position=0):
+    """Raise DataError where the system can't read on: FFmpeg calls that the end, or damage."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            while file.read(CHUNK):
+                pass
+    except OSError as e:
+        raise DataError(f"video {path} can't be read: {e.strerror}") from e
 
 
 def _seek_frames(file, stream, T, cut):

@@ -4,12 +4,16 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import shutil
+import subprocess
+import sys
 import unicodedata
 from fractions import Fraction
 
 import av
 import pytest
 import torch
+from conftest import ROOT
 from videos import numbered, numbers, write_video, write_with_sound
 
 import search
@@ -284,6 +288,79 @@ def test_a_lost_frame_does_not_make_all_others_pile_up(tmp_path, monkeypatch):
     pieces = list(read_pieces(path, 10, 1))
     assert len(pieces) == 20 and max(most) <= 12
     assert numbers(pieces[4].frames)[:9] == list(range(41, 50))
+
+
+# ---- a disk that fails ----
+
+# Reads of the file BAD fail from the byte AT on.
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+ssize_t read(int fd, void *to, size_t n) {
+    ssize_t (*real)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+    char link[64], name[4096] = {0};
+    const char *bad = getenv("BAD");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (bad && readlink(link, name, sizeof name - 1) > 0 && !strcmp(name, bad)) {
+        off_t left = atol(getenv("AT")) - lseek(fd, 0, SEEK_CUR);
+        if (left <= 0) { errno = EIO; return -1; }
+        if ((off_t)n > left) n = left;
+    }
+    return real(fd, to, n);
+}
+"""
+READING = """
+import os
+import sys
+import search
+from lib.common import DataError
+from lib.video import read_frames, read_pieces
+for path in sys.argv[1:]:
+    size = os.path.getsize(path)
+    for at in (2 * size, 0.6 * size):
+        os.environ |= dict(BAD=path, AT=str(int(at)))
+        for read in (read_frames, lambda *args: list(read_pieces(*args, 2))):
+            try:
+                print("frames", len(read(path, 12)))
+            except DataError as error:
+                print(search.was_refused(path, error), error)
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("cc") and sys.platform == "linux"),
+                    reason="needs a C compiler and Linux")
+def test_what_the_disk_does_not_give_is_not_the_end(tmp_path):
+    """An error of the disk in the middle of a file is an error, and tried again the next time."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (64, 96, 3), generator=generator, dtype=torch.uint8)
+    paths = []
+    for name, options in {
+        "whole.mp4": {},
+        "fast.mp4": dict(movflags="faststart"),
+        "parts.mp4": dict(movflags="frag_keyframe+empty_moov"),
+        "x.mkv": {},
+        "x.ts": {},
+        "x.avi": dict(codec="mpeg4"),
+    }.items():
+        paths.append(str(tmp_path / name))
+        write_video(paths[-1], [noise] * 60, **options)
+    (tmp_path / "shim.c").write_text(SHIM)
+    command = ["cc", "-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    env = {**os.environ, "LD_PRELOAD": str(tmp_path / "shim.so")}
+    done = subprocess.run([sys.executable, "-c", READING, *paths], cwd=ROOT, env=env,
+                          capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert len(said) == 4 * len(paths), done.stderr
+    for path in paths:
+        error = f"True video {path} can't be read: Input/output error"
+        assert [said.pop(0) for _ in range(4)] == ["frames 12", "frames 4", error, error]
 
 
 # ---- which files ----

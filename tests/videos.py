@@ -4,12 +4,13 @@ import torch
 
 
 def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="yuv420p", setup=None,
-                **options):
+                movflags="", **options):
     """Write frames uint8 (n,H,W,3) to path, in a container by its suffix or by name.
 
-    setup: what else to set of the stream. options: of the codec, such as g="12".
+    setup: what else to set of the stream. movflags: of mp4. options: of the codec, such as g="12".
     """
-    with av.open(str(path), "w", format=container) as file:
+    layout = dict(movflags=movflags) if movflags else {}
+    with av.open(str(path), "w", format=container, options=layout) as file:
         stream = file.add_stream(codec, rate=fps)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.options = pix_fmt, {k: str(v) for k, v in options.items()}
