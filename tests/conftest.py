@@ -2,7 +2,10 @@
 run our scripts.
 """
 
+import contextlib
 import os
+import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def free_port():
+    """A port that is free, and stays so: none of those that systems give whoever asks for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.fixture(scope="session")

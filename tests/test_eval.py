@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import free_port
 from videos import write_video
 
 import data
@@ -756,6 +757,7 @@ def test_processes_that_cannot_start_or_are_lost(folder, call, monkeypatch):
         for name, value in there.items():
             monkeypatch.setenv(name, value)
         assert one_error(*call(*on(folder)), "process 0", "torchrun")
+    there["MASTER_PORT"] = free_port()
     code = ("import os, sys, eval\n"
             "if os.environ['RANK'] == '1':\n"
             "    eval.encode_texts = lambda *args, **kwargs: os._exit(9)\n"

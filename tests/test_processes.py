@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import free_port
 from videos import numbered, write_video
 
 import lib.processes
@@ -494,9 +494,7 @@ def job_main():
 @pytest.mark.parametrize("die", [False, True])
 def test_two_processes(tmp_path, start, die):
     """Each result on both; one that dies ends the other, in one line."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = free_port()
     runs = []
     for rank in ("0", "1"):
         (tmp_path / rank).mkdir()

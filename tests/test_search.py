@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, free_port
 from test_eval import ENV, D, T, called, folder, make, noise_video, one_error  # noqa: F401
 from test_released import archive, cache, released  # noqa: F401
 from videos import numbered, numbers, write_video
@@ -70,7 +69,8 @@ def forked(*args, ckpt, **env):
         os.environ.update(env)
         common = ["--ckpt", str(ckpt), "--workers", "0", "--device", "cpu"]
         sys.argv = ["search.py", *map(str, args), *common]
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        # shown where a test fails
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         status = ev.run(se.main)
     finally:
         os._exit(status)
@@ -714,12 +714,6 @@ def test_two_searches_at_once(folder, tmp_path, ask, monkeypatch):  # noqa: F811
         assert same(found, answers(tmp_path / "after.json")) and len(found) == 20
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 @pytest.mark.parametrize("saved", [True, False])
 def test_two_processes_are_one(folder, tmp_path, ask, monkeypatch, saved):  # noqa: F811
     """Each encodes its share into shards of its own and searches its share; saved or not."""
@@ -768,8 +762,8 @@ def test_torchrun(folder, run, tmp_path, ask):  # noqa: F811
     (tmp_path / "v").mkdir()
     for k in range(6):
         noise_video(tmp_path / "v" / f"{k}.mp4", k)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               str(ROOT / "search.py"), "noise",
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *torchrun, str(ROOT / "search.py"), "noise",
                "--videos", str(tmp_path / "v"), "--ckpt", str(folder / "model.pt"),
                "--device", "cpu", "--workers", "1"]
     options = dict(capture_output=True, text=True, timeout=170, env={**os.environ, **ENV})

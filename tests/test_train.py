@@ -20,7 +20,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from test_weights import DAMAGE, soon  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
@@ -302,11 +302,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def torchrun(script, *args, cwd, **popen):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    options = ["--nproc_per_node", "2", "--master_port", str(port)]
+    options = ["--nproc_per_node", "2", "--master_port", free_port()]
     command = [*TORCHRUN, *options, str(script), *map(str, args)]
     pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(command, cwd=cwd, env=env, **pipes, **popen)
