@@ -219,29 +219,38 @@ def written_whole(path, flush=True):
     A kill or a power cut leaves the old file or the new one, and perhaps a part (`remove_parts`).
     flush=False is for what can be made again: faster, but a power cut may leave an empty file.
     """
-    part = _part(path)
+    part, file = _begun(path)
     try:
-        with open(part, "xb") as file:
-            _lock(file)  # for remove_parts; the system unlocks the file of a process that is killed
+        with file:
             yield part
             if flush:
                 os.fsync(file.fileno())
-        os.replace(part, path)
+            if fcntl is None:  # Windows renames no file that is open
+                file.close()
+            os.replace(part, path)  # still locked, or another process could remove it
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
 
 
-def _part(path):
-    return f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
+def _begun(path):
+    """A new part of path. -> (its name, its file, open and locked as long as it is)"""
+    while True:
+        part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        file = open(part, "xb")
+        _lock(file, wait=True)
+        if os.path.exists(part):
+            return part, file
+        file.close()  # another process took it for a left one, before it was locked
 
 
-# A number of the process would not do instead of a lock: in containers all have the same few.
-def _lock(file):
+# A number of the process would not do instead of a lock: in containers all have the same few. The
+# system unlocks the files of a process that is killed.
+def _lock(file, wait=False):
     """Lock a file until it is closed. -> False if another process has locked it, or nothing can."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     except (OSError, AttributeError):  # AttributeError: Windows
         return False
@@ -266,9 +275,9 @@ def check_output(option, path, marks=(), *, overwrite=False):
     try:
         if not os.path.basename(path) or os.path.lexists(path) and not _is_plain(path):
             raise OSError("give a plain file's name in a folder that exists")
-        part = _part(path)
-        open(part, "xb").close()  # the folder is there and writable, the name not too long
-        os.unlink(part)
+        part, file = _begun(path)  # the folder is there and writable, the name not too long
+        with file:
+            os.unlink(part)
         if os.path.lexists(path):
             with open(path, "r+b") as file:
                 start = file.read(4096)

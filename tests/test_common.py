@@ -286,6 +286,23 @@ def test_parts_of_killed_writes_are_removed_and_others_not(tmp_path):
             writer.kill()
 
 
+def test_processes_that_check_and_write_the_same_result_do_not_disturb_each_other(tmp_path):
+    """As torchrun's do: one looks for parts that were left while another begins to write."""
+    code = ("from lib.common import *\n"
+            "for _ in range(600):\n"
+            "    check_output('--json', sys.argv[1], [b'x'])\n"
+            "    write_text(sys.argv[1], 'x')\n")
+    command = [sys.executable, "-c", code, str(tmp_path / "result.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    jobs = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for _ in range(3)]
+    try:
+        assert [job.communicate(timeout=60)[1] for job in jobs] == [b""] * 3
+        assert os.listdir(tmp_path) == ["result.json"]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
 def test_outputs_replace_only_what_their_option_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     marks = [b"tmass scores"]
