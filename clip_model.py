@@ -187,8 +187,13 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x).div_(1.702)
 
 
+def take(x, read):
+    """One token of each row. x (N,L,...), read (N,): which -> (N,1,...)"""
+    return x[torch.arange(len(x), device=x.device), read][:, None]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention. x (N,L,W) -> (N,L,W)."""
+    """Multi-head self-attention. x (N,L,W) -> (N,L,W), or with `read` (N,1,W)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -200,21 +205,27 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal):
+    def forward(self, x, causal, read=None):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # (N,L,3W)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))                        # (N,L,3,H,W/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (N,H,L,W/H) each
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # (N,H,L,W/H)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)          # (N,L,H,W/H) each
+        seen = None
+        if read is not None:
+            q = take(q, read)                                               # (N,1,H,W/H)
+            if causal:
+                position = torch.arange(x.shape[1], device=x.device)
+                seen = position <= read[:, None, None, None]                # (N,1,1,L)
+                causal = False
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # (N,H,L,W/H) each
+        o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W)."""
+    """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W), or with `read` (N,1,W)."""
 
     def __init__(self, width, heads, layers, activation, mlp=None):
         super().__init__()
         mlp = mlp or 4 * width
-        self.outputs = None  # all tokens; Q: only the first Q of them, x (N,L,W) -> (N,Q,W)
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
@@ -228,27 +239,32 @@ class Block(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
-        x = x[:, :self.outputs]
+    def forward(self, x, causal, read=None):
+        attended = self.attn(self.ln_1(x), causal, read)
+        if read is not None:
+            x = take(x, read)
+        x = x + attended
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. x (N,L,W) -> (N,L,W)."""
+    """A stack of blocks, of whose output one token is read. x (N,L,W), read (N,) -> (N,W)."""
 
     def __init__(self, width, heads, layers, activation, mlp=None):
         super().__init__()
         self.resblocks = nn.ModuleList(
             Block(width, heads, layers, activation, mlp) for _ in range(layers))
 
-    def forward(self, x, causal=False, grad_checkpoint=False):
+    def forward(self, x, read, causal=False, grad_checkpoint=False):
+        last = self.resblocks[-1]
         for block in self.resblocks:
+            # The last one computes no other token: a sixth of a warm-up step of train.py.
+            only = read if block is last else None
             if grad_checkpoint:
-                x = checkpoint(block, x, causal, use_reentrant=False)
+                x = checkpoint(block, x, causal, only, use_reentrant=False)
             else:
-                x = block(x, causal)
-        return x
+                x = block(x, causal, only)
+        return x[:, 0]
 
 
 class VisionTransformer(nn.Module):
@@ -265,8 +281,6 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
         self.transformer = Transformer(width, heads, layers, activation, mlp)
-        # Only the class token is read, so that the last MLP computes no other: 5 % of the time.
-        self.transformer.resblocks[-1].outputs = 1
         self.proj = normal(width, embed_dim, std=width ** -0.5)
 
     def forward(self, images, grad_checkpoint=False):
@@ -278,8 +292,9 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding.expand(len(x), 1, -1)     # (N,1,W)
         x = torch.cat([class_token, x.flatten(1, 2)], dim=1)         # (N,L,W)
         x = self.ln_pre(x + self.positional_embedding)
-        x = self.transformer(x, grad_checkpoint=grad_checkpoint)     # (N,1,W)
-        return self.ln_post(x[:, 0]) @ self.proj
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        x = self.transformer(x, first, grad_checkpoint=grad_checkpoint)  # (N,W)
+        return self.ln_post(x) @ self.proj
 
 
 def heads_of(width):
@@ -373,11 +388,10 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids (N,L) -> (N,D), at the end of text. Causal: the tokens after it change nothing."""
-        N, L = ids.shape
-        x = self.token_embedding(ids) + self.positional_embedding[:L]      # (N,L,W)
-        x = self.transformer(x, causal=True, grad_checkpoint=self.grad_checkpoint)
+        x = self.token_embedding(ids)                                      # (N,L,W)
+        x = x + self.positional_embedding[:ids.shape[1]]
         end = ids.argmax(-1)                                               # (N,)
-        x = x[torch.arange(N, device=ids.device), end]                     # (N,W)
+        x = self.transformer(x, end, True, self.grad_checkpoint)           # (N,W)
         return self.ln_final(x) @ self.text_projection
 
     @classmethod

@@ -276,11 +276,15 @@ def test_patches_are_the_convolution():
 
 
 @torch.no_grad()
-def test_the_last_block_computes_the_class_token_alone():
-    clip, images = tiny(), torch.randn(3, 3, 16, 16)
-    features = clip.encode_image(images)
-    clip.visual.transformer.resblocks[-1].outputs = None
-    torch.testing.assert_close(clip.encode_image(images), features)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_last_block_computes_the_token_that_is_read_alone(causal):
+    block = tiny().transformer.resblocks[-1]
+    x = torch.randn(3, 7, block.ln_1.weight.numel())
+    read = torch.tensor([0, 3, 6])
+    whole = block(x, causal)
+    one = block(x, causal, read)
+    assert one.shape == (3, 1, x.shape[2]) and one.numel() < whole.numel()
+    torch.testing.assert_close(one[:, 0], whole[range(3), read])
 
 
 # From commit d4fcab6 in float64, with parameters, pixels and ids that are formulas.
