@@ -2,6 +2,7 @@
 
 `python data.py check` calls this.
 """
+import copy
 import csv
 
 import data
@@ -75,15 +76,20 @@ def _check_split(args, split, annotations, frames, cache):
 
 
 def say_cut(job, tokenizer, captions, what):
-    """Say how many captions are longer than the encoder reads. Only our tokenizer tells."""
-    if job.rank or not hasattr(tokenizer, "encode"):
+    """Say how many captions are longer than the encoder reads, whatever its tokenizer."""
+    if job.rank:
         return
-    most = tokenizer.context_length - 2  # start and end
-    # A token is a byte at least: short ones need not be read.
-    cut = [x for x in captions if len(x.encode()) > most < len(tokenizer.encode(x))]
+    most = tokenizer.context_length
+    empty, full = tokenizer(["", "a " * most])
+    padding = empty.mode().values
+    longer = copy.copy(tokenizer)
+    longer.context_length = 2 * most
+    # A token is a byte at least, but for the start, the end and one more: short ones need no look.
+    cut = [x for x in captions if len(x.encode()) > most - 4
+           and (longer([x]) != padding).sum() > (full != padding).sum()]
     if cut:
-        job.say(f"{what}: {len(cut)} captions are longer than {most} tokens, and are cut; the "
-                f"first: {escaped(cut[0]):.60}")
+        job.say(f"{what}: {len(cut)} captions are longer than the encoder's {most} tokens, and "
+                f"are cut; the first: {escaped(cut[0]):.60}")
 
 
 def _decode(segments, frames, cache, workers):

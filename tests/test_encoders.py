@@ -1,6 +1,7 @@
 """Models of open_clip as encoders: the same features, and trained, saved, resumed and searched."""
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -11,7 +12,7 @@ from videos import numbered, write_video
 import eval
 import search
 import train
-from lib import encoders
+from lib.check import say_cut
 from lib.common import WeightsError
 from lib.index import fingerprint
 from lib.weights import load_checkpoint, load_clip, save_checkpoint
@@ -41,16 +42,19 @@ def the_same(ours, theirs):
     return (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-def compare(clip, tokenizer, theirs, name):
+def compare(clip, tokenizer, theirs, known):
+    """known: their tokenizer, or the name of one."""
     pixels = torch.randint(0, 256, (2, 3, clip.image_size, clip.image_size), dtype=torch.uint8)
     mean, std = (torch.tensor(clip.config[key]).view(3, 1, 1) for key in ("mean", "std"))
     texts = ["a dog runs", "two people talk on a stage"]
+    known = open_clip.get_tokenizer(known) if isinstance(known, str) else known
     theirs.eval()
     with torch.no_grad():
         image = theirs.encode_image((pixels / 255 - mean) / std)
-        text = theirs.encode_text(open_clip.get_tokenizer(name)(texts))
+        text = theirs.encode_text(known(texts))
         assert the_same(clip.encode_image(pixels), image) and image.std() > 0
         assert the_same(clip.encode_text(tokenizer(texts)), text) and text.std() > 0
+        assert clip.embed_dim == image.shape[1] == text.shape[1]
 
 
 @pytest.mark.parametrize("name", ["PE-Core-T-16-384", "MobileCLIP-S1"])
@@ -111,14 +115,173 @@ def test_names_that_are_none(small, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_vocabulary_that_can_not_be_had(monkeypatch):
+# ---- models and vocabularies of the Hub ----
+
+
+def hf_tokenizer(kind):
+    """A small one of transformers. siglip: the end of a text is its padding too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    names = ["<pad>", "</s>", "<s>", "<unk>", "<cls>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=names)
+    bpe.train_from_iterator(["a dog runs", "two people talk on a stage"] * 3, trainer)
+    form = "$A </s>" if kind == "siglip" else "<s> $A </s>"
+    ids = [(name, k) for k, name in enumerate(names)]
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(form, special_tokens=ids)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="</s>" if kind == "siglip" else "<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<cls>",
+    )
+
+
+def hub(folder, **text):
+    """A folder as open_clip writes it for the Hub: a small model, its settings, a vocabulary."""
+    torch.manual_seed(4)
+    config = SMALL | dict(text_cfg=SMALL["text_cfg"] | text)
+    settings = dict(config, vision_cfg=dict(SMALL["vision_cfg"]))
+    theirs = open_clip.CustomTextCLIP(**{k: x for k, x in settings.items() if k != "custom_text"})
+    pixels = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear",
+                  resize_mode="squash")
+    open_clip.set_model_preprocess_cfg(theirs, pixels)
+    push = pytest.importorskip("open_clip.push_to_hf_hub")
+    push.save_for_hf(theirs, hf_tokenizer("siglip"), config, folder, safe_serialization=False)
+    return theirs
+
+
+def published(folder, cache, name="acme/small"):
+    """What is in a folder, as the Hub's client keeps it. -> its name in open_clip"""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    return f"hf-hub:{name}"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of the Hub's client, who may ask nobody."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def keep_and_load(model, tokenizer, tmp_path):
+    """Save, forget where all of it came from, load. -> (model, tokenizer)"""
+    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
+    for folder in ("hub", "folder"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
+    assert again.clip.config == model.clip.config
+    assert fingerprint(again, 10) == fingerprint(model, 10)
+    return again, tokenizer
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"hf_tokenizer_name": "acme/small"}])
+@pytest.mark.parametrize("place", ["hf-hub", "local-dir"])
+def test_a_checkpoint_needs_no_hub(vocabulary, place, tmp_path, cache, capsys):
+    theirs = hub(tmp_path / "folder", **vocabulary)
+    name = published(tmp_path / "folder", cache)
+    if place == "local-dir":
+        name = f"local-dir:{tmp_path / 'folder'}"
+    known = open_clip.get_tokenizer(name)
+    model, tokenizer, _ = load_checkpoint(f"open_clip:{name}")
+    out = capsys.readouterr().out
+    assert "(0.1, 0.2, 0.3) over (0.4, 0.5, 0.6), resized by squash" in out and "random" not in out
+    compare(model.clip, tokenizer, theirs, known)
+    for _ in range(2):  # a checkpoint of what a checkpoint held, too
+        model, tokenizer = keep_and_load(model, tokenizer, tmp_path)
+        compare(model.clip, tokenizer, theirs, known)
+    with pytest.raises(WeightsError, match=f"open_clip:{name}: "):
+        load_checkpoint(f"open_clip:{name}")
+
+
+def test_what_has_no_weights_is_not_made_up(tmp_path):
+    hub(tmp_path / "lr=1e-5")
+    for file in (tmp_path / "lr=1e-5").glob("*.bin"):
+        file.unlink()
+    with pytest.raises(WeightsError, match="lr=1e-5.* could not be loaded"):
+        load_checkpoint(f"open_clip:local-dir:{tmp_path / 'lr=1e-5'}")
+
+
+def test_a_text_tower_of_transformers(tmp_path):
+    """Its settings stand in the Hub, apart from open_clip's."""
+    transformers = pytest.importorskip("transformers")
+    tower = transformers.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1,
+                                    num_attention_heads=2, intermediate_size=64)
+    tower.save_pretrained(tmp_path / "folder")
+    hf_tokenizer("bert").save_pretrained(tmp_path / "folder")
+    text = dict(hf_model_name=str(tmp_path / "folder"), hf_proj_type="mlp", context_length=20,
+                hf_pooler_type="mean_pooler", hf_tokenizer_name=str(tmp_path / "folder"))
+    (tmp_path / "multilingual.json").write_text(json.dumps(SMALL | dict(text_cfg=text)))
+    open_clip.add_model_config(tmp_path / "multilingual.json")
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("multilingual", pretrained_text=False)
+    torch.manual_seed(0)
+    model, tokenizer, _ = load_checkpoint("open_clip:multilingual")
+    known = tokenizer
+    compare(model.clip, tokenizer, theirs, known)
+    model, tokenizer = keep_and_load(model, tokenizer, tmp_path)
+    compare(model.clip, tokenizer, theirs, known)
+
+
+def test_a_checkpoint_runs_no_code_and_writes_nowhere(tmp_path, monkeypatch):
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/small",
+        tokenizer_kwargs=dict(trust_remote_code=True))
+    config = tmp_path / "folder" / "tokenizer_config.json"
+    model, tokenizer, _ = load_checkpoint(f"open_clip:local-dir:{tmp_path / 'folder'}")
+    files = dict(tokenizer.merges)
+    settings = json.loads(files[config.name])
+    settings["auto_map"] = {"AutoTokenizer": [None, "code.Evil"]}
+    settings["tokenizer_class"] = "Evil"
+    files[config.name] = json.dumps(settings).encode()
+    files["code.py"] = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n".encode()
+    files["../../escaped"] = b"x"
+    tokenizer.merges = [*files.items()]
+    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a" / "b"))
+    with pytest.raises(WeightsError, match="vocabulary could not be had") as error:
+        load_checkpoint(tmp_path / "m.pt")
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+    assert not [*tmp_path.rglob("escaped")]
+
+
+def test_a_vocabulary_that_can_not_be_had(tmp_path, cache):
     """That of SigLIP 2 stands in the Hub of Hugging Face."""
-    def offline(name):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
-    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
-    with pytest.raises(WeightsError, match="vocabulary could not be had: We couldn't") as error:
-        encoders.OpenTokenizer("ViT-B-16-SigLIP2")
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/elsewhere")
+    name = published(tmp_path / "folder", cache)
+    with pytest.raises(WeightsError, match=f"{name}: its vocabulary could not be had: ") as error:
+        load_checkpoint(f"open_clip:{name}")
     assert "\n" not in str(error.value)
+
+
+class Job:
+    rank = 0
+    say = print
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "bert", "clips"])
+def test_captions_that_are_cut_are_counted(kind, capsys):
+    """The longest that fits, and one token more."""
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=20)
+    around = {"clip": 2, "siglip": 1, "bert": 2, "clips": 3}[kind]
+    if kind != "clip":
+        tokenizer = object.__new__(open_clip.tokenizer.HFTokenizer)
+        vars(tokenizer).update(tokenizer=hf_tokenizer(kind), context_length=20, tokenizer_mode=kind,
+                               clean_fn=str.strip, strip_sep_token=False)
+    fits = "a " * (20 - around)
+    say_cut(Job, tokenizer, [fits, "b " * 50, fits + "dog", "two people talk", ""], "train")
+    assert "train: 2 captions are longer than the encoder's 20 tokens" in capsys.readouterr().out
+    say_cut(Job, tokenizer, [fits], "train")
+    assert not capsys.readouterr().out
 
 
 def test_without_the_package(monkeypatch):
