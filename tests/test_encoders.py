@@ -105,6 +105,53 @@ def test_the_activation_of_a_tag_is_kept(tmp_path, monkeypatch):
     assert not isinstance(again.clip.model.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
 
 
+GREY = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear",
+            resize_mode="squash", quick_gelu=True)
+
+
+def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeypatch, capsys):
+    torch.save(open_clip.create_model(small).state_dict(), tmp_path / "w.pt")
+    file = f"={tmp_path / 'w.pt'}"
+
+    def load(tags, name, *rest):
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, small, tags)
+        config = load_clip(f"open_clip:{name}", *rest).config
+        return config, capsys.readouterr().out
+    config, out = load(dict(one=GREY, two=dict(GREY)), small + file)
+    assert config["mean"] == config["std"] == (0.5, 0.5, 0.5) and config["quick_gelu"]
+    assert config["resize"] == ("squash", "bilinear")
+    assert "resized by squash, as open_clip's weights of it" in out and "warning" not in out
+
+    dark = GREY | dict(mean=(0.1, 0.1, 0.1), quick_gelu=False)
+    config, out = load(dict(one=GREY, two=dark), small + file)
+    assert "differ in mean, quick_gelu: name those that the file is like" in out
+    assert f"open_clip:{small}/TAG=" in out
+    assert config["mean"][0] == 0.48145466 and config["std"] == (0.5, 0.5, 0.5)
+    config, out = load(dict(one=GREY, two=dark), f"{small}/two{file}")
+    assert config["mean"] == (0.1, 0.1, 0.1) and "warning" not in out
+    config, _ = load(dict(one=GREY, two=dark), f"{small}/two{file}", True)
+    assert config["quick_gelu"]
+    with pytest.raises(WeightsError, match="has no weights tow of it; it has one, two"):
+        load(dict(one=GREY, two=dark), f"{small}/tow{file}")
+    assert "by default" in load({}, small + file)[1]
+
+
+def test_grad_checkpoint_changes_no_gradient(small):
+    clip = load_clip(f"open_clip:{small}")
+    ids = clip.tokenizer(["a dog runs"])
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    gradients = []
+    for enable in (False, True, False):
+        clip.grad_checkpoint = enable
+        assert clip.grad_checkpoint is enable
+        assert all(tower.transformer.grad_checkpointing is enable for tower in [clip.model.text])
+        clip.zero_grad()
+        (clip.encode_image(pixels).square().sum() + clip.encode_text(ids).square().sum()).backward()
+        gradients.append([p.grad for p in clip.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        assert all(the_same(*pair) for pair in zip(other, gradients[0]))
+
+
 @pytest.mark.parametrize("name, message", [
     ("open_clip:no-such-model", "open_clip:no-such-model: "),
     ("open_clip:small/no-such-tag", "open_clip:small: "),
@@ -340,6 +387,30 @@ def test_training_with_an_encoder(small, here, monkeypatch, capsys):
     assert whole["clip"]["open_clip"] and len(steps) == 2
     assert all(torch.equal(x, half["model"][key]) for key, x in whole["model"].items())
     use(run, clip)
+
+
+@pytest.mark.slow
+def test_programs_need_the_hub_once(here, tmp_path, run):
+    """The programs themselves, whose Hub is a cache that is gone after training."""
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/small")
+    clip = "open_clip:" + published(tmp_path / "folder", tmp_path / "home" / "hub")
+    env = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+
+    def checked(script, *words, status=0):
+        done = run(script, *words, timeout=120, env=env)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+    long = "picture " * 30
+    table = (tmp_path / "my.csv").read_text()
+    (tmp_path / "my.csv").write_text(table.replace("picture number 2", long))
+    out = checked("train.py", *words(clip), "--out", "whole.pt")
+    assert "train: 1 captions are longer than the encoder's 20 tokens" in out
+    (tmp_path / "home").rename(tmp_path / "gone")
+    use(checked, "whole.pt")
+    checked("train.py", *words("tiny"), "--init", "whole.pt", "--out", "more.pt")
+    out = checked("search.py", "picture", "--videos", ".", "--ckpt", clip, "--device", "cpu",
+                  status=2)
+    assert "Traceback" not in out and clip in out
 
 
 @pytest.mark.slow
