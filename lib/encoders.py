@@ -45,7 +45,7 @@ def explaining(what):
 
 
 # hf-hub: and local-dir: have weights of their own; a folder may be called lr=1e-5.
-NAME = re.compile(PREFIX + r"(local-dir:.*|hf-hub:[^=]*|[^/=]*)(?:/([^=]*))?(?:=(.*))?")
+NAME = re.compile(f"(?s){PREFIX}" r"(local-dir:.*|hf-hub:[^=]*|[^/=]*)(?:/([^=]*))?(?:=(.*))?")
 
 
 def split_name(name):
@@ -80,16 +80,17 @@ def wanted_by(name, tag):
 
 @contextlib.contextmanager
 def source(name, files):
-    """Where open_clip finds a model: its name, or a folder for the time of the files (name, bytes).
+    """Where open_clip finds a model: its name, or a folder of what a checkpoint keeps of it.
 
-    A checkpoint keeps such files, so that nothing is downloaded again.
+    files: (name, content) each, by `kept`.
     """
     if not files:
         yield name
         return
     with TemporaryDirectory() as folder:
         for file, content in files:
-            Path(folder, Path(file).name).write_bytes(content)  # nowhere else
+            # A plain name: nothing is written beyond the folder.
+            Path(folder, Path(file).name).write_bytes(content.encode("latin-1"))
         path = Path(folder, CONFIG)
         config = json.loads(path.read_text())
         text_cfg = config["model_cfg"]["text_cfg"]
@@ -113,8 +114,9 @@ def kept(model, tokenizer, model_cfg):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         Path(folder, CONFIG).write_text(json.dumps(dict(model_cfg=model_cfg)))
-        contents = [(file.name, file.read_bytes()) for file in Path(folder).glob("*.*")]
-    return [pair for pair in contents if pair[1]]  # torch does not read bytes of length 0
+        # As text, each byte a letter, because torch does not read again the bytes of an empty file.
+        paths = Path(folder).glob("*.*")
+        return [(path.name, path.read_bytes().decode("latin-1")) for path in paths]
 
 
 class OpenCLIP(nn.Module):
@@ -144,8 +146,8 @@ class OpenCLIP(nn.Module):
             model_cfg = library.get_model_config(place)
             with explaining(f"{PREFIX}{open_clip}: its vocabulary could not be had"):
                 self.tokenizer = library.get_tokenizer(place)
-        # The place of what a checkpoint keeps of our own tokenizer.
-        self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
+                # Where a checkpoint finds what to keep of our own tokenizer.
+                self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
         self.embed_dim = model_cfg["embed_dim"]
         pixels = library.transform.PreprocessCfg(**library.get_model_preprocess_cfg(self.model))
         _, height, width = pixels.input_size
@@ -159,7 +161,7 @@ class OpenCLIP(nn.Module):
             resize=(pixels.resize_mode, pixels.interpolation),
         ) | settings
         self.config = dict(open_clip=open_clip, quick_gelu=quick_gelu, **settings)
-        self.image_size = settings["image_size"]
+        self.image_size = height
         self.resize = settings["resize"]
         self.checkpointing = False
         mean_std = torch.tensor([settings["mean"], settings["std"]]).view(2, 3, 1, 1)

@@ -291,7 +291,7 @@ def load_clip(name_or_path, quick_gelu=None):
 def load_open_clip(name, quick_gelu=None):
     """A name of open_clip's, with a tag or a file of weights -> OpenCLIP."""
     model, tag, file = split_name(name)
-    load = not file and bool(tag or ":" in model)
+    load = not file and (tag or ":" in model)
     clip = OpenCLIP(model, tag, load, quick_gelu)
     origin = ""
     if file:
@@ -398,7 +398,7 @@ def load_checkpoint(name_or_path, activation=None):
     """
     quick_gelu = None if activation is None else activation == "quickgelu"
     if str(name_or_path).startswith(PREFIX):
-        clip = load_open_clip(str(name_or_path), quick_gelu)
+        clip = load_clip(name_or_path, quick_gelu)
         model = TMASS(clip, **method_of({}))
         return model.eval(), clip.tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)

@@ -14,6 +14,7 @@ import search
 import train
 from lib.check import say_cut
 from lib.common import WeightsError
+from lib.encoders import split_name
 from lib.index import fingerprint
 from lib.weights import load_checkpoint, load_clip, save_checkpoint
 
@@ -80,6 +81,11 @@ def test_a_file_of_weights_and_a_checkpoint(small, tmp_path, capsys):
     again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
     compare(again.clip, tokenizer, theirs, small)
     assert fingerprint(again, 10) == fingerprint(model, 10)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    del content["clip"]["quick_gelu"]
+    torch.save(content | dict(merges=[]), tmp_path / "m.pt")  # as they were written before
+    again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
+    compare(again.clip, tokenizer, theirs, small)
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="don't fit open_clip's small, missing"):
         load_clip(name)
@@ -112,6 +118,10 @@ GREY = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear",
 def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeypatch, capsys):
     torch.save(open_clip.create_model(small).state_dict(), tmp_path / "w.pt")
     file = f"={tmp_path / 'w.pt'}"
+
+    def download(*_, **__):
+        raise AssertionError("a file needs no download")
+    monkeypatch.setattr("open_clip.factory.download_pretrained", download)
 
     def load(tags, name, *rest):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, small, tags)
@@ -150,6 +160,18 @@ def test_grad_checkpoint_changes_no_gradient(small):
         gradients.append([p.grad for p in clip.parameters() if p.grad is not None])
     for other in gradients[1:]:
         assert all(the_same(*pair) for pair in zip(other, gradients[0]))
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("a", ("a", None, None)),
+    ("a/b", ("a", "b", None)),
+    ("a=b/c=d", ("a", None, "b/c=d")),
+    ("a/b=c\nd", ("a", "b", "c\nd")),
+    ("hf-hub:a/b", ("hf-hub:a/b", None, None)),
+    ("hf-hub:a/b=c", ("hf-hub:a/b", None, "c")),
+    ("local-dir:/a/b=c", ("local-dir:/a/b=c", None, None))])
+def test_parts_of_a_name(name, parts):
+    assert split_name(f"open_clip:{name}") == parts
 
 
 @pytest.mark.parametrize("name, message", [
@@ -288,9 +310,9 @@ def test_a_checkpoint_runs_no_code_and_writes_nowhere(tmp_path, monkeypatch):
     settings = json.loads(files[config.name])
     settings["auto_map"] = {"AutoTokenizer": [None, "code.Evil"]}
     settings["tokenizer_class"] = "Evil"
-    files[config.name] = json.dumps(settings).encode()
-    files["code.py"] = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n".encode()
-    files["../../escaped"] = b"x"
+    files[config.name] = json.dumps(settings)
+    files["code.py"] = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    files["../../escaped"] = ""
     tokenizer.merges = [*files.items()]
     save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -408,9 +430,10 @@ def test_programs_need_the_hub_once(here, tmp_path, run):
     (tmp_path / "home").rename(tmp_path / "gone")
     use(checked, "whole.pt")
     checked("train.py", *words("tiny"), "--init", "whole.pt", "--out", "more.pt")
-    out = checked("search.py", "picture", "--videos", ".", "--ckpt", clip, "--device", "cpu",
-                  status=2)
+    query = ["search.py", "picture", "--videos", ".", "--device", "cpu", "--ckpt"]
+    out = checked(*query, clip, status=2)
     assert "Traceback" not in out and clip in out
+    checked(*query, "open_clip:local-dir:folder")
 
 
 @pytest.mark.slow
