@@ -134,6 +134,10 @@ class OpenCLIP(nn.Module):
         if quick_gelu is None:
             quick_gelu = bool(self.agreed.get("quick_gelu"))
         with explaining(PREFIX + open_clip), source(open_clip, files) as place:
+            model_cfg = library.get_model_config(place)
+            # Before gigabytes of weights are downloaded.
+            with explaining(f"{PREFIX}{open_clip}: its vocabulary could not be had"):
+                self.tokenizer = library.get_tokenizer(place)
             self.model = library.create_model(
                 place,
                 tag if load else None,
@@ -143,11 +147,8 @@ class OpenCLIP(nn.Module):
                 force_preprocess_cfg=self.agreed,
                 pretrained_text=False,
             )
-            model_cfg = library.get_model_config(place)
-            with explaining(f"{PREFIX}{open_clip}: its vocabulary could not be had"):
-                self.tokenizer = library.get_tokenizer(place)
-                # Where a checkpoint finds what to keep of our own tokenizer.
-                self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
+            # Where a checkpoint finds what to keep of our own tokenizer.
+            self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
         self.embed_dim = model_cfg["embed_dim"]
         pixels = library.transform.PreprocessCfg(**library.get_model_preprocess_cfg(self.model))
         _, height, width = pixels.input_size
