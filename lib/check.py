@@ -2,6 +2,7 @@
 
 `python data.py check` calls this.
 """
+import copy
 import csv
 
 import data
@@ -20,17 +21,21 @@ def check(args):
         check_output("--list", args.list, [HEADER.encode()])
     frames = args.frames or (6 if args.data == "shapes" else 12)
     cache = FrameCache(args.cache, frames) if args.cache else None
+    known = data.DATASETS.get(args.data)
+    splits = known.splits() if known else data.SPLITS
+    if args.data.endswith(".csv") and not has_splits(args.data):
+        splits = ["all"]
     problems = []  # (video, what is the matter)
-    for split in _splits(args.data):
+    for split in splits:
         try:
             annotations = data.load_annotations(args.data, args.root, split, args.videos)
         except DataError as error:
-            if args.data not in data.DATASETS:
+            if not known:
                 raise
             problems.append(("", f"{split}: {error}"))
             print(escaped(f"{split:5s} {error}"))
             continue
-        problems += _check_split(args, split, annotations, frames, cache)
+        problems += _check_split(args, known, split, annotations, frames, cache)
     if args.list:
         with output("--list", args.list) as part:
             with open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -39,31 +44,20 @@ def check(args):
     return 1 if problems else 0
 
 
-def _splits(name):
-    """The splits that a data set has; a csv without a split column has one."""
-    if name.endswith(".csv") and not has_splits(name):
-        return ["all"]
-    return data.DATASETS[name].splits() if name in data.DATASETS else data.SPLITS
-
-
-def _check_split(args, split, annotations, frames, cache):
-    """Print what a split has. -> its problems, (video, what is the matter)."""
+def _check_split(args, known, split, annotations, frames, cache):
+    """Print what a split has. known: its DataSet, or None. -> [(video, what is the matter)]"""
     there, lines = data.present(annotations, skip_bad=True)
     paths = {segment.path for segment in there.segments}
     away = [segment.path for segment in annotations.segments if segment.path not in paths]
     missing = [(path, f"missing {line}") for path, line in zip(away, lines)]
-    texts = len(annotations.captions)
-    videos = len(annotations.segments)
-    published = (None, None)
-    if args.data in data.DATASETS:
-        published = data.DATASETS[args.data].published.get(split, published)
-    counts = [f"{texts} texts", f"{videos} videos"]
+    published = known.published.get(split, ()) if known else ()
+    counts = [f"{len(annotations.captions)} texts", f"{len(annotations.segments)} videos"]
     for k, number in enumerate(published):
         if number:
             counts[k] += f" (published {number})"
     print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
     # A table of one's own need not have videos to validate with.
-    if not texts and (split != "val" or args.data in data.DATASETS):
+    if not annotations.captions and (split != "val" or known):
         missing.append(("", f"{split}: no caption is of this split"))
     _print_problems(missing)
     bad = []
@@ -75,15 +69,18 @@ def _check_split(args, split, annotations, frames, cache):
 
 
 def say_cut(job, tokenizer, captions, what):
-    """Say how many captions are longer than the encoder reads. Only our tokenizer tells."""
-    if job.rank or not hasattr(tokenizer, "encode"):
-        return
-    most = tokenizer.context_length - 2  # start and end
-    # A token is a byte at least: short ones need not be read.
-    cut = [x for x in captions if len(x.encode()) > most < len(tokenizer.encode(x))]
+    """Say how many captions are longer than the encoder reads, whatever its tokenizer."""
+    most = tokenizer.context_length
+    empty, full = tokenizer(["", "a " * most])
+    padding = empty.mode().values
+    longer = copy.copy(tokenizer)
+    longer.context_length = 2 * most
+    # A token is a byte at least, but for the start, the end and one more: short ones need no look.
+    cut = [x for x in captions if len(x.encode()) > most - 4
+           and (longer([x]) != padding).sum() > (full != padding).sum()]
     if cut:
-        job.say(f"{what}: {len(cut)} captions are longer than {most} tokens, and are cut; the "
-                f"first: {escaped(cut[0]):.60}")
+        job.say(f"{what}: {len(cut)} captions are longer than the encoder's {most} tokens, and "
+                f"are cut; the first: {escaped(cut[0]):.60}")
 
 
 def _decode(segments, frames, cache, workers):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from clip_model import CLIP, Tokenizer, sizes_of
 from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
-from lib.encoders import PREFIX, OpenCLIP, OpenTokenizer, split_name, warn_of_pixels
+from lib.encoders import PREFIX, OpenCLIP, split_name
 from lib.settings import described, settings_beside
 from lib.validate import SETTINGS, check_own, check_range, check_tensors, listed
 from tmass import TMASS
@@ -283,23 +283,29 @@ def load_clip(name_or_path, quick_gelu=None):
     quick_gelu=None: by the rule of `activation`.
     """
     if str(name_or_path).startswith(PREFIX):
-        return load_open_clip(str(name_or_path))
+        return load_open_clip(str(name_or_path), quick_gelu)
     path = find_weights(name_or_path)
     return clip_from(read_weights(path), path, quick_gelu)
 
 
-def load_open_clip(name):
+def load_open_clip(name, quick_gelu=None):
     """A name of open_clip's, with a tag or a file of weights -> OpenCLIP."""
     model, tag, file = split_name(name)
-    clip = OpenCLIP(model, tag, load=model.startswith("hf-hub:") and not file)
+    load = not file and (tag or ":" in model)
+    clip = OpenCLIP(model, tag, load, quick_gelu)
+    origin = ""
     if file:
         load_strictly(clip.model, state_dict_in(read_weights(file)), f"open_clip's {model}")
-        warn_of_pixels(clip)
-    elif not tag and not model.startswith("hf-hub:"):
+        origin = ", as open_clip's weights of it" if clip.agreed else ", by default"
+        if clip.differing:
+            print(f"warning: {name}: open_clip's weights of it differ in "
+                  f"{', '.join(clip.differing)}: name those that the file is like: "
+                  f"{PREFIX}{model}/TAG={file}")
+    elif not load:
         print(f"{name}: random weights; for others give {name}/TAG or {name}=FILE")
     millions = sum(p.numel() for p in clip.parameters()) / 1e6
     print(f"{name}: {millions:.1f} M parameters, {clip.image_size} px images, pixels less "
-          f"{clip.config['mean']} over {clip.config['std']}, resized by {clip.resize[0]}")
+          f"{clip.config['mean']} over {clip.config['std']}, resized by {clip.resize[0]}{origin}")
     return clip
 
 
@@ -390,14 +396,13 @@ def load_checkpoint(name_or_path, activation=None):
     then nothing was trained further, frames are pooled by `query`, and there is no radius.
     activation: quickgelu or gelu, where what the file says of it is wrong.
     """
+    quick_gelu = None if activation is None else activation == "quickgelu"
     if str(name_or_path).startswith(PREFIX):
-        clip = load_open_clip(str(name_or_path))
+        clip = load_clip(name_or_path, quick_gelu)
         model = TMASS(clip, **method_of({}))
-        tokenizer = OpenTokenizer(clip.config["open_clip"])
-        return model.eval(), tokenizer, {"zero_shot": True, "frames": model.frames}
+        return model.eval(), clip.tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
-    quick_gelu = None if activation is None else activation == "quickgelu"
     if content.get("format") == "tmass":
         model, tokenizer, config = build_own(content, path, quick_gelu)
     else:
@@ -417,8 +422,9 @@ def build_own(content, path, quick_gelu=None):
         if quick_gelu is not None:
             settings["quick_gelu"] = quick_gelu
         if "open_clip" in settings:
-            model = TMASS(OpenCLIP(**settings), **content["tmass"])
-            tokenizer = OpenTokenizer(settings["open_clip"])
+            clip = OpenCLIP(**settings, files=content["merges"])
+            model = TMASS(clip, **content["tmass"])
+            tokenizer = clip.tokenizer
         else:
             with torch.device("meta"):  # no memory, no random numbers: the weights are given
                 model = TMASS(CLIP(**settings), **content["tmass"])

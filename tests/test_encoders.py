@@ -1,6 +1,7 @@
 """Models of open_clip as encoders: the same features, and trained, saved, resumed and searched."""
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -11,8 +12,9 @@ from videos import numbered, write_video
 import eval
 import search
 import train
-from lib import encoders
+from lib.check import say_cut
 from lib.common import WeightsError
+from lib.encoders import split_name
 from lib.index import fingerprint
 from lib.weights import load_checkpoint, load_clip, save_checkpoint
 
@@ -41,16 +43,19 @@ def the_same(ours, theirs):
     return (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-def compare(clip, tokenizer, theirs, name):
+def compare(clip, tokenizer, theirs, known):
+    """known: their tokenizer, or the name of one."""
     pixels = torch.randint(0, 256, (2, 3, clip.image_size, clip.image_size), dtype=torch.uint8)
     mean, std = (torch.tensor(clip.config[key]).view(3, 1, 1) for key in ("mean", "std"))
     texts = ["a dog runs", "two people talk on a stage"]
+    known = open_clip.get_tokenizer(known) if isinstance(known, str) else known
     theirs.eval()
     with torch.no_grad():
         image = theirs.encode_image((pixels / 255 - mean) / std)
-        text = theirs.encode_text(open_clip.get_tokenizer(name)(texts))
+        text = theirs.encode_text(known(texts))
         assert the_same(clip.encode_image(pixels), image) and image.std() > 0
         assert the_same(clip.encode_text(tokenizer(texts)), text) and text.std() > 0
+        assert clip.embed_dim == image.shape[1] == text.shape[1]
 
 
 @pytest.mark.parametrize("name", ["PE-Core-T-16-384", "MobileCLIP-S1"])
@@ -76,6 +81,11 @@ def test_a_file_of_weights_and_a_checkpoint(small, tmp_path, capsys):
     again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
     compare(again.clip, tokenizer, theirs, small)
     assert fingerprint(again, 10) == fingerprint(model, 10)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    del content["clip"]["quick_gelu"]
+    torch.save(content | dict(merges=[]), tmp_path / "m.pt")  # as they were written before
+    again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
+    compare(again.clip, tokenizer, theirs, small)
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="don't fit open_clip's small, missing"):
         load_clip(name)
@@ -101,6 +111,69 @@ def test_the_activation_of_a_tag_is_kept(tmp_path, monkeypatch):
     assert not isinstance(again.clip.model.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
 
 
+GREY = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear",
+            resize_mode="squash", quick_gelu=True)
+
+
+def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeypatch, capsys):
+    torch.save(open_clip.create_model(small).state_dict(), tmp_path / "w.pt")
+    file = f"={tmp_path / 'w.pt'}"
+
+    def download(*_, **__):
+        raise AssertionError("a file needs no download")
+    monkeypatch.setattr("open_clip.factory.download_pretrained", download)
+
+    def load(tags, name, *rest):
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, small, tags)
+        config = load_clip(f"open_clip:{name}", *rest).config
+        return config, capsys.readouterr().out
+    config, out = load(dict(one=GREY, two=dict(GREY)), small + file)
+    assert config["mean"] == config["std"] == (0.5, 0.5, 0.5) and config["quick_gelu"]
+    assert config["resize"] == ("squash", "bilinear")
+    assert "resized by squash, as open_clip's weights of it" in out and "warning" not in out
+
+    dark = GREY | dict(mean=(0.1, 0.1, 0.1), quick_gelu=False)
+    config, out = load(dict(one=GREY, two=dark), small + file)
+    assert "differ in mean, quick_gelu: name those that the file is like" in out
+    assert f"open_clip:{small}/TAG=" in out
+    assert config["mean"][0] == 0.48145466 and config["std"] == (0.5, 0.5, 0.5)
+    config, out = load(dict(one=GREY, two=dark), f"{small}/two{file}")
+    assert config["mean"] == (0.1, 0.1, 0.1) and "warning" not in out
+    config, _ = load(dict(one=GREY, two=dark), f"{small}/two{file}", True)
+    assert config["quick_gelu"]
+    with pytest.raises(WeightsError, match="has no weights tow of it; it has one, two"):
+        load(dict(one=GREY, two=dark), f"{small}/tow{file}")
+    assert "by default" in load({}, small + file)[1]
+
+
+def test_grad_checkpoint_changes_no_gradient(small):
+    clip = load_clip(f"open_clip:{small}")
+    ids = clip.tokenizer(["a dog runs"])
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    gradients = []
+    for enable in (False, True, False):
+        clip.grad_checkpoint = enable
+        assert clip.grad_checkpoint is enable
+        assert all(tower.transformer.grad_checkpointing is enable for tower in [clip.model.text])
+        clip.zero_grad()
+        (clip.encode_image(pixels).square().sum() + clip.encode_text(ids).square().sum()).backward()
+        gradients.append([p.grad for p in clip.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        assert all(the_same(*pair) for pair in zip(other, gradients[0]))
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("a", ("a", None, None)),
+    ("a/b", ("a", "b", None)),
+    ("a=b/c=d", ("a", None, "b/c=d")),
+    ("a/b=c\nd", ("a", "b", "c\nd")),
+    ("hf-hub:a/b", ("hf-hub:a/b", None, None)),
+    ("hf-hub:a/b=c", ("hf-hub:a/b", None, "c")),
+    ("local-dir:/a/b=c", ("local-dir:/a/b=c", None, None))])
+def test_parts_of_a_name(name, parts):
+    assert split_name(f"open_clip:{name}") == parts
+
+
 @pytest.mark.parametrize("name, message", [
     ("open_clip:no-such-model", "open_clip:no-such-model: "),
     ("open_clip:small/no-such-tag", "open_clip:small: "),
@@ -111,14 +184,177 @@ def test_names_that_are_none(small, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_vocabulary_that_can_not_be_had(monkeypatch):
+# ---- models and vocabularies of the Hub ----
+
+
+def hf_tokenizer(kind):
+    """A small one of transformers. siglip: the end of a text is its padding too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    names = ["<pad>", "</s>", "<s>", "<unk>", "<cls>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=names,
+                                              show_progress=False)
+    bpe.train_from_iterator(["a dog runs", "two people talk on a stage"] * 3, trainer)
+    form = "$A </s>" if kind == "siglip" else "<s> $A </s>"
+    ids = [(name, k) for k, name in enumerate(names)]
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(form, special_tokens=ids)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="</s>" if kind == "siglip" else "<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<cls>",
+    )
+
+
+def hub(folder, **text):
+    """A folder as open_clip writes it for the Hub: a small model, its settings, a vocabulary."""
+    torch.manual_seed(4)
+    config = SMALL | dict(text_cfg=SMALL["text_cfg"] | text)
+    settings = dict(config, vision_cfg=dict(SMALL["vision_cfg"]))
+    theirs = open_clip.CustomTextCLIP(**{k: x for k, x in settings.items() if k != "custom_text"})
+    pixels = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear",
+                  resize_mode="squash")
+    open_clip.set_model_preprocess_cfg(theirs, pixels)
+    push = pytest.importorskip("open_clip.push_to_hf_hub")
+    push.save_for_hf(theirs, hf_tokenizer("siglip"), config, folder, safe_serialization=False)
+    return theirs
+
+
+def published(folder, cache, name="acme/small"):
+    """What is in a folder, as the Hub's client keeps it. -> its name in open_clip"""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    return f"hf-hub:{name}"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of the Hub's client, who may ask nobody."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def keep_and_load(model, tokenizer, tmp_path):
+    """Save, forget where all of it came from, load. -> (model, tokenizer)"""
+    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
+    for folder in ("hub", "folder"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    again, tokenizer, _ = load_checkpoint(tmp_path / "m.pt")
+    assert again.clip.config == model.clip.config
+    assert fingerprint(again, 10) == fingerprint(model, 10)
+    return again, tokenizer
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"hf_tokenizer_name": "acme/small"}])
+@pytest.mark.parametrize("place", ["hf-hub", "local-dir"])
+def test_a_checkpoint_needs_no_hub(vocabulary, place, tmp_path, cache, capsys):
+    theirs = hub(tmp_path / "folder", **vocabulary)
+    name = published(tmp_path / "folder", cache)
+    if place == "local-dir":
+        name = f"local-dir:{tmp_path / 'folder'}"
+    known = open_clip.get_tokenizer(name)
+    model, tokenizer, _ = load_checkpoint(f"open_clip:{name}")
+    out = capsys.readouterr().out
+    assert "(0.1, 0.2, 0.3) over (0.4, 0.5, 0.6), resized by squash" in out and "random" not in out
+    compare(model.clip, tokenizer, theirs, known)
+    for _ in range(2):  # a checkpoint of what a checkpoint held, too
+        model, tokenizer = keep_and_load(model, tokenizer, tmp_path)
+        compare(model.clip, tokenizer, theirs, known)
+    with pytest.raises(WeightsError, match=f"open_clip:{name}: "):
+        load_checkpoint(f"open_clip:{name}")
+
+
+def test_what_has_no_weights_is_not_made_up(tmp_path):
+    hub(tmp_path / "lr=1e-5")
+    for file in (tmp_path / "lr=1e-5").glob("*.bin"):
+        file.unlink()
+    with pytest.raises(WeightsError, match="lr=1e-5.* could not be loaded"):
+        load_checkpoint(f"open_clip:local-dir:{tmp_path / 'lr=1e-5'}")
+
+
+def test_a_text_tower_of_transformers(tmp_path):
+    """Its settings stand in the Hub, apart from open_clip's."""
+    transformers = pytest.importorskip("transformers")
+    tower = transformers.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1,
+                                    num_attention_heads=2, intermediate_size=64)
+    tower.save_pretrained(tmp_path / "folder")
+    hf_tokenizer("bert").save_pretrained(tmp_path / "folder")
+    text = dict(hf_model_name=str(tmp_path / "folder"), hf_proj_type="mlp", context_length=20,
+                hf_pooler_type="mean_pooler", hf_tokenizer_name=str(tmp_path / "folder"))
+    (tmp_path / "multilingual.json").write_text(json.dumps(SMALL | dict(text_cfg=text)))
+    open_clip.add_model_config(tmp_path / "multilingual.json")
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("multilingual", pretrained_text=False)
+    torch.manual_seed(0)
+    model, tokenizer, _ = load_checkpoint("open_clip:multilingual")
+    known = tokenizer
+    compare(model.clip, tokenizer, theirs, known)
+    model, tokenizer = keep_and_load(model, tokenizer, tmp_path)
+    compare(model.clip, tokenizer, theirs, known)
+
+
+def test_a_checkpoint_runs_no_code_and_writes_nowhere(tmp_path, monkeypatch):
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/small",
+        tokenizer_kwargs=dict(trust_remote_code=True))
+    config = tmp_path / "folder" / "tokenizer_config.json"
+    model, tokenizer, _ = load_checkpoint(f"open_clip:local-dir:{tmp_path / 'folder'}")
+    files = dict(tokenizer.merges)
+    settings = json.loads(files[config.name])
+    settings["auto_map"] = {"AutoTokenizer": [None, "code.Evil"]}
+    settings["tokenizer_class"] = "Evil"
+    files[config.name] = json.dumps(settings)
+    files["code.py"] = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    files["../../escaped"] = ""
+    tokenizer.merges = [*files.items()]
+    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a" / "b"))
+    with pytest.raises(WeightsError, match="vocabulary could not be had") as error:
+        load_checkpoint(tmp_path / "m.pt")
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+    assert not [*tmp_path.rglob("escaped")]
+
+
+def test_a_vocabulary_that_can_not_be_had(tmp_path, cache):
     """That of SigLIP 2 stands in the Hub of Hugging Face."""
-    def offline(name):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
-    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
-    with pytest.raises(WeightsError, match="vocabulary could not be had: We couldn't") as error:
-        encoders.OpenTokenizer("ViT-B-16-SigLIP2")
-    assert "\n" not in str(error.value)
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/elsewhere")
+    name = published(tmp_path / "folder", cache)
+    for name in (name, "ViT-B-16-SigLIP2/webli"):
+        model = name.removesuffix("/webli")
+        words = f"{model}: its vocabulary could not be had: "
+        with pytest.raises(WeightsError, match=words) as error:
+            load_checkpoint(f"open_clip:{name}")
+        assert "\n" not in str(error.value)
+
+
+class Job:
+    rank = 0
+    say = print
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "bert", "clips"])
+def test_captions_that_are_cut_are_counted(kind, capsys):
+    """The longest that fits, and one token more."""
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=20)
+    around = {"clip": 2, "siglip": 1, "bert": 2, "clips": 3}[kind]
+    if kind != "clip":
+        tokenizer = object.__new__(open_clip.tokenizer.HFTokenizer)
+        vars(tokenizer).update(tokenizer=hf_tokenizer(kind), context_length=20, tokenizer_mode=kind,
+                               clean_fn=str.strip, strip_sep_token=False)
+    fits = "a " * (20 - around)
+    say_cut(Job, tokenizer, [fits, "b " * 50, fits + "dog", "two people talk", ""], "train")
+    assert "train: 2 captions are longer than the encoder's 20 tokens" in capsys.readouterr().out
+    say_cut(Job, tokenizer, [fits], "train")
+    assert not capsys.readouterr().out
 
 
 def test_without_the_package(monkeypatch):
@@ -177,6 +413,31 @@ def test_training_with_an_encoder(small, here, monkeypatch, capsys):
     assert whole["clip"]["open_clip"] and len(steps) == 2
     assert all(torch.equal(x, half["model"][key]) for key, x in whole["model"].items())
     use(run, clip)
+
+
+@pytest.mark.slow
+def test_programs_need_the_hub_once(here, tmp_path, run):
+    """The programs themselves, whose Hub is a cache that is gone after training."""
+    hub(tmp_path / "folder", hf_tokenizer_name="acme/small")
+    clip = "open_clip:" + published(tmp_path / "folder", tmp_path / "home" / "hub")
+    env = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+
+    def checked(script, *words, status=0):
+        done = run(script, *words, timeout=120, env=env)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+    long = "picture " * 30
+    table = (tmp_path / "my.csv").read_text()
+    (tmp_path / "my.csv").write_text(table.replace("picture number 2", long))
+    out = checked("train.py", *words(clip), "--out", "whole.pt")
+    assert "train: 1 captions are longer than the encoder's 20 tokens" in out
+    (tmp_path / "home").rename(tmp_path / "gone")
+    use(checked, "whole.pt")
+    checked("train.py", *words("tiny"), "--init", "whole.pt", "--out", "more.pt")
+    query = ["search.py", "picture", "--videos", ".", "--device", "cpu", "--ckpt"]
+    out = checked(*query, clip, status=2)
+    assert "Traceback" not in out and clip in out
+    checked(*query, "open_clip:local-dir:folder")
 
 
 @pytest.mark.slow
