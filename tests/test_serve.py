@@ -17,13 +17,16 @@ import time
 from urllib.parse import quote
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from test_eval import ENV, folder, noise_video  # noqa: F401
 from test_search import ask  # noqa: F401
 from videos import numbered, write_video
 
+from lib import serve
 from lib.serve import byte_range
+from search import Index
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -252,6 +255,27 @@ def test_it_keeps_itself_up_to_date(folder, tmp_path):  # noqa: F811
         status, said = site.end()
     assert status == 0 and "Traceback" not in said
     assert f"http://127.0.0.1:{site.port}" in said and "whoever" not in said
+
+
+@pytest.mark.parametrize("pause, expected", [(30, 1), (0, 51)])
+def test_what_is_saved_is_not_looked_at_all_the_time(monkeypatch, pause, expected):
+    monkeypatch.setattr(serve, "PAUSE", pause)
+    page = serve.SearchPage("127.0.0.1", 0)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    looks = []
+
+    def build(new=True, saved=None):
+        if not new:
+            looks.append(time.monotonic())
+            return Index([], nothing, nothing, [], [])
+        for _ in range(50):
+            saved()
+        raise KeyboardInterrupt
+    try:
+        assert page.run(build, None, 4, None) == 0 and len(looks) == expected
+    finally:
+        page.shutdown()
+        page.server_close()
 
 
 def test_a_page_that_cannot_be_had(ask, folder, site):  # noqa: F811
