@@ -532,8 +532,8 @@ def write_results(model, found, args):
     if args.report:
         names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
         settings = {name: getattr(args, name) for name in names}
-        settings["videos"] = " ".join(args.videos)
         settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
+        settings["videos"] = " ".join(args.videos)
         write_search_report(args.report, found, settings)
         print(f"report: {args.report}", file=sys.stderr)
 

@@ -201,6 +201,7 @@ def content_of(path):
 
     Raises OSError.
     """
+    # A whole film would take longer to read than its frames do.
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -219,8 +220,8 @@ def new_name(mark):
 def write_shard(folder, name, shard):
     """Save a shard. Raises OSError or, as torch does where a disk is full, RuntimeError."""
     os.makedirs(folder, exist_ok=True)
-    content = dict(shard._asdict(), format=FORMAT)
-    content["files"] = list(map(tuple, shard.files))  # torch reads back no other class
+    files = list(map(tuple, shard.files))  # torch reads back no other class
+    content = dict(shard._asdict(), files=files, format=FORMAT)
     with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
         torch.save(content, file)
 
@@ -351,10 +352,10 @@ def newest_shards(shards, stamps):
     it was encoded; None: every file counts.
     """
     newest = {}
-    # Shards' names are in the order of time: the first that has a file is the newest.
-    for key, shard in sorted(shards.items(), reverse=True):
+    # Shards' names are in the order of time: the last that has a file is the newest.
+    for key, shard in sorted(shards.items()):
         for name, stamp, *_ in shard.files:
-            if name not in newest and (stamps is None or stamps.get(name) == stamp):
+            if stamps is None or stamps.get(name) == stamp:
                 newest[name] = key
     return newest
 
@@ -403,6 +404,7 @@ def repack(folder, mark, shards, newest):
     """
     for part in glob.glob(f"{glob.escape(folder)}/{mark}*.part"):
         remove_parts(part.rsplit(".", 3)[0])  # which leaves those that are being written
+    # Shards are never rewritten: searches that have one open must not see it change.
     counts = {}  # of each shard: does a file's part of it count?
     chosen = []
     small = []

@@ -6,6 +6,7 @@ A page is one HTML file, without scripts or anything from the network. Text that
 import base64
 import csv
 import html
+import itertools
 import math
 import os
 import platform
@@ -201,6 +202,7 @@ def images(times, at, attributes, name=""):
 
     attributes: the number of a frame -> those of its <img>. name: said before its time.
     """
+    # Of twelve frames each second one is enough to tell what happens, and large enough to see.
     step = max(1, len(times) // 6)
     nearest = None if at is None else nearest_of(times, at)
     found = ""
@@ -338,16 +340,16 @@ M{x} {y["low"]}m-7 0h14M{x} {y["high"]}m-7 0h14"/>
 
 def line_chart(curves, about, unit=""):
     """Curves by training step, which differ in their dashes. curves: {name: [(step, value)]}."""
-    points = [point for curve in curves.values() for point in curve]
-    steps, values = zip(*points)
+    steps, values = zip(*itertools.chain(*curves.values()))
     top = max(values) or 1
     axes = Axes((min(steps), max(steps) + 1), (0, 1.05 * top), "step", unit)
     marks = ""
-    for n, curve in enumerate(curves.values()):
+    legend = {}
+    for n, (name, curve) in enumerate(curves.items()):
         curve = [curve[0], *curve]  # one point alone becomes a line of no length: a dot
         path = "L".join(f"{axes.at_x(step)} {axes.at_y(value)}" for step, value in curve)
         marks += f'<path class="line{n}" d="M{path}"/>'
-    legend = {f"line{n}": name for n, name in enumerate(curves)}
+        legend[f"line{n}"] = name
     return axes.svg(about, marks) + key(legend)
 
 

@@ -51,27 +51,25 @@ def questions(args, job):
         yield args.query
         return
     sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
     asked = False
-    while (line := job.gather(next_line(args) if job.rank == 0 else None)[0]) is not None:
+    line = ""
+    while line is not None:
         if line.strip():
             asked = True
             yield [line.strip()]
-    if not asked and not sys.stdin.isatty():
+        line = None
+        # Nobody reads the answers any more (| head), and no file is to have them.
+        unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
+        if job.rank == 0 and not unread:
+            with contextlib.suppress(EOFError):
+                line = input("query> " if terminal else "")
+        line = job.gather(line)[0]
+    if not asked and not terminal:
         raise DataError(
             'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
             "line on standard input"
         )
-
-
-def next_line(args):
-    """A line of standard input, None at its end; at a terminal after a prompt."""
-    # Nobody reads the answers any more (| head), and no file is to have them.
-    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
-        return None
-    try:
-        return input("query> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
 
 
 def count_pieces(index):
@@ -117,6 +115,7 @@ class SearchPage(ThreadingHTTPServer):
         self.index = None
         self.numbers = {}  # path: its number, for as long as the page is served
         self.paths = {}    # number, as text: path, of the index's files
+        # Pictures of results are still decoded while the next query waits for the model.
         self.searching = threading.Lock()
         self.decoding = threading.Lock()
         try:
@@ -193,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds in which a client that says nothing is forgotten
 
     def do_GET(self):
+        # Files are named by numbers alone: no path that is asked for is ever opened.
         url = urlsplit(self.path)
         values = dict(parse_qsl(url.query))
         kind, _, number = url.path[1:].partition("/")
@@ -224,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
+    # The length is always told: browsers show how long a film is, and jump in it.
     def start(self, status, kind, length, part=None):
         """Send what comes before the body. part: which of how many bytes it is."""
         self.send_response(status)
@@ -265,6 +266,7 @@ class Handler(BaseHTTPRequestHandler):
         """A Hit: its name, frames, and a player that begins at its moment. -> HTML"""
         number = self.server.numbers[index.paths[hit.file]]
 
+        # All frames of a piece have its start and end in common: they are decoded once.
         def picture(at):
             values = urlencode(dict(at=at, start=hit.start, end=hit.end))
             return esc(f"/frame/{number}?{values}")
