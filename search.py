@@ -237,8 +237,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     file = []
     found = {}  # absolute path: path
     names = []
-    unreadable = {}  # path: why
-    refused = []
+    reasons = []  # why files can't be read
     encoded = 0
     stopped = []
     for folder in folders:
@@ -247,7 +246,6 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
             model, folder, where, mark, job, stopped, window=window, **encoding
         )
         encoded += count
-        refused += job.join(folder.refused)
         shards += parts.values()
         for key, shard in parts.items():
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
@@ -262,13 +260,14 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
                         found[real] = path
                         names.append(name if len(folders) == 1 else path)
                     else:
-                        unreadable[path] = why
+                        reasons.append(why)
                 numbers.append(number)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
+        reasons += folder.refused
+    reasons = job.join(reasons)
     if set(stopped) - {signal.SIGINT}:  # to be ended, not to answer: what is encoded is saved
         raise KeyboardInterrupt
     pieces = sum((numbers >= 0).sum().item() for numbers in file)
-    reasons = [*unreadable.values(), *refused]
     job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))

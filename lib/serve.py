@@ -177,8 +177,7 @@ class SearchPage(ThreadingHTTPServer):
 
     def handle_error(self, request, address):
         """A client that goes away, or sends nonsense, ends nothing, and is not worth a word."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (OSError, ValueError)):
+        if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             super().handle_error(request, address)
 
 

@@ -72,7 +72,7 @@ def index(pieces=1_000_000, a_file=10, D=512, T=12):
               f"{size / 1e9:.2f} GB in {len(shards)} shards; written {wrote / size:.3f} times "
               f"that; peak memory {memory:.2f} GB", flush=True)
         for k in range(1000 // a_file):
-            Path(folder, f"new {k:03d}.mp4").touch()
+            Path(folder, f"new {k:03d}.mp4").write_text(str(k))  # or they would be copies
         print(f"adding 1,000 pieces: {elapsed(build):.1f} s; opening it with nothing new: "
               f"{elapsed(build):.1f} s, with -n: {elapsed(lambda: build(False)):.1f} s", flush=True)
 
