@@ -15,6 +15,7 @@ encoding, build_index, queries, search (two stages), the command line.
 """
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
 import data
-from eval import encode_texts, lowest_if_nan
+from eval import encode_texts, lowest_if_nan, refuse_lone
 from lib import exact
 from lib import index as store
 from lib.common import DataError, Parser, Progress, WeightsError, cure, numeric
@@ -46,6 +47,7 @@ from lib.processes import (
 from lib.report import write_search_report
 from lib.serve import SearchPage, print_files, questions, table
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
+from tmass import cosine
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 ROWS = 1000   # pieces that are scored exactly at once
@@ -55,31 +57,34 @@ ON_PAGE = 20  # results at least on the page
 # ---- encoding ----
 
 class PieceDataset(data.VideoDataset, IterableDataset):
-    """The pieces of files as a stream of batches; each file is read by one worker, in order.
+    """The pieces of a folder's files as batches; each file is read by one worker, in order.
 
     -> (rows, pixels uint8 (n,T,3,P,P) or None). A row is (file number, Piece without its frames),
-    or at the file's end (file number, (None or why it can't be read, its `content_of`)). There is
-    no content where the system refused to read the file: that is no property of the file.
+    or at the file's end (file number, File). A File has no content where the system refused to read
+    it: that is no property of the file. known: contents of which nothing is read.
     """
 
-    def __init__(self, segments, frames, transform, window, batch):
+    def __init__(self, folder, files, frames, window, transform, batch, known):
+        segments = [Segment(os.path.join(folder, file.name)) for file in files]
         super().__init__(segments, frames, transform)
-        self.frames = frames
-        self.window = window
+        self.read = functools.partial(read_pieces, frames=frames, window=window)
+        self.files = files
         self.batch = batch
+        self.known = known
 
     def __iter__(self):
         first, step = worker_place()
         rows = []
         pixels = []
-        for v in range(first, len(self.segments), step):
+        for v in range(first, len(self.files), step):
             self.note(v)
             path = self.segments[v].path
             why = None
             content = ""
             try:
                 content = store.content_of(path)
-                for piece in read_pieces(path, self.frames, self.window):
+                pieces = () if content in self.known else self.read(path)
+                for piece in pieces:
                     rows.append((v, piece._replace(frames=None)))
                     pixels.append(self.transform(piece.frames))
                     if len(pixels) == self.batch:
@@ -93,7 +98,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
                     why = f"video {path} can't be read: {why}"
                 if was_refused(path, error):
                     content = ""
-            rows.append((v, (why, content)))
+            rows.append((v, self.files[v]._replace(why=why, content=content)))
         if rows:
             yield rows, torch.stack(pixels) if pixels else None
 
@@ -108,30 +113,31 @@ def was_refused(path, error):
 
 @torch.no_grad()
 def encode_files(
-    model, folder, names, writer, window, job=ALONE, stopping=(), saved=lambda: None, workers=0,
+    model, folder, files, shards, writer, job, stopping, window, saved=lambda: None, workers=0,
     batch=16, amp="off"
 ):
-    """Encode this process' share of a folder's files. -> how many of them can be read
+    """Encode this process' share of a folder's files. -> how many of them were encoded
 
-    folder: a Folder, whose `refused` is added to. names: of those of its files that all processes
-    share. writer: a ShardWriter. stopping: becomes true where no more is to be encoded. saved: is
-    called whenever a shard is saved.
+    folder: a Folder, whose `refused` is added to. files: the Files that all processes share.
+    shards: of what is encoded already: a copy of it gets the same rows. writer: a ShardWriter.
+    stopping: becomes true where no more is to be encoded. saved: is called whenever a shard is
+    saved.
     """
     device = model.clip.logit_scale.device
     T = model.frames
-    names = [] if stopping else names[job.rank::job.world]
-    segments = [Segment(os.path.join(folder.path, name)) for name in names]
+    files = files[job.rank::job.world]
+    known = {x.content: (x, shard) for shard in shards for x in shard.files if not x.why}
+    known.pop("", None)  # shards of earlier versions have no contents
     transform = data.transform_for(model.clip)
-    dataset = PieceDataset(segments, T, transform, window, batch)
-    total = len(names) * job.world  # as if all processes were as far as this one
+    dataset = PieceDataset(folder.path, files, T, window, transform, batch, set(known))
+    total = len(files) * job.world  # as if all processes were as far as this one
     progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
     nothing = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
     # A file's pieces may come in several batches, between those that other workers read.
-    begun = {}  # file number: its pieces so far
+    begun = [[nothing] for _ in files]  # each file's pieces so far
     done = 0
-    readable = 0
-    workers = min(workers, len(names))
-    reading = loading(dataset, workers=workers, pin=device.type == "cuda")
+    encoded = []  # why they can't be read, None for those that can
+    reading = loading(dataset, workers=min(workers, len(files)), pin=device.type == "cuda")
     with contextlib.suppress(Stopped), reading as batches:
         for rows, pixels in batches:
             if pixels is not None:
@@ -143,28 +149,29 @@ def encode_files(
                 if isinstance(entry, Piece):
                     times = torch.tensor([entry.times])
                     span = torch.tensor([[entry.start, entry.end]])
-                    begun.setdefault(v, [nothing]).append((next(embedded), times, span))
+                    begun[v].append((next(embedded), times, span))
                     continue
                 done += 1
-                why, content = entry
-                pieces = begun.pop(v, [nothing])
-                if why is None:
-                    readable += 1
-                elif content:  # of a file that breaks off nothing is searched
-                    pieces = [nothing]
+                if not entry.content:
+                    folder.refused.append(f"{entry.why} (tried again next time)")
+                elif entry.content in known:
+                    other, shard = known[entry.content]
+                    part = store.keep_files(shard, [file is other for file in shard.files])
+                    writer.parts.append(part._replace(files=[entry]))
                 else:
-                    folder.refused.append(f"{why} (tried again next time)")
-                    continue
-                tensors = (torch.cat(x) for x in zip(*pieces))
-                file = File(names[v], folder.stamps[names[v]], why, content)
-                writer.parts.append(store.file_shard(*tensors, file))
+                    # Of a file that breaks off nothing is searched.
+                    pieces = begun[v][:1] if entry.why else begun[v]
+                    tensors = (torch.cat(x) for x in zip(*pieces))
+                    writer.parts.append(store.file_shard(*tensors, entry))
+                    encoded.append(entry.why)
+                begun[v] = None
             progress.update(done * job.world)
             if writer.save_if_due():
                 saved()
             if stopping:
                 break
     writer.save()
-    return readable
+    return encoded.count(None)
 
 
 # ---- the index of a folder, the gallery of all ----
@@ -189,31 +196,23 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
     writer = ShardWriter(where, mark)
     size = model.frames, model.clip.embed_dim
     opened = functools.partial(store.open_shards, where, mark, {}, job, size)
-    # Files may come and go: all processes share out what the first one saw.
-    folder = folder._replace(stamps=job.gather(folder.stamps)[0])
     shards = opened()
     newest = store.newest_shards(shards, folder.stamps)
-    names = [name for name in folder.stamps or () if name not in newest]
+    stamps = folder.stamps or {}
+    files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
     encoded = 0
-    if names and not stopped:
+    if files and not stopped:
         noting = contextlib.nullcontext([])
         if threading.current_thread() is threading.main_thread():  # others are not told of signals
             noting = noting_signals()
         with noting as stopping:
-            divided = store.divide_copies(folder, names, shards) if job.rank == 0 else None
-            firsts, copies, contents = job.gather(divided)[0]
-            for part in filter(None, (firsts, copies)):
-                if job.rank == 0:
-                    part = store.add_copies(folder, part, contents, shards, writer)
-                part = job.gather(part)[0]
-                count = encode_files(
-                    model, folder, part, writer, job=job, stopping=stopping, **encoding
-                )
-                encoded += sum(job.gather(count))  # waits for all
-                shards = opened()
-                for unsaved in job.gather(writer.unsaved):
-                    shards.update(unsaved)
+            known = shards.values()
+            count = encode_files(model, folder, files, known, writer, job, stopping, **encoding)
+            encoded = sum(job.gather(count))  # waits for all
             stopped += job.join(stopping)
+        shards = opened()
+        for unsaved in job.gather(writer.unsaved):
+            shards.update(unsaved)
         newest = store.newest_shards(shards, folder.stamps)
     if folder.whole and job.rank == 0 and not writer.unsaved:
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
@@ -230,14 +229,15 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     encoding: workers, batch, amp, saved. Ctrl-C ends the encoding: the Index is then of what was
     encoded. Raises DataError where nothing can be searched.
     """
-    folders = list_videos(paths, new)
+    refuse_lone("paths", paths, (str, bytes, os.PathLike), "folders and files")
+    # Files may come and go: all processes share out what the first one saw.
+    folders = job.gather(list_videos(paths, new))[0]
     mark = store.fingerprint(model, window)
     shards = []
     file = []
     found = {}  # absolute path: path
     names = []
-    unreadable = {}  # path: why
-    refused = []
+    reasons = []  # why files can't be read
     encoded = 0
     stopped = []
     for folder in folders:
@@ -246,7 +246,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
             model, folder, where, mark, job, stopped, window=window, **encoding
         )
         encoded += count
-        refused += job.join(folder.refused)
+        shards += parts.values()
         for key, shard in parts.items():
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
             for name, _, why, _ in shard.files:
@@ -260,25 +260,22 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
                         found[real] = path
                         names.append(name if len(folders) == 1 else path)
                     else:
-                        unreadable[path] = why
+                        reasons.append(why)
                 numbers.append(number)
-            shards.append(shard)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
+        reasons += folder.refused
+    reasons = job.join(reasons)
     if set(stopped) - {signal.SIGINT}:  # to be ended, not to answer: what is encoded is saved
         raise KeyboardInterrupt
-    file = torch.cat(file) if file else torch.zeros(0, dtype=torch.int64)
-    pieces = (file >= 0).sum().item()
-    reasons = [*unreadable.values(), *refused]
-    if found or reasons:
-        job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
+    pieces = sum((numbers >= 0).sum().item() for numbers in file)
+    job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))
-        missing = "the index holds none of its videos (without -n they are looked for)"
-        raise DataError(f"--videos {searched}: nothing to search: {[*reasons, missing][0]}")
-    sizes = [len(shard.file) for shard in shards]
-    starts = torch.tensor([0, *sizes]).cumsum(0)
+        reasons.append("the index holds none of its videos (without -n they are looked for)")
+        raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
+    starts = torch.tensor([0, *map(len, file)]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
-    return Index(shards, starts, file, list(found.values()), names)
+    return Index(shards, starts, torch.cat(file), list(found.values()), names)
 
 
 # ---- queries ----
@@ -293,12 +290,12 @@ def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
     transform = data.transform_for(model.clip)
     for text, query in zip(t, queries):
         name = query.lower()
-        if not name.endswith(PICTURES + SUFFIXES) or not os.path.isfile(query):
-            continue
-        if name.endswith(PICTURES):
+        if name.endswith(PICTURES) and os.path.isfile(query):
             frames = read_picture(query)
-        else:
+        elif name.endswith(SUFFIXES) and os.path.isfile(query):
             frames = read_frames(query, model.frames)
+        else:
+            continue
         pixels = transform(frames)[None].to(t.device)
         # Not normalised: beside the noise, a text counts with its length.
         text.copy_(model.encode_video(pixels)[0].mean(0))
@@ -341,13 +338,14 @@ def best_rows(scores, index, shortlist, files, job=ALONE):
     scores = lowest_if_nan(scores)
     files = min(files, len(index.paths))
     while True:
+        shortlist = min(shortlist, P)
         # The best of all processes are among the best of each.
-        best, rows = scores.topk(min(shortlist, P))
+        best, rows = scores.topk(shortlist)
         parts = job.gather((best.cpu(), rows.cpu()))
         best, rows = (torch.cat(x) for x in zip(*parts))
-        rows = rows[best.topk(min(shortlist, len(best))).indices]
+        rows = rows[best.topk(shortlist).indices]
         rows = rows[index.file[rows] >= 0]
-        if shortlist >= P or len(index.file[rows].unique()) >= files:
+        if shortlist == P or len(index.file[rows].unique()) >= files:
             return rows.unique()
         shortlist *= 4
 
@@ -380,17 +378,12 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
     if not len(rows):
         return []
     scores = []
-    moments = []  # at, start, end, times of the frames
     for part in rows.split(ROWS):
-        f, times, spans = read_rows(index, part)
+        f, *_ = read_rows(index, part)
         f = f.to(text.device).float()
-        S = f @ text[0] / f.norm(dim=-1).clamp_min(1e-12)  # |t| cos(t, f_j)  (n,T)
-        nearest = S.argmax(1, keepdim=True).cpu()
         scores.append(exact.score(model, text, f, **scoring)[0])
-        moments.append(torch.cat([times.gather(1, nearest), spans, times], 1))
     scores = torch.cat(scores).cpu()
     scores = lowest_if_nan(scores)
-    moments = torch.cat(moments)
     file = index.file[rows]
     best = scores  # of each piece, or of each file
     if not pieces:
@@ -398,12 +391,12 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
         best.scatter_reduce_(0, file, scores, "amax")
     # Only what can be among the best becomes a Hit: there may be a million rows.
     top = min(top, len(best))
-    least = best.topk(top).values[-1]
-    good = (scores >= least) & (scores > -torch.inf)
-    if not pieces:
-        good &= scores == best[file]
-    found = zip(scores[good].tolist(), file[good].tolist(), moments[good].tolist())
-    return [Hit(score, number, *moment[:3], moment[3:]) for score, number, moment in found]
+    good = scores >= best.topk(top).values[-1]
+    f, times, spans = read_rows(index, rows[good])
+    S = cosine(text.cpu(), f.float())  # cos(t, f_j)  (n,T)
+    at = times.gather(1, S.argmax(1, keepdim=True))[:, 0]
+    columns = [x.tolist() for x in (scores[good], file[good], at, *spans.T, times)]
+    return [Hit(*values) for values in zip(*columns) if values[0] > -torch.inf]
 
 
 def merge(parts, index, top, pieces=False):
@@ -411,8 +404,8 @@ def merge(parts, index, top, pieces=False):
 
     The top K of several top Ks is exact.
     """
-    hits = [hit for part in parts for hit in part]
-    hits.sort(key=lambda hit: (-hit.score, index.paths[hit.file], hit.start))
+    hits = itertools.chain(*parts)
+    hits = sorted(hits, key=lambda hit: (-hit.score, index.paths[hit.file], hit.start))
     if not pieces:
         first = {}
         for hit in hits:
@@ -430,20 +423,16 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
     """
     if not torch.is_tensor(t):
         raise TypeError(f"t must be embeddings (N,D), as encode_texts makes them, not {t!r}")
-    everything = (index.file >= 0).nonzero()[:, 0]
-    exhaustive = not shortlist or shortlist >= len(everything)
+    shortlist = max(shortlist or len(index.file), top)
     files = 0 if pieces else top
     found = []
     # Some texts at a time, as the point scores of a million pieces take 4 MB a text.
     for texts in t.split(16):
-        points = None if exhaustive else point_scores(texts, index, job)
-        for i, text in enumerate(texts.split(1)):
-            rows = everything
-            if not exhaustive:
-                rows = best_rows(points[i], index, max(shortlist, top), files, job)
+        points = point_scores(texts, index, job)
+        for text, scores in zip(texts.split(1), points):
+            rows = best_rows(scores, index, shortlist, files, job)
             hits = score_rows(model, text, index, rows, top, pieces, job, **scoring)
-            parts = job.gather(hits)
-            found.append(merge(parts, index, top, pieces))
+            found.append(merge(job.gather(hits), index, top, pieces))
     return found
 
 
@@ -473,14 +462,14 @@ def parse_args(argv=None):
     add("--update", action="store_true", help="only bring the index up to date, for cron")
     add("--index", metavar="DIR",
         help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
-    g = p.add_argument_group("page")
-    g.add_argument("--serve", type=numeric(int, 0, 65535), nargs="?", const=8000, metavar="PORT",
-                   help="show a page to search and watch on (port 8000; 0: any that is free)")
-    g.add_argument("--host", default="127.0.0.1",
-                   help="the address or name to serve it at; 0.0.0.0: to all who can reach this "
-                        "machine (default: %(default)s, for this machine alone)")
-    g.add_argument("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
-                   help="look for new videos again and again (default: at the start alone)")
+    add = p.add_argument_group("page").add_argument
+    add("--serve", type=numeric(int, 0, 65535), nargs="?", const=8000, metavar="PORT",
+        help="show a page to search and watch on (port 8000; 0: any that is free)")
+    add("--host", default="127.0.0.1",
+        help="the address or name to serve it at; 0.0.0.0: to all who can reach this machine "
+             "(default: %(default)s, for this machine alone)")
+    add("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
+        help="look for new videos again and again (default: at the start alone)")
     add_common(p, batch=16)
     p.set_defaults(expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
@@ -491,16 +480,14 @@ def parse_args(argv=None):
     args.files |= args.end == "\0"
     if args.files and args.json == "-":
         p.error("file names and --json - would be mixed on standard output: give --json FILE")
-    if 0 < args.window < 0.01:
-        p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     return args
 
 
-def search_present(model, t, index, args, top, job=ALONE):
+def search_present(model, t, index, args, job=ALONE):
     """`search` as the options say it, without files that went away since the index was opened."""
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     while True:
-        found = search(model, t, index, args.shortlist, top, args.pieces, job, **scoring)
+        found = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
         numbers = {hit.file for hits in found for hit in hits}
         gone = [number for number in numbers if not os.path.exists(index.paths[number])]
         gone = job.gather(gone)[0]
@@ -514,7 +501,7 @@ def answer(model, tokenizer, index, args, job):
     found = {}
     for queries in questions(args, job):
         t = encode_queries(model, tokenizer, queries, job, args.amp)
-        results = search_present(model, t, index, args, args.top, job)
+        results = search_present(model, t, index, args, job)
         for query, hits in zip(queries, results):
             if not hits and (index.file < 0).all():
                 raise DataError("the videos of the index are gone: look for others, without -n")
@@ -544,21 +531,10 @@ def write_results(model, found, args):
     if args.report:
         names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
         settings = {name: getattr(args, name) for name in names}
-        settings["videos"] = " ".join(args.videos)
         settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
+        settings["videos"] = " ".join(args.videos)
         write_search_report(args.report, found, settings)
         print(f"report: {args.report}", file=sys.stderr)
-
-
-def serve(page, model, tokenizer, build, args):
-    """Run the page, which takes texts alone: a path from a browser is no query. -> exit status"""
-    def find(query, index):
-        t = encode_texts(model, tokenizer, [query], amp=args.amp)
-        return search_present(model, t, index, args, max(args.top, ON_PAGE))[0]
-
-    page.search = find
-    page.frames = model.frames
-    return page.run(build, args.every)
 
 
 def main(argv=None):
@@ -577,15 +553,20 @@ def main(argv=None):
             args.videos,
             args.window,
             args.index,
+            new=not args.no_new,
             job=job,
             workers=args.workers,
             batch=args.batch,
             amp=args.amp,
         )
-        if args.no_new:
-            build = functools.partial(build, new=False)
         if page:
-            return serve(page, model, tokenizer, build, args)
+            args.top = max(args.top, ON_PAGE)
+
+            def find(query, index):  # a path from a browser is a text too
+                t = encode_texts(model, tokenizer, [query], amp=args.amp)
+                return search_present(model, t, index, args)[0]
+
+            return page.run(build, find, model.frames, args.every)
         index = build()
     if args.update:
         return 0

@@ -3,23 +3,34 @@
 A shard is a file that holds the pieces of some videos. Any number of processes, machines and
 searches may add shards to a folder at once; a killed run loses what it had not yet saved. In this
 order: which videos, Shard, what embeddings depend on, a shard's file, all shards of a folder,
-copies, repacking.
+repacking.
 """
 import contextlib
+import glob
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import sys
 import time
-from collections import Counter
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from lib.common import DataError, escaped, write_text, written_whole
+from lib.common import (
+    DataError,
+    escaped,
+    first_line,
+    remove_parts,
+    why_not_written,
+    write_text,
+    written_whole,
+)
 from lib.processes import ALONE
+from lib.tables import first_ten
 from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
@@ -48,8 +59,6 @@ def list_videos(paths, new=True):
 
     new=False: what is in the folders is not looked at.
     """
-    if isinstance(paths, (str, bytes, os.PathLike)):
-        raise TypeError(f"paths must be a list of folders and files, not {paths!r} itself")
     folders = []
     named = {}  # files, by the folder that they lie in
     for path in map(spelled, paths):
@@ -68,9 +77,9 @@ def list_videos(paths, new=True):
     folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
-        reasons = [folder.refused[0] for folder in folders if folder.refused]
-        reasons.append(", ".join(SUFFIXES))
-        raise DataError(f"--videos {searched}: no videos in it ({reasons[0]})")
+        refused = [reason for folder in folders for reason in folder.refused]
+        why = refused[0] if refused else ", ".join(SUFFIXES)
+        raise DataError(f"--videos {searched}: no videos in it ({why})")
     return folders
 
 
@@ -109,7 +118,7 @@ def videos_below(folder, refused):
                     found[os.path.relpath(path, folder)] = stamp_of(path)
             except OSError as error:  # it went away, or may not be looked at
                 note(error)
-    return {name: found[name] for name in sorted(found)}
+    return dict(sorted(found.items()))
 
 
 # ---- shards ----
@@ -147,11 +156,6 @@ def pooled(f):
     return F.normalize(unit.mean(1), dim=-1)
 
 
-def count_pieces(parts):
-    """How many pieces several shards have together."""
-    return sum(len(part.file) for part in parts)
-
-
 def join_shards(parts):
     """Several shards as one. list of Shard -> Shard."""
     files = []
@@ -165,10 +169,10 @@ def join_shards(parts):
 
 def keep_files(shard, keep):
     """The part of a shard that belongs to some of its files. keep: a bool per file -> Shard."""
+    files = list(itertools.compress(shard.files, keep))
     keep = torch.tensor(keep, dtype=torch.bool)
-    rows = keep[shard.file.long()].nonzero()[:, 0]
     number = keep.cumsum(0, dtype=torch.int32) - 1  # of each file that stays
-    files = [shard.files[k] for k in keep.nonzero()[:, 0].tolist()]
+    rows = keep[shard.file.long()]
     return Shard(*(x[rows] for x in shard[:4]), number[shard.file[rows].long()], files)
 
 
@@ -181,24 +185,32 @@ def fingerprint(model, window):
     """
     known = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(known).encode())
-    tensors = sorted(model.clip.visual.state_dict().items())
-    sums = []
-    single = []
-    for _, x in tensors:
+    for name, x in sorted(model.clip.visual.state_dict().items()):
         bits = x.flatten().view(torch.int32)
-        sums.append(bits.sum(dtype=torch.int64))
-        single.append(bits[::max(1, len(bits) // 64)])
-    # Two copies from the device for all tensors: each copy waits for it.
-    sums = torch.stack(sums).tolist()
-    sizes = [len(x) for x in single]
-    single = torch.cat(single).cpu().split(sizes)
-    for (name, x), total, some in zip(tensors, sums, single):
-        content = name, tuple(x.shape), total, some.tolist()
+        total = bits.sum(dtype=torch.int64).item()
+        some = bits[::max(1, len(bits) // 64)].tolist()
+        content = name, tuple(x.shape), total, some
         digest.update(repr(content).encode())
     return digest.hexdigest()[:16]
 
 
 # ---- the file of a shard ----
+
+def content_of(path):
+    """What copies of a file have in common, its size, first and last megabyte, as 32 letters.
+
+    Raises OSError.
+    """
+    # A whole film would take longer to read than its frames do.
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(b"%d" % size)
+        for start in (0, max(0, size - MEGABYTE)):
+            file.seek(start)
+            digest.update(file.read(MEGABYTE))
+    return digest.hexdigest()
+
 
 def new_name(mark):
     """A shard's name, later ones after earlier ones. mark: the fingerprint."""
@@ -208,15 +220,13 @@ def new_name(mark):
 def write_shard(folder, name, shard):
     """Save a shard. Raises OSError or, as torch does where a disk is full, RuntimeError."""
     os.makedirs(folder, exist_ok=True)
-    mark = name.partition("-")[0]
-    content = dict(format=FORMAT, mark=mark, **shard._asdict())
-    content["files"] = [tuple(file) for file in shard.files]  # torch reads back no other class
-    with written_whole(os.path.join(folder, name)) as part:
-        with open(part, "wb") as file:
-            torch.save(content, file)
+    files = list(map(tuple, shard.files))  # torch reads back no other class
+    content = dict(shard._asdict(), files=files, format=FORMAT)
+    with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
+        torch.save(content, file)
 
 
-def read_shard(path, mark, size=None):
+def read_shard(path, size):
     """-> Shard, memory-mapped; None where the file is damaged. Raises FileNotFoundError.
 
     size: (T,D) of the model. No checksums: a shard may have gigabytes.
@@ -225,35 +235,31 @@ def read_shard(path, mark, size=None):
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shard = Shard(*(content[name] for name in Shard._fields))
         shard = shard._replace(files=[File(*file) for file in shard.files])
-        known = content["format"] == FORMAT and content["mark"] == mark
-        return shard if known and fits_together(shard, size) else None
+        return shard if fits_together(shard, *size) else None
     except FileNotFoundError:
         raise
     except Exception:  # a damaged file fails in zip, pickle or torch, each with errors of its own
         return None
 
 
-def fits_together(shard, size=None):
-    """Are a shard's tensors and files of the types and sizes of a Shard, and its times numbers?"""
-    P, T, D = shard.frames.shape
+def fits_together(shard, T, D):
+    """Are a shard's tensors and files of the types and sizes of a Shard, and its times numbers?
+
+    Also raises an error where they are not.
+    """
+    P = len(shard.frames)
     shapes = [(P, T, D), (P, D), (P, T), (P, 2), (P,)]
-    kinds = [torch.float16, torch.float16, torch.float32, torch.float32, torch.int32]
-    for x, shape, kind in zip(shard, shapes, kinds):
-        plain = x.layout == torch.strided and x.device.type == "cpu"
-        if not plain or x.shape != shape or x.dtype != kind:
+    for x, shape, kind in zip(shard, shapes, ("f2", "f2", "f4", "f4", "i4")):
+        x = x.numpy()  # an error where it is sparse, or has no values
+        if x.shape != shape or x.dtype != kind:
             return False
     for name, stamp, why, content in shard.files:
-        stamped = stamp is None or [type(part) for part in stamp] == [int, int]
-        texts = name, why or "", content
-        if not stamped or any(type(text) is not str for text in texts):
+        types = [type(part) for part in (name, *stamp, why or "", content)]
+        if types != [str, int, int, str, str]:
             return False
-    if size not in (None, (T, D)):
-        return False
-    if not shard.times.isfinite().all() or not shard.spans.isfinite().all():
-        return False
-    if P == 0:
-        return True
-    return bool(0 <= shard.file.min() and shard.file.max() < len(shard.files))
+    known = (shard.file >= 0) & (shard.file < len(shard.files))
+    good = known, shard.times.isfinite(), shard.spans.isfinite()
+    return all(x.all() for x in good)
 
 
 class ShardWriter:
@@ -273,7 +279,7 @@ class ShardWriter:
     def save_if_due(self):
         """To be called as often as one likes. -> whether it was due"""
         waited = time.monotonic() - self.saved
-        due = count_pieces(self.parts) >= FULL or waited > OLD
+        due = sum(len(part.file) for part in self.parts) >= FULL or waited > OLD
         if due:
             self.save()
         return due
@@ -287,18 +293,15 @@ class ShardWriter:
             write_shard(self.folder, name, shard)
         except (OSError, RuntimeError) as error:
             if not self.unsaved:
-                self.warn(error)
+                why = why_not_written(error) or first_line(error)
+                print(
+                    f"cannot write {escaped(self.folder)} ({why}): searching without saving, so "
+                    "the next search encodes again; --index DIR names another folder",
+                    file=sys.stderr,
+                )
             self.unsaved[name] = shard
         self.parts = []
         self.saved = time.monotonic()
-
-    def warn(self, error):
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        print(
-            f"cannot write {escaped(self.folder)} ({why}): searching without saving, so the next "
-            "search encodes again; --index DIR names another folder",
-            file=sys.stderr,
-        )
 
 
 # ---- all shards of a folder ----
@@ -313,17 +316,7 @@ def shard_folder(folder, index_dir=None):
     return os.path.join(index_dir, name[:12])
 
 
-def shard_names(folder, mark):
-    """The file names of a fingerprint's shards, oldest first."""
-    try:
-        names = os.listdir(folder)
-    except OSError:  # no index yet
-        return []
-    names = [name for name in names if name.endswith(".shard")]
-    return sorted(name for name in names if name.startswith(mark))
-
-
-def open_shards(folder, mark, known, job, size=None):
+def open_shards(folder, mark, known, job, size):
     """All sound shards of a folder, the same on all processes. -> {name: Shard}
 
     known: {name: Shard, or None where it is damaged}: those opened before; new ones are added.
@@ -331,19 +324,21 @@ def open_shards(folder, mark, known, job, size=None):
     """
     # Processes of other searches may repack meanwhile: all of ours must see the same shards.
     for attempt in range(100):
-        names = job.gather(shard_names(folder, mark))[0]
+        names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # the oldest first
+        names = job.gather(names)[0]
+        complete = False
         with contextlib.suppress(FileNotFoundError):  # repacked a moment ago: look again
             for name in names:
                 if name in known:
                     continue
                 path = os.path.join(folder, name)
-                known[name] = read_shard(path, mark, size)
+                known[name] = read_shard(path, size)
                 if known[name] is None:
                     job.say(
                         f"{escaped(path)} is damaged and left out: its files are encoded again; "
                         "it may be deleted"
                     )
-        complete = all(name in known for name in names)
+            complete = True
         if all(job.gather(complete)):
             break
         time.sleep(0.1)
@@ -357,10 +352,10 @@ def newest_shards(shards, stamps):
     it was encoded; None: every file counts.
     """
     newest = {}
-    # Shards' names are in the order of time: the first that has a file is the newest.
-    for key, shard in sorted(shards.items(), reverse=True):
+    # Shards' names are in the order of time: the last that has a file is the newest.
+    for key, shard in sorted(shards.items()):
         for name, stamp, *_ in shard.files:
-            if name not in newest and (stamps is None or stamps.get(name) == stamp):
+            if stamps is None or stamps.get(name) == stamp:
                 newest[name] = key
     return newest
 
@@ -379,65 +374,6 @@ def move_means(shards, device, job=ALONE, most=MEANS):
     return moved
 
 
-# ---- copies: files of the same size, first and last megabyte ----
-
-def content_of(path):
-    """What copies of a file have in common, as 32 letters. Raises OSError."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(b"%d" % size)
-        for start in (0, max(0, size - MEGABYTE)):
-            file.seek(start)
-            digest.update(file.read(MEGABYTE))
-    return digest.hexdigest()
-
-
-def divide_copies(folder, names, shards):
-    """A Folder's new files: one of each content, then their copies. -> (names, names, contents)
-
-    contents: {name: `content_of` it} of those whose size another file has, new or known.
-    """
-    sizes = [folder.stamps[name][0] for name in names]
-    for shard in shards.values():
-        sizes += [file.stamp[0] for file in shard.files if file.stamp]
-    sizes = Counter(sizes)
-    contents = {}
-    first = {}  # content: the name that has it
-    for name in names:
-        size = folder.stamps[name][0]
-        if size and sizes[size] > 1:
-            with contextlib.suppress(OSError):  # said where its frames are read
-                contents[name] = content_of(os.path.join(folder.path, name))
-        first.setdefault(contents.get(name, name), name)
-    firsts = list(first.values())
-    copies = [name for name in names if first[contents.get(name, name)] != name]
-    return firsts, copies, contents
-
-
-def add_copies(folder, names, contents, shards, writer):
-    """Give each file that is a copy of a known one the rows of that. -> the names that are none"""
-    known = {}
-    for key, shard in shards.items():
-        for number, file in enumerate(shard.files):
-            if file.content and file.why is None:
-                known[file.content] = key, number
-    others = []
-    for name in names:
-        content = contents.get(name)
-        if content not in known:
-            others.append(name)
-            continue
-        key, number = known[content]
-        keep = [k == number for k in range(len(shards[key].files))]
-        part = keep_files(shards[key], keep)
-        file = File(name, folder.stamps[name], None, content)
-        writer.parts.append(part._replace(files=[file]))
-        writer.save_if_due()
-    writer.save()
-    return others
-
-
 # ---- repacking ----
 
 def newest_with_missed(folder, where, mark, shards, newest):
@@ -449,8 +385,7 @@ def newest_with_missed(folder, where, mark, shards, newest):
     path = os.path.join(where, f"{mark}.missed")
     since = {}  # name: seconds since 1970
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-        with open(path, encoding="utf-8") as file:
-            since = dict(json.load(file))
+        since = dict(json.loads(Path(path).read_text(encoding="utf-8")))
     both = newest_shards(shards, None) | newest
     times = {name: since.get(name, time.time()) for name in both if name not in newest}
     if times != since:
@@ -463,7 +398,13 @@ def newest_with_missed(folder, where, mark, shards, newest):
 
 
 def repack(folder, mark, shards, newest):
-    """Put what counts of mostly empty shards into new ones; only then are the old ones removed."""
+    """Put what counts of mostly empty shards into new ones; only then are the old ones removed.
+
+    Also removed are the parts of shards that killed searches left.
+    """
+    for part in glob.glob(f"{glob.escape(folder)}/{mark}*.part"):
+        remove_parts(part.rsplit(".", 3)[0])  # which leaves those that are being written
+    # Shards are never rewritten: searches that have one open must not see it change.
     counts = {}  # of each shard: does a file's part of it count?
     chosen = []
     small = []
@@ -477,21 +418,15 @@ def repack(folder, mark, shards, newest):
             small.append(key)
     if len(chosen) + len(small) >= SMALL:
         chosen += small
-    old = []
-    parts = []
-    for key in chosen:
-        old.append(os.path.join(folder, key))
-        parts.append(keep_files(shards[key], counts[key]))
-        # One new shard at a time is in memory.
-        if count_pieces(parts) < FULL and key != chosen[-1]:
-            continue
-        if any(part.files for part in parts):
-            write_shard(folder, new_name(mark), join_shards(parts))
-        for path in old:
+    # A few at a time, as these are in memory together.
+    for start in range(0, len(chosen), SMALL):
+        old = chosen[start:start + SMALL]
+        shard = join_shards([keep_files(shards[key], counts[key]) for key in old])
+        if shard.files:
+            write_shard(folder, new_name(mark), shard)
+        for key in old:
             with contextlib.suppress(FileNotFoundError):  # another search was faster
-                os.unlink(path)
-        old = []
-        parts = []
+                os.unlink(os.path.join(folder, key))
 
 
 def summary(encoded, files, pieces, reasons, stopped):
@@ -501,7 +436,4 @@ def summary(encoded, files, pieces, reasons, stopped):
         line += "; stopped: the next search encodes the others"
     if reasons:
         line += f"; {len(reasons)} unreadable left out:"
-    lines = [line, *reasons[:10]]
-    if len(reasons) > 10:
-        lines.append(f"and {len(reasons) - 10} others")
-    return "\n  ".join(map(escaped, lines))
+    return "\n  ".join(map(escaped, [line, *first_ten(reasons)]))

@@ -6,6 +6,7 @@ A page is one HTML file, without scripts or anything from the network. Text that
 import base64
 import csv
 import html
+import itertools
 import math
 import os
 import platform
@@ -14,10 +15,9 @@ from typing import NamedTuple
 
 import av
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from torchvision.io import encode_jpeg
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from lib.common import DataError, clock, escaped, first_line, output
 from lib.video import read_segment
@@ -109,8 +109,7 @@ def esc(x):
 def page(title, lead, body, settings):
     """A whole document. title, lead: text; body: HTML; settings: what is a text or a number of it.
     """
-    versions = dict(Python=platform.python_version(), torch=torch.__version__,
-                    torchvision=torchvision.__version__, av=av.__version__)
+    versions = dict(Python=platform.python_version(), torch=torch.__version__, av=av.__version__)
     items = ""
     for name, value in {**settings, **versions}.items():
         if isinstance(value, (str, int, float)):
@@ -154,8 +153,8 @@ def html_table(heads, rows):
     head = ""
     for name in heads:
         head += f'<th scope="col">{esc(name)}</th>'
-    return (f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return f"""<div class="card scroll"><table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>"""
 
 
 # ---- pictures ----
@@ -168,8 +167,7 @@ def read_picture(path):
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # a damaged file fails in its format's own ways
         raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
+    return pil_to_tensor(picture)[None]
 
 
 def shrunk(frame, height=96):
@@ -185,13 +183,12 @@ def jpeg(frame):
     return encode_jpeg(frame, quality=75).numpy().tobytes()
 
 
-def image(frame, name, css=""):
-    """uint8 (3,H,W) -> an <img> with a JPEG in it."""
+def embedded(frame):
+    """uint8 (3,H,W) -> the attributes of an <img> with a JPEG in it."""
     frame = shrunk(frame)
     _, height, width = frame.shape
     source = base64.b64encode(jpeg(frame)).decode()
-    return (f'<img class="{css}" alt="{esc(name)}" width="{width}" height="{height}" '
-            f'src="data:image/jpeg;base64,{source}">')
+    return f'width="{width}" height="{height}" src="data:image/jpeg;base64,{source}"'
 
 
 def nearest_of(times, at):
@@ -200,10 +197,19 @@ def nearest_of(times, at):
     return away.index(min(away))
 
 
-def about_six(T, wanted=0):
-    """The numbers of about six of T frames, that of the wanted one among them."""
-    step = max(1, T // 6)
-    return range(wanted % step, T, step)
+def images(times, at, attributes, name=""):
+    """About six of T frames, the one nearest to the time `at` marked. -> HTML
+
+    attributes: the number of a frame -> those of its <img>. name: said before its time.
+    """
+    # Of twelve frames each second one is enough to tell what happens, and large enough to see.
+    step = max(1, len(times) // 6)
+    nearest = None if at is None else nearest_of(times, at)
+    found = ""
+    for k in range((nearest or 0) % step, len(times), step):
+        css = "nearest" if k == nearest else ""
+        found += f'<img class="{css}" {attributes(k)} alt="{esc(name)}at {clock(times[k])}">'
+    return f'<div class="strip">{found}</div>'
 
 
 def strip(segment, frames=6, at=None):
@@ -212,22 +218,14 @@ def strip(segment, frames=6, at=None):
         piece = read_segment(segment, frames)
     except DataError as e:
         return f"<p>no picture: {esc(e)}</p>"
-    nearest = None
-    if at is not None:
-        nearest = nearest_of(piece.times, at)
-    images = ""
-    for k in about_six(frames, nearest or 0):
-        name = f"{os.path.basename(segment.path)} at {clock(piece.times[k])}"
-        css = "nearest" if k == nearest else ""
-        images += image(piece.frames[k], name, css)
-    return f'<div class="strip">{images}</div>'
+    name = os.path.basename(segment.path)
+    return images(piece.times, at, lambda k: embedded(piece.frames[k]), f"{name} ")
 
 
 def hit(images, rank, score, name, css=""):
     """One result. images: of `strip`; name: HTML."""
-    return (f'<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>'
-            f'<span>score {score:.4f}</span><span class="file">{name}</span>'
-            "</figcaption></figure></li>")
+    return f"""<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>
+<span>score {score:.4f}</span><span class="file">{name}</span></figcaption></figure></li>"""
 
 
 # ---- charts ----
@@ -275,18 +273,17 @@ class Axes(NamedTuple):
         # The grid comes first: marks lie on it, and the axis on them.
         grid = ""
         for v in ticks(*self.y):
-            grid += (f'<path class="grid" d="M{LEFT} {self.at_y(v)}H{RIGHT}"/>'
-                     f'<text x="{LEFT - 6}" y="{self.at_y(v)}" dy="4" text-anchor="end">'
-                     f"{v:g}{self.unit}</text>")
+            grid += f"""<path class="grid" d="M{LEFT} {self.at_y(v)}H{RIGHT}"/>
+<text x="{LEFT - 6}" y="{self.at_y(v)}" dy="4" text-anchor="end">{v:g}{self.unit}</text>"""
         names = self.names or {v: f"{v:g}" for v in ticks(*self.x)}
         below = ""
         for v, name in names.items():
-            below += (f'<text x="{self.at_x(v)}" y="{BOTTOM + 17}" text-anchor="middle">'
-                      f"{esc(name)}</text>")
-        return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(about)}">'
-                f'{grid}{below}{marks}<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>'
-                f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-                f"{esc(self.label)}</text></svg>")
+            below += f"""<text x="{self.at_x(v)}" y="{BOTTOM + 17}"
+text-anchor="middle">{esc(name)}</text>"""
+        return f"""<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(about)}">
+{grid}{below}{marks}<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>
+<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}"
+text-anchor="middle">{esc(self.label)}</text></svg>"""
 
 
 # The marks of a legend; all others are lines.
@@ -298,8 +295,8 @@ def key(entries, marks=MARKS):
     spans = ""
     for css, text in entries.items():
         path = marks.get(css, "M1 7H25")
-        spans += ('<span><svg viewBox="0 0 26 14" aria-hidden="true">'
-                  f'<path class="{css}" d="{path}"/></svg>{esc(text)}</span>')
+        spans += f"""<span><svg viewBox="0 0 26 14" aria-hidden="true">
+<path class="{css}" d="{path}"/></svg>{esc(text)}</span>"""
     return f'<p class="key">{spans}</p>'
 
 
@@ -307,18 +304,18 @@ def histogram_chart(h, about, label):
     """Relevant and irrelevant pairs over common bins, each as shares of its own kind."""
     edges = h["edges"]
     shares = {}
-    for kind in ("irrelevant", "relevant"):
+    # Relevant pairs are drawn over the others, and are seen through.
+    for css, kind in (("off", "irrelevant"), ("on", "relevant")):
         total = max(1, sum(h[kind]))
-        shares[kind] = [100 * count / total for count in h[kind]]
-    top = max(1, *shares["relevant"], *shares["irrelevant"])
+        shares[css] = [100 * count / total for count in h[kind]]
+    top = max(1, *shares["on"], *shares["off"])
     axes = Axes((edges[0], edges[-1]), (0, 1.05 * top), label, "%")
     marks = ""
-    # Relevant pairs are drawn over the others, and are seen through.
-    for css, heights in zip(("off", "on"), shares.values()):
-        path = f"M{axes.at_x(edges[0])} {axes.at_y(0)}"
+    for css, heights in shares.items():
+        path = f"M{axes.at_x(edges[0])} {BOTTOM}"
         for height, edge in zip(heights, edges[1:]):
             path += f"V{axes.at_y(height)}H{axes.at_x(edge)}"
-        marks += f'<path class="{css}" d="{path}V{axes.at_y(0)}Z"/>'
+        marks += f'<path class="{css}" d="{path}V{BOTTOM}Z"/>'
     return axes.svg(about, marks) + key({"on": "relevant", "off": "irrelevant"})
 
 
@@ -331,10 +328,10 @@ def thirds_chart(rows, label, samples):
     for n, row in enumerate(rows):
         x = axes.at_x(n)
         y = {name: axes.at_y(row[name]) for name in ("R1", "low", "high", "R1_point")}
-        marks += (f'<path class="on" d="M{x} {BOTTOM}m-34 0V{y["R1"]}h68V{BOTTOM}Z"/>'
-                  f'<path class="whisker" d="M{x} {y["low"]}V{y["high"]}M{x} {y["low"]}m-7 0h14'
-                  f'M{x} {y["high"]}m-7 0h14"/>'
-                  f'<path class="diamond" d="M{x} {y["R1_point"]}m20-7l7 7l-7 7l-7-7Z"/>')
+        marks += f"""<path class="on" d="M{x} {BOTTOM}m-34 0V{y["R1"]}h68V{BOTTOM}Z"/>
+<path class="whisker" d="M{x} {y["low"]}V{y["high"]}
+M{x} {y["low"]}m-7 0h14M{x} {y["high"]}m-7 0h14"/>
+<path class="diamond" d="M{x} {y["R1_point"]}m20-7l7 7l-7 7l-7-7Z"/>"""
     about = f"R@1, {label}: " + ", ".join(f"{row['third']} {row['R1']:.1f}" for row in rows)
     # The bar is what was evaluated; without samples the diamond lies on its top.
     legend = {"on": f"{samples}, 95 % interval", "diamond": "point text"}
@@ -343,16 +340,16 @@ def thirds_chart(rows, label, samples):
 
 def line_chart(curves, about, unit=""):
     """Curves by training step, which differ in their dashes. curves: {name: [(step, value)]}."""
-    points = [point for curve in curves.values() for point in curve]
-    steps, values = zip(*points)
+    steps, values = zip(*itertools.chain(*curves.values()))
     top = max(values) or 1
     axes = Axes((min(steps), max(steps) + 1), (0, 1.05 * top), "step", unit)
     marks = ""
-    for n, curve in enumerate(curves.values()):
+    legend = {}
+    for n, (name, curve) in enumerate(curves.items()):
         curve = [curve[0], *curve]  # one point alone becomes a line of no length: a dot
         path = "L".join(f"{axes.at_x(step)} {axes.at_y(value)}" for step, value in curve)
         marks += f'<path class="line{n}" d="M{path}"/>'
-    legend = {f"line{n}": name for n, name in enumerate(curves)}
+        legend[f"line{n}"] = name
     return axes.svg(about, marks) + key(legend)
 
 
@@ -365,18 +362,17 @@ def read_curve(rows, name):
 
 def training_charts(path):
     """The curves of a log of train.py. -> {title: chart}, empty where there are none."""
+    charts = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        losses = {name: read_curve(rows, name) for name in ("loss", "stochastic", "support", "ce")}
-        recall = read_curve(rows, "val_R1")
+        for title, unit, *names in (
+            ("Training losses", "", "loss", "stochastic", "support", "ce"),
+            ("Validation t2v R@1", "%", "val_R1"),
+        ):
+            curves = {name: curve for name in names if (curve := read_curve(rows, name))}
+            if curves:
+                charts[title] = line_chart(curves, f"{title} by training step", unit)
     except (OSError, ValueError, KeyError, TypeError):  # no log, or the log of something else
         return {}
-    losses = {name: curve for name, curve in losses.items() if curve}
-    charts = {}
-    if losses:
-        charts["Training losses"] = line_chart(losses, "losses by training step")
-    if recall:
-        about = "validation R@1 by training step"
-        charts["Validation t2v R@1"] = line_chart({"validation R@1": recall}, about, "%")
     return charts

@@ -10,14 +10,15 @@ import os
 import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from lib.common import DataError, clock, escaped
-from lib.page import about_six, document, esc, jpeg, nearest_of, shrunk
+from lib.page import document, esc, images, jpeg, nearest_of, shrunk
 from lib.video import Segment, read_segment
 
-CHUNK = 2 ** 18  # bytes of a file that are sent at once
+PAUSE = 30  # seconds at least between two looks at what is saved while more is encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
           "form-action 'self'; base-uri 'none'")
 # Of every answer: no other page may show, frame or read this one, or learn what is searched.
@@ -50,29 +51,25 @@ def questions(args, job):
         yield args.query
         return
     sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
     asked = False
-    while line := job.gather(next_line(args) if job.rank == 0 else None)[0]:
+    line = ""
+    while line is not None:
         if line.strip():
             asked = True
             yield [line.strip()]
-    if not asked and not sys.stdin.isatty():
+        line = None
+        # Nobody reads the answers any more (| head), and no file is to have them.
+        unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
+        if job.rank == 0 and not unread:
+            with contextlib.suppress(EOFError):
+                line = input("query> " if terminal else "")
+        line = job.gather(line)[0]
+    if not asked and not terminal:
         raise DataError(
             'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
             "line on standard input"
         )
-
-
-def next_line(args):
-    """A line of standard input, "" at its end; at a terminal after a prompt."""
-    # Nobody reads the answers any more (| head), and no file is to have them.
-    if getattr(sys.stdout, "error", None) and not (args.json or args.report):
-        return ""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline()
-    try:
-        return input("query> ") + "\n"
-    except EOFError:
-        return ""
 
 
 def count_pieces(index):
@@ -111,20 +108,14 @@ def print_files(names, end):
 # ---- the page ----
 
 class SearchPage(ThreadingHTTPServer):
-    """Serves the page, a thread for each request.
-
-    search: query, Index -> list of Hit; it is called once at a time. frames: T, of a piece.
-    """
-
-    daemon_threads = True
+    """Serves the page, a thread for each request, at a host and port."""
 
     def __init__(self, host, port):
         self.host = host
-        self.search = None
-        self.frames = None
         self.index = None
         self.numbers = {}  # path: its number, for as long as the page is served
-        self.paths = {}    # number: path, of the index's files
+        self.paths = {}    # number, as text: path, of the index's files
+        # Pictures of results are still decoded while the next query waits for the model.
         self.searching = threading.Lock()
         self.decoding = threading.Lock()
         try:
@@ -133,14 +124,23 @@ class SearchPage(ThreadingHTTPServer):
             raise DataError(f"--serve {port}: it can't be had at {host} ({error.strerror}): give "
                             "another port or --host") from None
 
-    def run(self, build, every):
-        """Serve until Ctrl-C. build: build_index; every: minutes between looks for new files.
+    def run(self, build, search, frames, every):
+        """Serve until Ctrl-C.
 
-        What the index has is shown at once, and what is encoded as soon as it is saved.
+        build: build_index. search: query, Index -> list of Hit; it is called once at a time.
+        frames: T, of a piece. every: minutes between looks for new files.
+        What the index has is shown at once, and what is encoded soon after it is saved.
         """
+        self.search = search
+        self.frames = frames
+        self.due = 0
+
         def show_saved():
-            with contextlib.suppress(DataError):  # nothing yet
-                self.show(build(new=False))
+            # To open a large index takes seconds, in which nothing is encoded.
+            if time.monotonic() > self.due:
+                with contextlib.suppress(DataError):  # nothing yet
+                    self.show(build(new=False))
+                self.due = time.monotonic() + PAUSE
 
         show_saved()
         try:
@@ -159,7 +159,7 @@ class SearchPage(ThreadingHTTPServer):
         """Answer from this Index from now on."""
         for path in index.paths:
             self.numbers.setdefault(path, len(self.numbers))
-        self.paths = {self.numbers[path]: path for path in index.paths}
+        self.paths = {str(self.numbers[path]): path for path in index.paths}
         first = self.index is None
         self.index = index
         if first:
@@ -177,8 +177,7 @@ class SearchPage(ThreadingHTTPServer):
 
     def handle_error(self, request, address):
         """A client that goes away, or sends nonsense, ends nothing, and is not worth a word."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (OSError, ValueError)):
+        if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             super().handle_error(request, address)
 
 
@@ -189,27 +188,25 @@ class Handler(BaseHTTPRequestHandler):
     chosen from those of a piece with &start=S&end=S.
     """
 
-    protocol_version = "HTTP/1.1"
-    server_version = "T-MASS"
     timeout = 60  # seconds in which a client that says nothing is forgotten
 
     def do_GET(self):
+        # Files are named by numbers alone: no path that is asked for is ever opened.
         url = urlsplit(self.path)
         values = dict(parse_qsl(url.query))
-        file = re.fullmatch("/(video|frame)/([0-9]{1,9})", url.path)
-        path = self.server.paths.get(int(file[2])) if file else None
+        kind, _, number = url.path[1:].partition("/")
+        send = {"video": self.send_video, "frame": self.send_frame}.get(kind)
+        path = self.server.paths.get(number, "")
         # Who owns another name could make it lead here, and read this page with one of his.
         name = urlsplit(f"//{self.headers.get('Host')}").hostname
         if name not in ("localhost", self.server.host, self.connection.getsockname()[0]):
             self.send_error(403, "Unknown name", "Start the page with --host and this name")
         elif url.path == "/":
             self.send_page(values.get("q", "").strip())
-        elif path is None or not os.path.isfile(path):
-            self.send_error(404)
-        elif file[1] == "video":
-            self.send_video(path)
+        elif send and os.path.isfile(path):
+            send(path, values)
         else:
-            self.send_frame(path, values)
+            self.send_error(404)
 
     do_HEAD = do_GET
 
@@ -226,6 +223,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
+    # The length is always told: browsers show how long a film is, and jump in it.
     def start(self, status, kind, length, part=None):
         """Send what comes before the body. part: which of how many bytes it is."""
         self.send_response(status)
@@ -255,60 +253,52 @@ class Handler(BaseHTTPRequestHandler):
             focus = ""
             for rank, hit in enumerate(hits, 1):
                 cards += self.card(rank, hit, index, pieces)
-        body = (f'{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>'
-                '<form action="/" role="search"><label for="q">What is to be seen?</label>'
-                f'<input id="q" name="q" type="search" required {focus} value="{esc(query)}">'
-                f'<button>Search</button></form><p class="soft">{found}</p>'
-                f'<ol class="cards">{cards}</ol></main>')
+        body = f"""{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>
+<form action="/" role="search"><label for="q">What is to be seen?</label>
+<input id="q" name="q" type="search" required {focus} value="{esc(query)}">
+<button>Search</button></form><p class="soft">{found}</p>
+<ol class="cards">{cards}</ol></main>"""
         text = document(title, body, POLICY)
         self.send_whole("text/html; charset=utf-8", text.encode("utf-8", "replace"))
 
     def card(self, rank, hit, index, pieces):
         """A Hit: its name, frames, and a player that begins at its moment. -> HTML"""
         number = self.server.numbers[index.paths[hit.file]]
-        nearest = nearest_of(hit.times, hit.at)
-        images = ""
-        poster = ""
-        for k in about_six(len(hit.times), nearest):
-            values = dict(at=hit.times[k], start=hit.start, end=hit.end)
-            source = esc(f"/frame/{number}?{urlencode(values)}")
-            css = ""
-            if k == nearest:
-                css = "nearest"
-                poster = source
-            images += (f'<img class="{css}" src="{source}" loading="lazy" '
-                       f'alt="at {clock(hit.times[k])}">')
-        video = f"/video/{number}#t={hit.at:g}"
-        return (f'<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>'
-                f'<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, pieces)}, '
-                f'score {hit.score:.4f}</p><div class="strip">{images}</div>'
-                f'<video controls preload="none" poster="{poster}" src="{video}"></video></li>')
 
-    def send_video(self, path):
+        # All frames of a piece have its start and end in common: they are decoded once.
+        def picture(at):
+            values = urlencode(dict(at=at, start=hit.start, end=hit.end))
+            return esc(f"/frame/{number}?{values}")
+
+        def attributes(k):
+            return f'src="{picture(hit.times[k])}" loading="lazy"'
+
+        video = f"/video/{number}#t={hit.at:g}"
+        return f"""<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>
+<p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, pieces)},
+score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
+<video controls preload="none" poster="{picture(hit.at)}" src="{video}"></video></li>"""
+
+    def send_video(self, path, values):
         """A file, or the part of it that is asked for: browsers need that to jump."""
         kind = mimetypes.guess_type(path)[0] or "video/mp4"
         asked = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             part = byte_range(*asked.groups(), size) if asked else range(size)
-            left = len(part)
-            if asked and not part:
-                self.start(416, kind, 0, f"*/{size}")
-            elif asked:
-                self.start(206, kind, left, f"{part.start}-{part.stop - 1}/{size}")
+            if not asked:
+                self.start(200, kind, size)
+            elif part:
+                self.start(206, kind, len(part), f"{part.start}-{part.stop - 1}/{size}")
             else:
-                self.start(200, kind, left)
-            file.seek(part.start)
-            while left and self.command == "GET" and (chunk := file.read(min(CHUNK, left))):
-                self.wfile.write(chunk)
-                left -= len(chunk)
-        self.close_connection |= left > 0  # the file has become shorter
+                self.start(416, kind, 0, f"*/{size}")
+            if part and self.command == "GET":
+                self.connection.sendfile(file, part.start, len(part))
 
     def send_frame(self, path, values):
         try:
-            at = float(values["at"])
-            start = float(values.get("start", at))
-            end = float(values.get("end", at))
+            names = "at", "start", "end"
+            at, start, end = (float(values.get(name, values["at"])) for name in names)
             with self.server.decoding:
                 times, pictures = self.server.pictures(path, start, end)
         except (KeyError, ValueError):  # no time, or no picture there

@@ -135,7 +135,7 @@ def _cut(times, window):
     length = _end(times) - start
     n = 1
     if window and length > 1.5 * window:
-        n = min(len(times), round(length / window))
+        n = round(min(len(times), length / window))
     bounds = [bisect.bisect_left(times, start + length * k / n - 1e-6) for k in range(n)]
     bounds.append(len(times))
     # a part is empty where a single frame lasts longer

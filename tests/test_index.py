@@ -20,7 +20,7 @@ import data
 import search as se
 from lib import exact
 from lib import index as store
-from lib.common import DataError
+from lib.common import DataError, written_whole
 from lib.video import read_frames
 from lib.weights import load_checkpoint
 
@@ -158,8 +158,7 @@ def test_nothing_that_is_gone_is_shown(tmp_path, ask):  # noqa: F811
 
 
 def test_copies_are_encoded_once(tmp_path, ask):  # noqa: F811
-    """A new name, a new time, a copy, copies that come together; not what has the same size alone.
-    """
+    """A new name, a new time, a copy; not what has the same size alone."""
     for v in range(3):
         noise_video(tmp_path / f"{v}.mp4", v)
     found(ask, tmp_path)
@@ -170,16 +169,16 @@ def test_copies_are_encoded_once(tmp_path, ask):  # noqa: F811
     err, names = found(ask, tmp_path)
     assert "encoded 0 videos, 4 in the index, 4 pieces" in err
     assert sorted(names) == ["1.mp4", "2.mp4", "below/renamed.mp4", "copy.mp4"]
+    noise_video(tmp_path / "d.mp4", 7)
     for name in ("d.mp4", "e.mp4", "f.mp4"):
-        noise_video(tmp_path / name, 7)
         (tmp_path / f"bad {name}").write_text("nothing to see")
     err, names = found(ask, tmp_path)
-    assert "encoded 1 videos, 7 in the index, 7 pieces; 3 unreadable" in err
+    assert "encoded 1 videos, 5 in the index, 5 pieces; 3 unreadable" in err
     body = bytearray((tmp_path / "1.mp4").read_bytes())
     place = body.index(b"mdat") + 40
     body[place] ^= 1
     (tmp_path / "1.mp4").write_bytes(body)
-    assert "encoded 1 videos, 7 in the index" in found(ask, tmp_path)[0]
+    assert "encoded 1 videos, 5 in the index" in found(ask, tmp_path)[0]
     _, names = found(ask, tmp_path)
     fresh = found(ask, tmp_path, "--index", tmp_path / "other")[1]
     assert sorted(names) == sorted(fresh)
@@ -208,6 +207,21 @@ def test_content_of_long_files(tmp_path):
     body[store.MEGABYTE + 5] = 1
     path.write_bytes(body)
     assert store.content_of(path) in seen
+
+
+def test_parts_that_killed_searches_left_are_removed(tmp_path, ask):  # noqa: F811
+    """Not the part that another search is writing, and nothing of other names."""
+    noise_video(tmp_path / "a.mp4", 0)
+    found(ask, tmp_path)
+    [name] = shards(tmp_path)
+    index = tmp_path / se.INDEX
+    left = [index / f"{name}.12.0123abcd.part", index / f"{name[:16]}.missed.1.0123abcd.part"]
+    others = [index / "notes.part", index / f"{name}.part", index / "x.shard.12.0123abcd.part"]
+    for path in (*left, *others):
+        path.write_text("")
+    with written_whole(index / f"{name[:16]}-later.shard") as part:
+        found(ask, tmp_path)
+        assert not any(map(os.path.exists, left)) and all(map(os.path.exists, (part, *others)))
 
 
 # ---- what is encoded so far ----

@@ -1,8 +1,10 @@
 """The search page: real requests to a real process, and a real browser where one is installed."""
+import base64
 import contextlib
 import html
 import http.client
 import io
+import json
 import os
 import re
 import shutil
@@ -15,13 +17,16 @@ import time
 from urllib.parse import quote
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from test_eval import ENV, folder, noise_video  # noqa: F401
 from test_search import ask  # noqa: F401
 from videos import numbered, write_video
 
+from lib import serve
 from lib.serve import byte_range
+from search import Index
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -73,10 +78,10 @@ class Site:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A film of four pieces, and short videos with hostile names."""
+    """A film of four pieces, which any browser can play, and short videos with hostile names."""
     videos = tmp_path_factory.mktemp("site") / "videos"
     videos.mkdir()
-    write_video(videos / "film.mp4", numbered(160), fps=4, g=8)
+    write_video(videos / "film.mp4", numbered(160), fps=4, codec="libvpx-vp9", g=8)
     for v, name in enumerate(["<b>&\"'.mp4", "caf\u00e9 #1?.mp4", os.fsdecode(b"\xe9.mp4")]):
         noise_video(videos / name, v)
     (videos.parent / "secret.mp4").write_bytes((videos / "film.mp4").read_bytes())
@@ -252,6 +257,27 @@ def test_it_keeps_itself_up_to_date(folder, tmp_path):  # noqa: F811
     assert f"http://127.0.0.1:{site.port}" in said and "whoever" not in said
 
 
+@pytest.mark.parametrize("pause, expected", [(30, 1), (0, 51)])
+def test_what_is_saved_is_not_looked_at_all_the_time(monkeypatch, pause, expected):
+    monkeypatch.setattr(serve, "PAUSE", pause)
+    page = serve.SearchPage("127.0.0.1", 0)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    looks = []
+
+    def build(new=True, saved=None):
+        if not new:
+            looks.append(time.monotonic())
+            return Index([], nothing, nothing, [], [])
+        for _ in range(50):
+            saved()
+        raise KeyboardInterrupt
+    try:
+        assert page.run(build, None, 4, None) == 0 and len(looks) == expected
+    finally:
+        page.shutdown()
+        page.server_close()
+
+
 def test_a_page_that_cannot_be_had(ask, folder, site):  # noqa: F811
     for more, *words in ((["--serve", site.port], site.port, "--host"),
                          (["--serve", 0, "--host", "no.such.host.invalid"], "no.such.host"),
@@ -261,17 +287,131 @@ def test_a_page_that_cannot_be_had(ask, folder, site):  # noqa: F811
         assert all(word in err.splitlines()[-1] for word in words), err
 
 
+# ---- a real browser ----
+
+class Browser:
+    """A headless Chromium with a page, by the DevTools protocol: JSON messages that end in NUL.
+
+    It reads them from descriptor 3 and writes them to descriptor 4, so no port is opened.
+    """
+
+    def __init__(self, profile):
+        program = next(filter(shutil.which, BROWSERS))
+        pipes = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null'
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                   "--mute-audio", "--no-first-run", "--disable-background-networking",
+                   "--remote-debugging-pipe"]
+        command = ["sh", "-c", pipes, "sh", program, *options, f"--user-data-dir={profile}"]
+        self.job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, start_new_session=True)
+        self.timer = threading.Timer(90, self.kill)  # then what waits for an answer fails
+        self.timer.start()
+        self.number = 0
+        self.unread = b""
+        self.session = {}
+
+    def open_page(self):
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = dict(sessionId=attached["sessionId"])
+
+    def kill(self):
+        """End the browser and the processes that it started."""
+        self.timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.job.pid, signal.SIGKILL)
+        self.job.wait(20)
+
+    def send(self, method, **params):
+        """Send a command. -> its result. Raises RuntimeError."""
+        self.number += 1
+        message = dict(id=self.number, method=method, params=params, **self.session)
+        self.job.stdin.write(json.dumps(message).encode() + b"\0")
+        self.job.stdin.flush()
+        while (answer := self.receive()).get("id") != self.number:
+            pass  # what happens meanwhile is told too
+        if "result" not in answer:
+            raise RuntimeError(method, answer)
+        return answer["result"]
+
+    def receive(self):
+        while b"\0" not in self.unread:
+            part = self.job.stdout.read1(2 ** 16)
+            assert part, "the browser has ended"
+            self.unread += part
+        message, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(message)
+
+    def value(self, expression):
+        """What a JavaScript expression is on the page."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(expression, answer)
+        return answer["result"].get("value")
+
+    def until(self, expression):
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError):  # the page is not there yet
+                if self.value(expression):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(expression)
+
+    def press(self, key, code, text=""):
+        common = dict(key=key, code=key, windowsVirtualKeyCode=code)
+        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open_page()
+        yield browser
+    finally:
+        browser.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="needs a headless Chromium")
-def test_in_a_browser(site, tmp_path):
-    """A browser shows the results, and a film plays from its moment."""
-    browser = next(filter(shutil.which, BROWSERS))
-    video = links(cards(site.page("/?q=a"))["film.mp4"], "video")[0]
-    for name, path in (("results", "/?q=a"), ("video", video)):
-        picture = tmp_path / f"{name}.png"
-        subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu",
-                        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=400,900",
-                        f"--screenshot={picture}", f"http://127.0.0.1:{site.port}{path}"],
-                       check=True, timeout=60, capture_output=True)
-        colours = Image.open(picture).convert("L").getcolors(256)
-        assert len(colours) > 20
+@pytest.mark.parametrize("width, scripts", [(1280, True), (400, False)])
+def test_in_a_browser(site, browser, tmp_path, width, scripts):
+    """With the keyboard alone: a query, its results, and a film that plays from its moment."""
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.send("Emulation.setDeviceMetricsOverride", **size)
+    browser.send("Emulation.setScriptExecutionDisabled", value=not scripts)
+    browser.send("Page.navigate", url=f"http://127.0.0.1:{site.port}/")
+    browser.until("document.activeElement.id == 'q'")  # nothing is to be clicked first
+    browser.send("Input.insertText", text="a dog & <b>more</b>")
+    browser.press("Enter", 13, "\r")
+    browser.until("document.querySelectorAll('.card video').length == 4")
+    assert browser.value("document.querySelector('#q').value") == "a dog & <b>more</b>"
+    card = "[...document.querySelectorAll('.card')].find(x => x.innerText.includes('film.mp4'))"
+    video = f"{card}.querySelector('video')"
+    browser.until("document.readyState == 'complete'")
+    for _ in range(40):
+        browser.press("Tab", 9)
+        if browser.value(f"document.activeElement == {video}"):
+            break
+    # What has the focus can be seen, also in the pictures that are left for people.
+    assert browser.value(f"document.activeElement == {video} && "
+                         f"getComputedStyle({video}).outlineStyle == 'solid'")
+    browser.until(f"{card}.querySelector('.nearest').naturalWidth")
+    browser.press(" ", 32, " ")
+    browser.until(f"{video}.played.length && {video}.currentTime > {video}.played.start(0) + 0.2")
+    at = float(browser.value(f"{video}.getAttribute('src')").partition("#t=")[2])
+    assert at > 1 and browser.value(f"{video}.played.start(0)") == pytest.approx(at, abs=0.3)
+    assert browser.value(f"{video}.videoWidth") == 64
+    before = browser.value(f"{video}.currentTime")
+    browser.until(f"{video}.currentTime > {before} + 0.2")
+    browser.press(" ", 32, " ")
+    browser.until(f"{video}.paused")
+    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+    for scheme in ("light", "dark"):
+        features = [dict(name="prefers-color-scheme", value=scheme)]
+        browser.send("Emulation.setEmulatedMedia", features=features)
+        picture = browser.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        (tmp_path / f"{width} {scheme}.png").write_bytes(base64.b64decode(picture))
