@@ -241,6 +241,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     encoded = 0
     stopped = []
     for folder in folders:
+        base = os.path.abspath(folder.path)
         where = store.shard_folder(folder.path, index_dir)
         parts, newest, count = update_index(
             model, folder, where, mark, job, stopped, window=window, **encoding
@@ -251,7 +252,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
             for name, _, why, _ in shard.files:
                 path = os.path.join(folder.path, name)
-                real = os.path.abspath(path)
+                real = os.path.join(base, name)
                 number = -1
                 # A file may be in two of `paths`; it counts once.
                 if newest.get(name) == key and real not in found:

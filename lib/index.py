@@ -94,6 +94,7 @@ def videos_below(folder, refused):
 
     Links to folders are followed, each folder once. refused: gets what can't be looked into.
     """
+    folder = os.fspath(folder)
     found = {}
     seen = set()
 
@@ -109,13 +110,14 @@ def videos_below(folder, refused):
         folders[:] = [name for name in folders if not name.startswith(".")]
         # What is linked comes last, so that a folder's own name is found before a link to it.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))
+        below = base[len(folder):].lstrip(os.sep)
         for name in files:
             path = os.path.join(base, name)
             if not name.lower().endswith(SUFFIXES) or name.startswith("."):
                 continue
             try:
                 if os.path.isfile(path):
-                    found[os.path.relpath(path, folder)] = stamp_of(path)
+                    found[os.path.join(below, name)] = stamp_of(path)
             except OSError as error:  # it went away, or may not be looked at
                 note(error)
     return dict(sorted(found.items()))
@@ -185,11 +187,19 @@ def fingerprint(model, window):
     """
     known = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(known).encode())
-    for name, x in sorted(model.clip.visual.state_dict().items()):
+    tensors = sorted(model.clip.visual.state_dict().items())
+    sums = []
+    single = []
+    for _, x in tensors:
         bits = x.flatten().view(torch.int32)
-        total = bits.sum(dtype=torch.int64).item()
-        some = bits[::max(1, len(bits) // 64)].tolist()
-        content = name, tuple(x.shape), total, some
+        sums.append(bits.sum(dtype=torch.int64))
+        single.append(bits[::max(1, len(bits) // 64)])
+    # Two copies from the device for all tensors: each copy waits for it.
+    sums = torch.stack(sums).tolist()
+    sizes = [len(x) for x in single]
+    single = torch.cat(single).cpu().split(sizes)
+    for (name, x), total, some in zip(tensors, sums, single):
+        content = name, tuple(x.shape), total, some.tolist()
         digest.update(repr(content).encode())
     return digest.hexdigest()[:16]
 
