@@ -20,6 +20,7 @@ import data
 from lib import exact
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, output
+from lib.exact import blocks
 from lib.options import add_common, load_model, read_features, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
@@ -28,6 +29,7 @@ from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- encode ----
 #
@@ -35,9 +37,9 @@ CUTOFFS = (1, 5, 10, 50)
 # are the results.
 
 
-def blocks(n, size):
-    """The slices that cut n rows into blocks of `size` rows."""
-    return [slice(start, start + size) for start in range(0, n, size)]
+def autocast(device, amp):
+    """The precision of the towers: off, bf16 or fp16."""
+    return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
 def refuse_lone(name, value, kinds, wanted):
@@ -57,7 +59,7 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     t = torch.zeros(len(captions), model.clip.embed_dim, device=device)
     for rows in blocks(len(captions), batch)[job.rank::job.world]:
         ids = tokenizer(captions[rows]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+        with autocast(device, amp):
             t[rows] = model.encode_text(ids)
     return job.sum(t)
 
@@ -112,7 +114,7 @@ def encode_videos(
             read = [v for v in rows if v not in failed]
             if read:
                 pixels = pixels.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+                with autocast(device, amp):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
     # All processes hear of an error: those without one would wait for the others for ever.
@@ -153,18 +155,16 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     unit_t = F.normalize(t, dim=-1)
     unit_f = F.normalize(f, dim=-1)
     sims = t.new_empty(len(t), len(f))
-    for columns in blocks(len(f), 32):
-        own_t = t[caption_of[columns]]
-        own = model.pool(own_t, f[columns]).diagonal().T      # psi(f_j | t_caption(j))  (V,D)
-        for rows in blocks(len(t), 64):
-            S = torch.einsum("nd,vtd->nvt", unit_t[rows], unit_f[columns])
-            R = model.radius(S)
-            v = model.pool(t[rows], f[columns])               # psi(f_j | t_i)         (N,V,D)
-            t_i = t[rows, None]
-            honest = exact.sample_cosines(t_i, v, R, eps)           #                        (N,V,M)
-            leaking = exact.sample_cosines(t_i, own, R, eps)
-            best = honest.argmax(-1, keepdim=True)            # m*                     (N,V,1)
-            sims[rows, columns] = leaking.gather(-1, best).squeeze(-1)
+    for videos in blocks(len(f), 4):
+        own_t = t[caption_of[videos]]
+        own = model.pool(own_t, f[videos]).diagonal().T       # psi(f_j | t_caption(j))  (V,D)
+        v = model.pool(t, f[videos])                          # psi(f_j | t_i)         (N,V,D)
+        S = torch.einsum("nd,vtd->nvt", unit_t, unit_f[videos])
+        R = model.radius(S)
+        honest = exact.sample_cosines(t[:, None], v, R, eps)  #                        (N,V,M)
+        leaking = exact.sample_cosines(t[:, None], own, R, eps)
+        best = honest.argmax(-1, keepdim=True)                # m*                     (N,V,1)
+        sims[:, videos] = leaking.gather(-1, best).squeeze(-1)
     return sims
 
 
@@ -292,13 +292,14 @@ def score_split(
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
-    bad = {} if skip_bad else None
+    bad = {}
     # Equal texts are scored once: so they tie exactly.
     if features:
         t, f = features
         t, rows = t.unique(dim=0, return_inverse=True)
     else:
-        f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
+        noted = bad if skip_bad else None
+        f = encode_videos(model, ann.segments, job, cache, workers, batch, noted, amp)
         if bad:
             readable = [v for v in range(len(f)) if v not in bad]
             f = f[readable]
@@ -315,8 +316,7 @@ def score_split(
         raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, so "
                            "nothing can be ranked: its weights are damaged, or its training failed")
     model.train(training)
-    left_out = list(bad.values()) if bad else []
-    return Scored(t[rows], f, sims[rows], ann, left_out, scoring)
+    return Scored(t[rows], f, sims[rows], ann, list(bad.values()), scoring)
 
 
 def summarise(model, scored, with_dsl=False, released=False):
@@ -346,16 +346,13 @@ def released_protocol(model, scored):
         first.setdefault(v, i)
     videos = sorted(first)
     texts = [first[v] for v in videos]
-    t = scored.t[texts]
-    f = scored.f[videos]
     own = torch.arange(len(videos))
-    scoring = scored.scoring
-    leaking = released_scores(model, t, f, own, scoring["trials"], scoring["seed"])
-    out = dict(released_protocol=measure(leaking, own))
-    out["released_protocol"].update(texts=len(texts), videos=len(videos))
+    trials, seed, _ = scored.scoring.values()
+    leaking = released_scores(model, scored.t[texts], scored.f[videos], own, trials, seed)
+    rows = dict(measure(leaking, own), texts=len(texts), videos=len(videos))
+    out = dict(released_protocol=rows)
     if scored.sims.shape != leaking.shape:
-        honest = scored.sims[texts][:, videos]
-        out["first_captions"] = measure(honest, own)
+        out["first_captions"] = measure(scored.sims[texts][:, videos], own)
     return out
 
 

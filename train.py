@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from clip_model import CLIP, Tokenizer
-from eval import evaluate, format_metrics
+from eval import AMP, autocast, evaluate, format_metrics
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
 from lib.processes import (
@@ -109,7 +109,6 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -122,11 +121,6 @@ def learning_rate(step, total, warmup):
 
 
 # ---- the training loop ----
-
-def autocast(args, job):
-    """The precision of the towers: --amp."""
-    return torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off")
-
 
 def descend(loss, model, optimizer, scaler):
     """One step down the gradient, cut to norm 1. -> that norm (), whether all is finite ().
@@ -160,7 +154,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
-            note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
+            checkpoint.bad_videos += bad
             factor = learning_rate(step, batches.total, args.warmup)
             for group in checkpoint.optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -169,7 +163,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
 
             ids = ids.to(job.device, non_blocking=True)
             pixels = pixels.to(job.device, non_blocking=True)
-            with autocast(args, job):
+            with autocast(job.device, args.amp):
                 losses = parallel(ids, pixels, gather=gather)
             norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
             log.flags.append(finite)
@@ -236,14 +230,19 @@ class Batches:
             yield [(epoch, pair) for pair in order[first:first + share]]
 
 
-def collate(tokenizer, items):
-    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), the DataErrors of pairs that can't be read."""
-    bad = [item for item in items if isinstance(item, Exception)]
-    good = [item for item in items if not isinstance(item, Exception)]
+def collate(tokenizer, skip_bad, items):
+    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), what is wrong with the pairs left out.
+
+    Raises the DataError of a pair that can't be read; with skip_bad only if there is no other pair.
+    """
+    bad = [item for item in items if isinstance(item, DataError)]
+    if bad and not skip_bad:
+        raise bad[0]
+    good = [item for item in items if item not in bad]
     if not good:
-        return None, None, bad
-    pixels, captions, _ = zip(*good)
-    return tokenizer(captions), torch.stack(pixels), bad
+        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+    pixels, captions = zip(*good)
+    return tokenizer(captions), torch.stack(pixels), [str(error) for error in bad]
 
 
 def read_batches(args, job, checkpoint, batches, annotations):
@@ -254,17 +253,8 @@ def read_batches(args, job, checkpoint, batches, annotations):
         transform = data.transform_for(clip)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
     dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
-    return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
-                   args.workers, pin=job.device.type == "cuda")
-
-
-def note_bad(bad, ids, skip, noted):
-    """Stop at a pair that can't be read; with --skip-bad note it, unless a batch has no other."""
-    if bad and not skip:
-        raise bad[0]
-    noted += [str(error) for error in bad if str(error) not in noted]
-    if ids is None:
-        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+    finish = functools.partial(collate, checkpoint.tokenizer, args.skip_bad)
+    return loading(dataset, batches, finish, args.workers, pin=job.device.type == "cuda")
 
 
 # ---- what is trained ----
@@ -328,7 +318,7 @@ def pretrain(model, tokenizer, args, scaler, job):
     with loading(steps, [[step] for step in steps], pictures, args.workers) as loader:
         for step, (ids, pixels) in enumerate(loader):
             optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-            with autocast(args, job):
+            with autocast(job.device, args.amp):
                 t = clip.encode_text(ids.to(job.device))
                 v = clip.encode_image(pixels.to(job.device))
             sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
@@ -430,17 +420,17 @@ def parser():
 
 def settle(args, world=1):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {}
     saved = earlier_run(args)
-    config = {}
     if saved:
-        config = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
-        if args.data not in (None, config.get("data")):  # the same, at another place
-            config.update(root=None, videos=None)
-    name = args.data or config.get("data", "shapes")
-    vars(args).update(BASE | RECIPES.get(name, {}) | config | given | {"data": name})
+        chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
+        if args.data not in (None, chosen.get("data")):  # the same, at another place
+            chosen.update(root=None, videos=None)
+    chosen |= {name: value for name, value in vars(args).items() if value is not None}
+    name = chosen.setdefault("data", "shapes")
+    vars(args).update(BASE | RECIPES.get(name, {}) | chosen)
     # A mass of no size has no support text: this is X-Pool.
-    if args.radius == "none" and "support_weight" not in config.keys() | given.keys():
+    if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
     folder = os.path.dirname(name) or os.path.join("data", name.split("-")[0])
     args.root = args.root or os.path.abspath(folder)
@@ -470,8 +460,8 @@ def main(argv=None):
             why = "another process of this job died"
         elif not isinstance(error, OSError) and not error.__cause__:
             raise
-        hint = f"the last checkpoint, if any, is intact: go on with {go_on()}"
-        raise DataError(f"{why}; {hint}") from error
+        raise DataError(f"{why}; the last checkpoint, if any, is intact: go on with "
+                        f"{go_on()}") from error
 
 
 def train(args, job):
