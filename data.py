@@ -149,6 +149,17 @@ class PairDataset(VideoDataset):
         return pixels, self.annotations.captions[i]
 
 
+def readable(items, skip_bad):
+    """A batch's items that could be read, and what is wrong with the others, by their places.
+
+    Without skip_bad one that can't be read is raised.
+    """
+    errors = {k: str(item) for k, item in enumerate(items) if isinstance(item, DataError)}
+    if errors and not skip_bad:
+        raise items[min(errors)]
+    return [item for k, item in enumerate(items) if k not in errors], errors
+
+
 # ---- files of videos ----
 
 UNPACKED = (  # folders that the archives unpack to
@@ -526,12 +537,12 @@ def main(argv=None):
     add("command", choices=["check"], help="say what of a data set is there, and what is missing")
     add("--data", required=True, help=f"{', '.join(names())}, or a .csv")
     add("--root", help="folder of the data set (default: data/NAME)")
-    add("--videos", metavar="DIR", help="folder of the videos, where it is another one")
+    add("--videos", help="folder of the videos, where it is another one")
     add("--decode", action="store_true", help="read every video, and list which can't be read")
-    add("--cache", metavar="DIR", help="with --decode: keep the frames there, for other --cache")
-    add("--frames", type=numeric(int, 1, 1000), metavar="T",
+    add("--cache", help="with --decode: keep the frames there, for other --cache")
+    add("--frames", type=numeric(int, 1, 1000),
         help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
-    add("--list", metavar="FILE", help="write all missing and bad videos there, as a csv")
+    add("--list", help="write all missing and bad videos there, as a csv")
     add("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
         help="processes that decode (default: %(default)s)")
     args = p.parse_args(argv)

@@ -9,6 +9,7 @@
 The file follows the data: N texts t (N,D) and V videos f (V,T,D) of T frames, scores sims (N,V).
 Nothing above `ranks` sees `owner` (N,), the number of the video that each text describes.
 """
+import functools
 import os
 import sys
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
+# The options that `score_split` takes as they are.
+SETTINGS = ("skip_bad", "amp", "trials", "seed", "expected", "cache", "workers", "batch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- encode ----
@@ -64,13 +67,12 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     return job.sum(t)
 
 
-def collate(items):
+def collate(skip_bad, items):
     """Items of VideoDataset -> (pixels (n,T,3,P,P) of those that could be read, {k: error}).
 
     Pixels are None where no item could be read.
     """
-    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, DataError)}
-    read = [x for k, x in enumerate(items) if k not in errors]
+    read, errors = data.readable(items, skip_bad)
     return torch.stack(read) if read else None, errors
 
 
@@ -90,8 +92,8 @@ def encode_videos(
     cache: the folder of a FrameCache. A video that can't be read raises its DataError; with a dict
     as `bad` the message goes there, by the video's number, and its row of f is zeros.
     """
-    kinds = (Segment, str, os.PathLike)
-    refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
+    wanted = "Segment, str or Path"
+    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike), wanted)
     segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
@@ -102,28 +104,21 @@ def encode_videos(
     dataset = data.VideoDataset(segments, T, transform, frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
     mine = batches[job.rank::job.world]
+    finish = functools.partial(collate, bad is not None)
     workers = min(workers, len(mine))
     progress = Progress("encoding", V, enabled=job.rank == 0)
     failed = {}
-    with loading(dataset, mine, collate, workers, pin=device.type == "cuda") as loader:
+    with loading(dataset, mine, finish, workers, pin=device.type == "cuda") as loader:
         for rows, (pixels, errors) in zip(mine, loader):
-            for k, error in errors.items():
-                failed[rows[k]] = error
-            if failed and bad is None:
-                break
-            read = [v for v in rows if v not in failed]
-            if read:
+            failed |= {rows[k]: error for k, error in errors.items()}
+            if pixels is not None:
+                read = [v for v in rows if v not in failed]
                 pixels = pixels.to(device, non_blocking=True)
                 with autocast(device, amp):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
-    # All processes hear of an error: those without one would wait for the others for ever.
-    failed = job.join(list(failed.items()))
-    failed = dict(sorted(failed))
     if bad is not None:
-        bad.update(failed)
-    elif failed:
-        raise DataError(next(iter(failed.values())))
+        bad.update(sorted(job.join(list(failed.items()))))
     return job.sum(f)
 
 
@@ -214,13 +209,8 @@ def metrics(ranks):
     """ranks (n,), from 1, NaN for none -> dict(R1, R5, R10, R50: percent, MdR, MnR)."""
     ranks = torch.as_tensor(ranks, dtype=torch.float64)
     ranks = ranks[~ranks.isnan()]
-    found = {}
-    for k in CUTOFFS:
-        hits = (ranks <= k).double()
-        found[f"R{k}"] = 100 * hits.mean().item()
-    found["MdR"] = ranks.quantile(0.5).item()
-    found["MnR"] = ranks.mean().item()
-    return found
+    found = {f"R{k}": 100 * (ranks <= k).double().mean().item() for k in CUTOFFS}
+    return found | dict(MdR=ranks.quantile(0.5).item(), MnR=ranks.mean().item())
 
 
 def dsl(sims, dim=0):
@@ -242,11 +232,8 @@ def measure(t2v_sims, owner, v2t_sims=None):
 
 def format_metrics(result):
     """The result of `evaluate` in one line."""
-    parts = []
-    for way in ("t2v", "v2t"):
-        m = result[way]
-        parts.append(f"{way} R@1 {m['R1']:.1f}  R@5 {m['R5']:.1f}  R@10 {m['R10']:.1f}  "
-                     f"MdR {m['MdR']:g}  MnR {m['MnR']:.1f}")
+    line = "{} R@1 {R1:.1f}  R@5 {R5:.1f}  R@10 {R10:.1f}  MdR {MdR:g}  MnR {MnR:.1f}"
+    parts = [line.format(way, **result[way]) for way in ("t2v", "v2t")]
     parts.append(f"({result['texts']} texts, {result['videos']} videos)")
     return "   ".join(parts)
 
@@ -274,20 +261,19 @@ def score_split(
     tokenizer,
     ann,
     job=ALONE,
-    workers=0,
     skip_bad=False,
-    cache=None,
-    batch=16,
     amp="off",
-    name="the model",
     trials=20,
     seed=24,
     expected=False,
+    name="the model",
     features=None,
+    **reading,
 ):
     """Encode and score. Annotations -> Scored. name: of the model, for errors.
 
-    features: t (N,D) and f (V,T,D), where they are made already.
+    features: t (N,D) and f (V,T,D), where they are made already. reading: cache, workers and batch
+    of `encode_videos`.
     """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
@@ -299,7 +285,7 @@ def score_split(
         t, rows = t.unique(dim=0, return_inverse=True)
     else:
         noted = bad if skip_bad else None
-        f = encode_videos(model, ann.segments, job, cache, workers, batch, noted, amp)
+        f = encode_videos(model, ann.segments, job, bad=noted, amp=amp, **reading)
         if bad:
             readable = [v for v in range(len(f)) if v not in bad]
             f = f[readable]
@@ -375,12 +361,12 @@ def parse_args(argv=None):
         help="name of a data set or path of a .csv (default: what --ckpt trained on)")
     add("--root",
         help="folder of the data set (default: as in training; for a .csv, its own)")
-    add("--videos", metavar="DIR",
+    add("--videos",
         help="folder of its videos (default: as in training, or within --root)")
     add("--split", choices=(*data.SPLITS, "all"),
         help="(default: test; all of a .csv without that column that --ckpt did not "
              "train on)")
-    add("--features", metavar="FILE",
+    add("--features",
         help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
              "owner (N,), the number of each text's video, as --save writes them")
     add("--dsl", action="store_true",
@@ -391,9 +377,9 @@ def parse_args(argv=None):
         help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
              "complexity and caption length")
     add = add_common(p, batch=16).add_argument
-    add("--save", metavar="FILE",
+    add("--save",
         help="write similarities, ranks, embeddings, captions and segments there")
-    add("--cache", metavar="DIR",
+    add("--cache",
         help="keep every video's sampled frames there as JPEG (default: where training "
              "kept those of the same data set)")
     add("--skip-bad", action="store_true",
@@ -497,22 +483,9 @@ def main(argv=None):
     else:
         ann, missing = load_data(args, config, job)
         say_cut(job, tokenizer, ann.captions, args.split)
-    scored = score_split(
-        model,
-        tokenizer,
-        ann,
-        job,
-        workers=args.workers,
-        skip_bad=args.skip_bad,
-        cache=args.cache,
-        batch=args.batch,
-        amp=args.amp,
-        name=args.features or args.ckpt,
-        trials=args.trials,
-        seed=args.seed,
-        expected=args.expected,
-        features=features,
-    )
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    name = args.features or args.ckpt
+    scored = score_split(model, tokenizer, ann, job, name=name, features=features, **settings)
     result = summarise(model, scored, args.dsl, args.released_protocol)
     for name in ("ckpt", "data", "split", "amp"):
         result[name] = getattr(args, name)

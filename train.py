@@ -235,14 +235,11 @@ def collate(tokenizer, skip_bad, items):
 
     Raises the DataError of a pair that can't be read; with skip_bad only if there is no other pair.
     """
-    bad = [item for item in items if isinstance(item, DataError)]
-    if bad and not skip_bad:
-        raise bad[0]
-    good = [item for item in items if item not in bad]
+    good, bad = data.readable(items, skip_bad)
     if not good:
         raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
     pixels, captions = zip(*good)
-    return tokenizer(captions), torch.stack(pixels), [str(error) for error in bad]
+    return tokenizer(captions), torch.stack(pixels), list(bad.values())
 
 
 def read_batches(args, job, checkpoint, batches, annotations):
@@ -310,8 +307,8 @@ def draw(tokenizer, size, seed, steps):
 def pretrain(model, tokenizer, args, scaler, job):
     """Image-text warm-up of the tiny CLIP on single pictures: for a real run others did it."""
     clip = model.clip
-    settings = dict(betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    optimizer = torch.optim.AdamW(clip.parameters(), **settings)
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
     steps = range(args.pretrain)
     pictures = functools.partial(draw, tokenizer, clip.image_size, args.seed)
@@ -472,9 +469,10 @@ def train(args, job):
                 f"{evaluation(args)}")
         return 0
     splits, missing = load_splits(args, job)
+    captions = splits["train"].captions
     with job.first_alone():
         try:
-            model, tokenizer = build(args, splits["train"].captions, saved, job)
+            model, tokenizer = build(args, captions, saved, job)
         except ValueError as error:  # by TMASS and CLIP, of the user's settings
             raise WeightsError(str(error)) from None
     model.to(job.device)
@@ -483,11 +481,10 @@ def train(args, job):
     scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
     checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, splits, saved)
     checkpoint.bad_videos += missing
-    pairs = len(splits["train"].captions)
-    batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
+    batches = Batches(len(captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
                       job.world)
     announce(args, job, splits, optimizer, batches)
-    say_cut(job, tokenizer, splits["train"].captions, "train")
+    say_cut(job, tokenizer, captions, "train")
     if saved is None:
         if args.pretrain:
             pretrain(model, tokenizer, args, scaler, job)
@@ -515,7 +512,7 @@ def train(args, job):
         job.say(f"stopped by {name} after step {checkpoint.step}; continue with: {go_on()}")
         return 128 + stopped
     if checkpoint.best:
-        step = checkpoint.best[0]
+        step, _ = checkpoint.best
         job.say(f"the result is that of step {step}, the best on the validation split")
     if splits["test"].segments:
         test(args, job, checkpoint, splits["test"], "test")
@@ -552,8 +549,8 @@ def announce(args, job, splits, optimizer, batches):
     settings = {name: x for name, x in sorted(vars(args).items()) if name not in idle}
     job.say(f"settings: {listed(settings)}")
     for split, annotations in splits.items():
-        texts = len(annotations.captions)
-        job.say(f"{split:5s} {texts} texts, {len(annotations.segments)} videos")
+        job.say(f"{split:5s} {len(annotations.captions)} texts, "
+                f"{len(annotations.segments)} videos")
     for name, group in zip(("CLIP", "head"), optimizer.param_groups):
         size = sum(p.numel() for p in group["params"])
         job.say(f"{name} {size:,} parameters, learning rate {group['peak']:g}")
