@@ -200,7 +200,8 @@ def video_finder(root, videos=None):
 
 def read_csv(path, root, split):
     """A csv: video, caption and optionally split, start, end (seconds). Paths are below root."""
-    for line, row in read_table(Path(path), "--data", ["video", "caption"]):
+    what = "--data, a csv file with the columns video and caption"
+    for line, row in read_table(Path(path), what, ["video", "caption"]):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:
@@ -435,17 +436,11 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if name == "shapes":
         name = str(shapes_table(root or "data/shapes"))
     if name.endswith(".csv"):
-        if not os.path.isfile(name):
-            raise DataError(f"{name} is missing: --data wants a csv file with the columns video "
-                            "and caption")
         return _collect(read_csv(name, videos or root or Path(name).parent, split))
     root = Path(root or Path("data") / name.split("-")[0])
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
-    if not root.is_dir():
-        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the "
-                        "folder with --root")
     find = video_finder(root, videos)
     rows = []
     for part in DATASETS[name].splits():

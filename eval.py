@@ -15,7 +15,6 @@ import sys
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import data
 from lib import exact
@@ -99,9 +98,8 @@ def encode_videos(
     T = model.frames
     device = model.clip.logit_scale.device
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    transform = data.transform_for(model.clip)
     frame_cache = FrameCache(cache, T) if cache else None
-    dataset = data.VideoDataset(segments, T, transform, frame_cache)
+    dataset = data.VideoDataset(segments, T, data.transform_for(model.clip), frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
     mine = batches[job.rank::job.world]
     finish = functools.partial(collate, bad is not None)
@@ -126,12 +124,12 @@ def encode_videos(
 
 
 @torch.no_grad()
-def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
-    """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
+def score_all(model, t, f, job=ALONE, **scoring):
+    """The scores of all pairs. t (N,D), f (V,T,D) -> sims (N,V). scoring: as exact.score has it."""
     sims = t.new_zeros(len(t), len(f))
     # A score depends on its text and its video alone, so columns can be computed anywhere.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
-        sims[:, columns] = exact.score(model, t, f[columns], trials, seed, expected)
+        sims[:, columns] = exact.score(model, t, f[columns], **scoring)
     return job.sum(sims)
 
 
@@ -147,19 +145,16 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     eps = t.new_zeros(1, t.shape[1])  # the point text
     if trials:
         eps = model.noise(trials, seed).to(t.device)
-    unit_t = F.normalize(t, dim=-1)
-    unit_f = F.normalize(f, dim=-1)
     sims = t.new_empty(len(t), len(f))
     for videos in blocks(len(f), 4):
-        own_t = t[caption_of[videos]]
-        own = model.pool(own_t, f[videos]).diagonal().T       # psi(f_j | t_caption(j))  (V,D)
-        v = model.pool(t, f[videos])                          # psi(f_j | t_i)         (N,V,D)
-        S = torch.einsum("nd,vtd->nvt", unit_t, unit_f[videos])
-        R = model.radius(S)
-        honest = exact.sample_cosines(t[:, None], v, R, eps)  #                        (N,V,M)
-        leaking = exact.sample_cosines(t[:, None], own, R, eps)
-        best = honest.argmax(-1, keepdim=True)                # m*                     (N,V,1)
-        sims[:, videos] = leaking.gather(-1, best).squeeze(-1)
+        f_j = f[videos]
+        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j))
+        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)  (V,N,D)
+        R = model.radius(exact.similarities(t, f_j, model.radius))   #                 (V,N,D)
+        honest = exact.sample_cosines(t, v, R, eps)                  #                 (V,N,M)
+        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)
+        best = honest.argmax(-1, keepdim=True)                       # m*              (V,N,1)
+        sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
     return sims
 
 
@@ -297,10 +292,9 @@ def score_split(
         t = encode_texts(model, tokenizer, list(row), job, amp=amp)
         rows = [row[caption] for caption in ann.captions]
     sims = score_all(model, t, f, job, **scoring)
-    wrong = (~sims.isfinite()).sum().item()
-    if wrong:
-        raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, so "
-                           "nothing can be ranked: its weights are damaged, or its training failed")
+    if not sims.isfinite().all():
+        raise WeightsError(f"{name}: some scores are not finite numbers, so nothing can be ranked: "
+                           "its weights are damaged, or its training failed")
     model.train(training)
     return Scored(t[rows], f, sims[rows], ann, list(bad.values()), scoring)
 

@@ -415,7 +415,7 @@ def parser():
     return p
 
 
-def settle(args, world=1):
+def settle(args, world):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
     chosen = {}
     saved = earlier_run(args)
