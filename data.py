@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lib.common import DataError, Parser, mixed_seed, numeric, program
@@ -89,7 +88,7 @@ def transform_for(clip):
     return test_transform(clip.image_size, *getattr(clip, "resize", ()))
 
 
-class VideoDataset(Dataset):
+class VideoDataset:
     """Each segment once. Item v -> uint8 (T,3,P,P), or the DataError of a video that can't be read.
 
     The error is a value, because one that is raised would end the worker.
@@ -101,9 +100,6 @@ class VideoDataset(Dataset):
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
         # By process: the segment that it reads + 1. All workers and the main process see it.
         self.reading = torch.zeros(2 ** 15, dtype=torch.long).share_memory_()
-
-    def __len__(self):
-        return len(self.segments)
 
     def __getitem__(self, key):
         try:
@@ -137,13 +133,11 @@ class PairDataset(VideoDataset):
         self.annotations = annotations
         self.seed = seed
 
-    def __len__(self):
-        return len(self.annotations.captions)
-
     def item(self, key):
         epoch, i = key
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
-            # torch.manual_seed would set the GPU's too, which is the training's
+        # torchvision draws from the CPU's global generator: it is set, and put back afterwards.
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would set the GPU's too, which is the training's.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
             pixels = super().item(self.annotations.owner[i])
         return pixels, self.annotations.captions[i]
@@ -174,21 +168,21 @@ def video_finder(root, videos=None):
     It looks below `videos` (default: root) in the folders of UNPACKED, then in the folder itself.
     Of a video that is nowhere, the path is the one where it belongs.
     """
-    base = str(videos or root)
-    folders = [os.path.join(base, name) for name in UNPACKED]
-    folders = [folder for folder in folders if os.path.isdir(folder)]
+    base = Path(videos or root)
+    folders = [base / name for name in UNPACKED]
+    folders = [folder for folder in folders if folder.is_dir()]
     if not folders and not videos:
-        folders = [os.path.join(base, "videos")]  # where they belong
+        folders = [base / "videos"]  # where they belong
     folders.append(base)
 
     def find(name):
         stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
         for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
             for folder in folders:
-                path = spelled(os.path.join(folder, other))
+                path = spelled(folder / other)
                 if os.path.isfile(path):
                     return Segment(path)
-        return Segment(os.path.join(folders[0], name))
+        return Segment(str(folders[0] / name))
     return find
 
 
@@ -268,6 +262,7 @@ def read_lsmdc(root, split, find):
             raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a "
                             "sentence; fetch the file again")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
+        # The id goes on with the hour in which the clip begins: Movie_00.01.02.003-...
         movie = clip.split(".")[0][:-3]
         if not movie:
             raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; "
@@ -319,7 +314,8 @@ def _read_didemo_json(root, name, find):
 def read_vatex(root, split, find):
     name = "vatex_training_v1.0.json"
     wanted = ()
-    if split != "train":  # the published validation file, halved by two lists
+    # The test videos have no published captions: the validation file is halved by two lists.
+    if split != "train":
         name = "vatex_validation_v1.0.json"
         wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
     described = set()
@@ -334,8 +330,9 @@ def read_vatex(root, split, find):
         if split != "train" and video not in wanted:
             continue
         segment = find(video + ".mp4")
+        # Some download whole YouTube videos, others the ten seconds of each.
         if not os.path.isfile(segment.path):
-            uncut = find(match[1] + ".mp4").path  # the YouTube video
+            uncut = find(match[1] + ".mp4").path
             if os.path.isfile(uncut):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
         for caption in sentences(entry, "enCap", where):
@@ -421,6 +418,11 @@ def names():
     return ["shapes", *DATASETS]
 
 
+def default_root(name):
+    """The folder of a data set's files where --root does not say: data/NAME, or a csv's own."""
+    return Path(name).parent if name.endswith(".csv") else Path("data", name.split("-")[0])
+
+
 def load_annotations(name_or_csv, root=None, split="train", videos=None):
     """A data set's split as its files say. -> Annotations. Raises DataError.
 
@@ -433,11 +435,11 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if videos and not os.path.isdir(videos):
         raise DataError(f"--videos {videos}: there is no such folder; name the one that holds the "
                         "video files")
+    root = Path(root or default_root(name))
     if name == "shapes":
-        name = str(shapes_table(root or "data/shapes"))
+        name = str(shapes_table(root))
     if name.endswith(".csv"):
-        return _collect(read_csv(name, videos or root or Path(name).parent, split))
-    root = Path(root or Path("data") / name.split("-")[0])
+        return _collect(read_csv(name, videos or root, split))
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
@@ -527,7 +529,7 @@ def present(annotations, skip_bad=False):
 
 def main(argv=None):
     from lib.check import check
-    p = Parser((__doc__ or "").split("\n")[0])
+    p = Parser(__doc__)
     add = p.add_argument
     add("command", choices=["check"], help="say what of a data set is there, and what is missing")
     add("--data", required=True, help=f"{', '.join(names())}, or a .csv")

@@ -217,11 +217,9 @@ def dsl(sims, dim=0):
     return sims * (100 * sims).softmax(dim)
 
 
-def measure(t2v_sims, owner, v2t_sims=None):
-    """The metrics of scores, the same for both ways unless given. (N,V) -> dict(t2v, v2t)."""
-    t2v, v2t = ranks(t2v_sims, owner)
-    if v2t_sims is not None:
-        _, v2t = ranks(v2t_sims, owner)
+def measure(sims, owner):
+    """The metrics of both ways. sims (N,V), owner (N,) -> dict(t2v, v2t)."""
+    t2v, v2t = ranks(sims, owner)
     return dict(t2v=metrics(t2v), v2t=metrics(v2t))
 
 
@@ -309,7 +307,9 @@ def summarise(model, scored, with_dsl=False, released=False):
     result.update(model.config, prior=model.prior, prior_std=model.prior_std)
     result.update(scored.scoring)
     if with_dsl:
-        result["dsl"] = measure(dsl(sims, 0), owner, dsl(sims, 1))
+        by_text = measure(dsl(sims, 0), owner)
+        by_video = measure(dsl(sims, 1), owner)
+        result["dsl"] = dict(t2v=by_text["t2v"], v2t=by_video["v2t"])
     if released:
         result.update(released_protocol(model, scored))
     return result
@@ -428,27 +428,10 @@ def load_data(args, config, job):
     return ann, len(missing)
 
 
-def save_scores(path, scored, t2v, v2t, result):
-    """Everything that the metrics are computed from, and they, as plain tensors and lists."""
-    content = dict(
-        format="tmass scores",
-        sims=scored.sims.cpu(),
-        t=scored.t.cpu(),
-        f=scored.f.cpu(),
-        owner=torch.tensor(scored.ann.owner),
-        t2v_ranks=t2v,
-        v2t_ranks=v2t,
-        captions=scored.ann.captions,
-        clips=[list(segment) for segment in scored.ann.segments],  # path, start, end
-        result=result,
-    )
-    with output("--save", path) as part, open(part, "wb") as file:
-        torch.save(content, file)
-
-
 def write_results(args, model, scored, result, job):
     """--analyze, --report, --json and --save. The result gets the analysis."""
-    t2v, v2t = ranks(scored.sims, scored.ann.owner)
+    t, f, sims, ann, *_ = scored
+    t2v, v2t = ranks(sims, ann.owner)
     if args.analyze or args.report:
         analysis = analyze(model, scored, t2v, v2t)
     if args.analyze:
@@ -461,7 +444,21 @@ def write_results(args, model, scored, result, job):
     if args.json:
         write_json(args.json, result)
     if args.save:
-        save_scores(args.save, scored, t2v, v2t, result)
+        # Everything that the metrics are computed from, as plain tensors and lists, and they.
+        content = dict(
+            format="tmass scores",
+            sims=sims.cpu(),
+            t=t.cpu(),
+            f=f.cpu(),
+            owner=torch.tensor(ann.owner),
+            t2v_ranks=t2v,
+            v2t_ranks=v2t,
+            captions=ann.captions,
+            clips=[list(segment) for segment in ann.segments],  # path, start, end
+            result=result,
+        )
+        with output("--save", args.save) as part, open(part, "wb") as file:
+            torch.save(content, file)
 
 
 def main(argv=None):

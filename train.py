@@ -267,7 +267,7 @@ def build(args, captions, saved, job):
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
-        tokenizer = Tokenizer.learn(captions, 600, context_length=TINY["context_length"])
+        tokenizer = Tokenizer.learn(captions, 600, TINY["context_length"])
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
     start, tokenizer, _ = load_checkpoint(args.init or args.clip, args.activation)
     model = TMASS(start.clip, **method)
@@ -429,8 +429,7 @@ def settle(args, world):
     # A mass of no size has no support text: this is X-Pool.
     if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
-    folder = os.path.dirname(name) or os.path.join("data", name.split("-")[0])
-    args.root = args.root or os.path.abspath(folder)
+    args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")
     if args.batch % world:
@@ -528,7 +527,7 @@ def load_splits(args, job):
             render_shapes(args.root)  # on first use
     splits = {}
     missing = []
-    for name in ("train", "val", "test"):
+    for name in data.SPLITS:
         split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
         splits[name], gone = data.present(split, args.skip_bad)
         missing += gone
