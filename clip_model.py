@@ -373,10 +373,10 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     @classmethod
-    def from_state_dict(cls, sd, quick_gelu=True, **settings):
+    def from_state_dict(cls, sd, **settings):
         """State dict with OpenAI's names -> CLIP in float32, its sizes read off the shapes."""
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            clip = cls(**sizes_of(sd), quick_gelu=quick_gelu, **settings)
+            clip = cls(**sizes_of(sd), **settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
         clip.load_state_dict(sd, assign=True)
         return clip

@@ -314,7 +314,7 @@ def _read_didemo_json(root, name, find):
 def read_vatex(root, split, find):
     name = "vatex_training_v1.0.json"
     wanted = ()
-    # The test videos have no published captions: the validation file is halved by two lists.
+    # As the peers divide it, two lists halve the published validation file.
     if split != "train":
         name = "vatex_validation_v1.0.json"
         wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))

@@ -259,11 +259,9 @@ def read_batches(args, job, checkpoint, batches, annotations):
 def build(args, captions, saved, job):
     """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
-        # Where the best weights are another epoch's, those to go on from stand beside them.
-        model, tokenizer, _ = build_own(saved, args.out)
-        if "training" in saved:
-            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
-        return model, tokenizer
+        build_own(saved, args.out)  # raises where the result of the best epoch so far is damaged
+        # If the weights to go on from are others, they stand beside it.
+        return build_own(saved | saved.get("training", {}), args.out)[:2]
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
@@ -289,12 +287,14 @@ def make_optimizer(model, args):
     if not head + clip:
         raise DataError("--freeze-clip leaves nothing to train: choose --pooling xpool, or a "
                         "--radius that learns")
-    groups = [
-        dict(params=clip, peak=args.clip_lr),
-        dict(params=head, peak=args.head_lr),
-    ]
     # differs from the released code, which does not correct epsilon's bias and decays last
-    return torch.optim.AdamW(groups, lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        [dict(params=clip, peak=args.clip_lr), dict(params=head, peak=args.head_lr)],
+        lr=0,
+        eps=1e-6,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
 
 
 def draw(tokenizer, size, seed, steps):
