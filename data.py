@@ -443,6 +443,9 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
+    if not root.is_dir():
+        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the "
+                        "folder with --root")
     find = video_finder(root, videos)
     rows = []
     for part in DATASETS[name].splits():

@@ -770,7 +770,7 @@ def test_msrvtt(tmp_path):
 
 
 def test_missing_and_broken_annotation_files(tmp_path):
-    with pytest.raises(DataError, match="nowhere.*is missing: it belongs to msrvtt.*--root"):
+    with pytest.raises(DataError, match="nowhere is missing.*--root"):
         load_annotations("msrvtt", tmp_path / "nowhere")
     root = msrvtt(tmp_path)
     for content, message in (
