@@ -53,14 +53,13 @@ class Annotations:
 
     def take(self, videos):
         """The annotations of some segments, by their numbers, in their order here."""
-        videos = sorted(videos)
-        number = {old: new for new, old in enumerate(videos)}
+        number = {old: new for new, old in enumerate(sorted(videos))}
         texts = [i for i, v in enumerate(self.owner) if v in number]
         return Annotations(
-            [self.segments[v] for v in videos],
+            [self.segments[v] for v in number],
             [self.captions[i] for i in texts],
             [number[self.owner[i]] for i in texts],
-            self.where and [self.where[v] for v in videos],
+            self.where and [self.where[v] for v in number],
         )
 
 

@@ -221,13 +221,13 @@ class Batches:
 
     def __iter__(self):
         share = self.batch // self.world
-        for step in range(self.start, self.total):
-            epoch, k = divmod(step, self.per_epoch)
-            if k == 0 or step == self.start:
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-                order = torch.randperm(self.pairs, generator=generator).tolist()
-            first = k * self.batch + self.rank * share
-            yield [(epoch, pair) for pair in order[first:first + share]]
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+            for k in range(self.per_epoch):
+                first = k * self.batch + self.rank * share
+                if epoch * self.per_epoch + k >= self.start:
+                    yield [(epoch, pair) for pair in order[first:first + share]]
 
 
 def collate(tokenizer, skip_bad, items):
