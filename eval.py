@@ -9,7 +9,6 @@
 The file follows the data: N texts t (N,D) and V videos f (V,T,D) of T frames, scores sims (N,V).
 Nothing above `ranks` sees `owner` (N,), the number of the video that each text describes.
 """
-import functools
 import os
 import sys
 from typing import NamedTuple
@@ -66,12 +65,12 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     return job.sum(t)
 
 
-def collate(skip_bad, items):
+def collate(items):
     """Items of VideoDataset -> (pixels (n,T,3,P,P) of those that could be read, {k: error}).
 
     Pixels are None where no item could be read.
     """
-    read, errors = data.readable(items, skip_bad)
+    read, errors = data.readable(items, skip_bad=True)
     return torch.stack(read) if read else None, errors
 
 
@@ -102,21 +101,26 @@ def encode_videos(
     dataset = data.VideoDataset(segments, T, data.transform_for(model.clip), frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
     mine = batches[job.rank::job.world]
-    finish = functools.partial(collate, bad is not None)
     workers = min(workers, len(mine))
     progress = Progress("encoding", V, enabled=job.rank == 0)
     failed = {}
-    with loading(dataset, mine, finish, workers, pin=device.type == "cuda") as loader:
+    with loading(dataset, mine, collate, workers, pin=device.type == "cuda") as loader:
         for rows, (pixels, errors) in zip(mine, loader):
             failed |= {rows[k]: error for k, error in errors.items()}
+            if failed and bad is None:
+                break
             if pixels is not None:
                 read = [v for v in rows if v not in failed]
                 pixels = pixels.to(device, non_blocking=True)
                 with autocast(device, amp):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
+    # All processes hear of an error: those without one would wait for the others for ever.
+    failed = dict(sorted(job.join(list(failed.items()))))
     if bad is not None:
-        bad.update(sorted(job.join(list(failed.items()))))
+        bad.update(failed)
+    elif failed:
+        raise DataError(next(iter(failed.values())))
     return job.sum(f)
 
 
