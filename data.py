@@ -98,7 +98,7 @@ class VideoDataset:
         self.transform = transform
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
         # By process: the segment that it reads + 1. All workers and the main process see it.
-        self.reading = torch.zeros(2 ** 15, dtype=torch.long).share_memory_()
+        self.reading = torch.zeros(1024, dtype=torch.int32).share_memory_()
 
     def __getitem__(self, key):
         try:
