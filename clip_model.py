@@ -13,6 +13,7 @@ import gzip
 import html
 import math
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import ftfy
 import regex
@@ -62,11 +63,13 @@ def spell(word):
 
 def join(symbols, pair):
     """Join each occurrence of a pair, from the left: ["a","b","a"], ("a","b") -> ["ab","a"]."""
-    symbols = list(symbols)
-    for i in range(len(symbols) - 1):  # too far once some are joined: nothing is left to match
-        if tuple(symbols[i:i + 2]) == pair:
-            symbols[i:i + 2] = ["".join(pair)]
-    return symbols
+    joined = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return joined
 
 
 class Tokenizer:
@@ -111,10 +114,10 @@ class Tokenizer:
         frequency = Counter(word for text in texts for word in split_words(text))
         spelling = {word: spell(word) for word in frequency}
         count = Counter()
-        words_with = defaultdict(set)
+        words_with = defaultdict(set)  # a pair changes few words: counting all anew is far slower
 
         def add(word, times):
-            for pair in zip(spelling[word], spelling[word][1:]):
+            for pair in pairwise(spelling[word]):
                 count[pair] += times
                 words_with[pair].add(word)
 
@@ -137,7 +140,7 @@ class Tokenizer:
     def encode_word(self, word):
         """Join neighbours, the pair with the lowest rank first, until no pair has one. -> ids"""
         symbols = spell(word)
-        while pairs := [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]:
+        while pairs := [pair for pair in pairwise(symbols) if pair in self.rank]:
             symbols = join(symbols, min(pairs, key=self.rank.get))
         return [self.ids[symbol] for symbol in symbols]
 
@@ -223,9 +226,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W), or with `read` (N,1,W)."""
 
-    def __init__(self, width, heads, layers, activation, mlp=None):
+    def __init__(self, width, heads, layers, activation, mlp):
         super().__init__()
-        mlp = mlp or 4 * width
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
@@ -250,7 +252,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, of whose output one token is read. x (N,L,W), read (N,) -> (N,W)."""
 
-    def __init__(self, width, heads, layers, activation, mlp=None):
+    def __init__(self, width, heads, layers, activation, mlp):
         super().__init__()
         self.resblocks = nn.ModuleList(
             Block(width, heads, layers, activation, mlp) for _ in range(layers))
@@ -271,7 +273,7 @@ class VisionTransformer(nn.Module):
     """The image tower. images (N,3,P,P), normalised -> (N,D), of the class token."""
 
     def __init__(
-        self, embed_dim, image_size, patch_size, width, heads, layers, activation, mlp=None
+        self, embed_dim, image_size, patch_size, width, heads, layers, activation, mlp
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
@@ -395,10 +397,10 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     @classmethod
-    def from_state_dict(cls, sd, quick_gelu=True, **settings):
+    def from_state_dict(cls, sd, **settings):
         """State dict with OpenAI's names -> CLIP in float32, its sizes read off the shapes."""
         with torch.device("meta"):  # no memory, no random numbers: the weights are given
-            clip = cls(**sizes_of(sd), quick_gelu=quick_gelu, **settings)
+            clip = cls(**sizes_of(sd), **settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
         clip.load_state_dict(sd, assign=True)
         return clip
@@ -409,7 +411,6 @@ def sizes_of(sd):
     tokens, vision_width = sd["visual.positional_embedding"].shape
     patch_size = sd["visual.conv1.weight"].shape[-1]
     context_length, text_width = sd["positional_embedding"].shape
-    vocab_size, _ = sd["token_embedding.weight"].shape
     _, embed_dim = sd["text_projection"].shape
     blocks = [name for name in sd if name.endswith(".ln_1.weight")]
     vision_layers = len([name for name in blocks if name.startswith("visual.")])
@@ -420,9 +421,9 @@ def sizes_of(sd):
         vision_width=vision_width,
         vision_layers=vision_layers,
         context_length=context_length,
-        vocab_size=vocab_size,
+        vocab_size=len(sd["token_embedding.weight"]),
         text_width=text_width,
         text_layers=len(blocks) - vision_layers,
-        vision_mlp=sd["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        text_mlp=sd["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        vision_mlp=len(sd["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        text_mlp=len(sd["transformer.resblocks.0.mlp.c_fc.weight"]),
     )

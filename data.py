@@ -13,16 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lib.common import DataError, Parser, mixed_seed, numeric, program
-from lib.processes import worker_place
 from lib.shapes import shapes_table
 from lib.tables import (
     field_of,
@@ -51,18 +49,17 @@ class Annotations:
     segments: list
     captions: list
     owner: list
-    where: Optional[list] = None
+    where: list | None = None
 
     def take(self, videos):
         """The annotations of some segments, by their numbers, in their order here."""
-        videos = sorted(videos)
-        number = {old: new for new, old in enumerate(videos)}
+        number = {old: new for new, old in enumerate(sorted(videos))}
         texts = [i for i, v in enumerate(self.owner) if v in number]
         return Annotations(
-            [self.segments[v] for v in videos],
+            [self.segments[v] for v in number],
             [self.captions[i] for i in texts],
             [number[self.owner[i]] for i in texts],
-            self.where and [self.where[v] for v in videos],
+            self.where and [self.where[v] for v in number],
         )
 
 
@@ -90,7 +87,7 @@ def transform_for(clip):
     return test_transform(clip.image_size, *getattr(clip, "resize", ()))
 
 
-class VideoDataset(Dataset):
+class VideoDataset:
     """Each segment once. Item v -> uint8 (T,3,P,P), or the DataError of a video that can't be read.
 
     The error is a value, because one that is raised would end the worker.
@@ -100,11 +97,8 @@ class VideoDataset(Dataset):
         self.segments = segments
         self.transform = transform
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
-        self.reading = torch.zeros(256, 2, dtype=torch.long)  # per worker: its pid, segment + 1
-        self.reading.share_memory_()
-
-    def __len__(self):
-        return len(self.segments)
+        # By process: the segment that it reads + 1. All workers and the main process see it.
+        self.reading = torch.zeros(1024, dtype=torch.int32).share_memory_()
 
     def __getitem__(self, key):
         try:
@@ -113,29 +107,22 @@ class VideoDataset(Dataset):
             return error
 
     def item(self, v):
-        return self.pixels(v)
-
-    def pixels(self, v):
         """The frames of a segment, transformed. -> uint8 (T,3,P,P). Raises DataError."""
         self.note(v)
         return self.transform(self.read(self.segments[v]))
 
     def note(self, v):
-        """Leave word of what this worker reads, for the message if that kills it."""
-        worker, _ = worker_place()
-        if worker < len(self.reading):
-            self.reading[worker] = torch.tensor([os.getpid(), v + 1])
+        """Leave word of what this process reads, for the message if that kills it."""
+        self.reading[os.getpid() % len(self.reading)] = v + 1
 
     def was_reading(self, pid):
-        """The path that a worker which died was reading."""
-        for worker, noted in self.reading.tolist():
-            if worker == pid and noted:
-                return str(self.segments[noted - 1].path)
-        return "an unknown video"
+        """The path that a process which died was reading."""
+        noted = self.reading[pid % len(self.reading)].item()
+        return self.segments[noted - 1].path if noted else "an unknown video"
 
 
 class PairDataset(VideoDataset):
-    """Each caption with its video. Item (epoch, i) -> uint8 (T,3,P,P), caption i, i or DataError.
+    """Each caption with its video. Item (epoch, i) -> uint8 (T,3,P,P), caption i; or DataError.
 
     Augmentation depends on (seed, epoch, i) alone: not on the worker, not on what was read before.
     """
@@ -145,16 +132,25 @@ class PairDataset(VideoDataset):
         self.annotations = annotations
         self.seed = seed
 
-    def __len__(self):
-        return len(self.annotations.captions)
-
     def item(self, key):
         epoch, i = key
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
-            # torch.manual_seed would set the GPU's too, which is the training's
+        # torchvision draws from the CPU's global generator: it is set, and put back afterwards.
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would set the GPU's too, which is the training's.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
-            pixels = self.pixels(self.annotations.owner[i])
-        return pixels, self.annotations.captions[i], i
+            pixels = super().item(self.annotations.owner[i])
+        return pixels, self.annotations.captions[i]
+
+
+def readable(items, skip_bad):
+    """A batch's items that could be read, and what is wrong with the others, by their places.
+
+    Without skip_bad one that can't be read is raised.
+    """
+    errors = {k: str(item) for k, item in enumerate(items) if isinstance(item, DataError)}
+    if errors and not skip_bad:
+        raise items[min(errors)]
+    return [item for k, item in enumerate(items) if k not in errors], errors
 
 
 # ---- files of videos ----
@@ -165,38 +161,40 @@ UNPACKED = (  # folders that the archives unpack to
 )
 
 
-def _video_folders(root, videos=None):
-    """The folders in which videos are looked for: below `videos` (default: root), then itself."""
-    base = str(videos or root)
-    folders = [os.path.join(base, name) for name in UNPACKED]
-    folders = [folder for folder in folders if os.path.isdir(folder)]
-    if not folders and not videos:
-        folders = [os.path.join(base, "videos")]  # where they belong
-    return [*folders, base]
+def video_finder(root, videos=None):
+    """find(name) -> the Segment that is the whole file, by its name or with another suffix.
 
-
-def _find_video(folders, name):
-    """A Segment, the whole of a file: by its name in the annotations or with another suffix.
-
-    Where there is none, the path is the one where it belongs.
+    It looks below `videos` (default: root) in the folders of UNPACKED, then in the folder itself.
+    Of a video that is nowhere, the path is the one where it belongs.
     """
-    stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
-    for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
-        for folder in folders:
-            path = spelled(os.path.join(folder, other))
-            if os.path.isfile(path):
-                return Segment(path)
-    return Segment(os.path.join(folders[0], name))
+    base = Path(videos or root)
+    folders = [base / name for name in UNPACKED]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders and not videos:
+        folders = [base / "videos"]  # where they belong
+    folders.append(base)
+
+    def find(name):
+        stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
+        for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
+            for folder in folders:
+                path = spelled(folder / other)
+                if os.path.isfile(path):
+                    return Segment(path)
+        return Segment(str(folders[0] / name))
+    return find
 
 
 # ---- readers ----
-# A reader gets the folder of the annotation files, a split, and the folders that may hold videos.
-# It yields (Segment, caption, where) per caption; `where` names the line for messages.
+# A reader gets the folder of the annotation files, a split, and `find`, which makes the Segment of
+# a video's file wherever that lies. It yields (Segment, caption, where) per caption; `where` names
+# the line for messages.
 
 
 def read_csv(path, root, split):
     """A csv: video, caption and optionally split, start, end (seconds). Paths are below root."""
-    for line, row in read_table(Path(path), "--data", ["video", "caption"]):
+    what = "--data, a csv file with the columns video and caption"
+    for line, row in read_table(Path(path), what, ["video", "caption"]):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:
@@ -222,18 +220,17 @@ def _seconds(text):
     return float(text) if text.strip() else None
 
 
-def read_msrvtt(root, split, folders, size="9k"):
+def read_msrvtt(root, split, find, size="9k"):
     if split == "test":
         name = "MSRVTT_JSFUSION_test.csv"
         for line, row in read_table(root / name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
-            segment = _find_video(folders, row["video_id"] + ".mp4")
+            segment = find(row["video_id"] + ".mp4")
             yield segment, row["sentence"], f"{name}, row {line}"
         return
-    segments = {}
-    described = set()
     table = f"MSRVTT_train.{size}.csv"
-    for _, row in read_table(root / table, "msrvtt", ["video_id"]):
-        segments[row["video_id"]] = _find_video(folders, row["video_id"] + ".mp4")
+    ids = [row["video_id"] for _, row in read_table(root / table, "msrvtt", ["video_id"])]
+    segments = {video: find(video + ".mp4") for video in ids}
+    described = set()
     name = "MSRVTT_data.json"
     content = read_json(root / name, "msrvtt", dict)
     for number, sentence in enumerate(field_of(content, "sentences", name, list), 1):
@@ -253,70 +250,71 @@ LSMDC = dict(
 LSMDC_BROKEN = "1012_Unbreakable_00.05.16.065-00.05.21.941"
 
 
-def read_lsmdc(root, split, folders):
+def read_lsmdc(root, split, find):
     name = LSMDC[split]
     for number, line in enumerate(read_text(root / name, "lsmdc").split("\n"), 1):
         if not line:
             continue
         where = f"{name}, row {number}"
         fields = line.split("\t")
-        if len(fields) != 6 or not fields[5].strip():
+        if len(fields) != 6:
             raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a "
                             "sentence; fetch the file again")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
+        # The id goes on with the hour in which the clip begins: Movie_00.01.02.003-...
         movie = clip.split(".")[0][:-3]
         if not movie:
             raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; "
                             "fetch the file again")
         if clip != LSMDC_BROKEN:
-            yield _find_video(folders, f"{movie}/{clip}.avi"), fields[5], where
+            yield find(f"{movie}/{clip}.avi"), fields[5], where
 
 
-def read_didemo(root, split, folders):
+def read_didemo(root, split, find):
     name = f"didemo_{split}_label.csv"
     other = f"{split}_data.json"
     if not (root / name).is_file() and (root / other).is_file():
-        yield from _read_didemo_json(root, other, folders)
+        yield from _read_didemo_json(root, other, find)
         return
     columns = ["video_path", "starts", "ends", "text"]
     swapped = []
     for line, row in read_table(root / name, f"didemo (or {other})", columns):
         where = f"{name}, row {line}"
-        start, end = (re.search(r"\d+", row[column]) for column in ("starts", "ends"))
-        if not start or not end:  # they look like "tensor([[31]])"
+        # They look like "tensor([[31]])".
+        numbers = [re.search(r"\d+", row[column]) for column in ("starts", "ends")]
+        if not all(numbers):
             raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} hold no "
                             "seconds")
-        span = sorted([float(start[0]), float(end[0])])
-        if float(start[0]) >= float(end[0]):
+        start, end = (float(number[0]) for number in numbers)
+        if start >= end:
             swapped.append(where)
-        path = _find_video(folders, row["video_path"].rsplit("/", 1)[-1]).path
-        yield Segment(path, *span), row["text"], where
+        path = find(os.path.basename(row["video_path"])).path
+        yield Segment(path, *sorted([start, end])), row["text"], where
     if swapped:
         more = f" and {len(swapped) - 1} more" if swapped[1:] else ""
         warn_once(f"{swapped[0]}{more}: the end is not after the start; the two are swapped, as in "
                   "the released code")
 
 
-def _read_didemo_json(root, name, folders):
+def _read_didemo_json(root, name, find):
     """An entry per described moment: the descriptions of a video, in order, are one paragraph."""
     videos = {}
     for number, entry in enumerate(read_json(root / name, "didemo", list), 1):
         where = f"{name}, entry {number}"
         video = field_of(entry, "video", where)
         text = field_of(entry, "description", where, (str, list))
+        texts = [text] if isinstance(text, str) else sentences(entry, "description", where)
         _, paragraph = videos.setdefault(video, (where, []))
-        if isinstance(text, list):
-            paragraph += sentences(entry, "description", where)
-        else:
-            paragraph.append(text)
+        paragraph += texts
     for video, (where, paragraph) in videos.items():
-        yield _find_video(folders, video), " ".join(paragraph), where
+        yield find(video), " ".join(paragraph), where
 
 
-def read_vatex(root, split, folders):
+def read_vatex(root, split, find):
     name = "vatex_training_v1.0.json"
-    wanted = None
-    if split != "train":  # the published validation file, halved by two lists
+    wanted = ()
+    # As the peers divide it, two lists halve the published validation file.
+    if split != "train":
         name = "vatex_validation_v1.0.json"
         wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
     described = set()
@@ -328,26 +326,27 @@ def read_vatex(root, split, folders):
             raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; "
                             "fetch the file again")
         described.add(video)
-        if wanted is not None and video not in wanted:
+        if split != "train" and video not in wanted:
             continue
-        segment = _find_video(folders, video + ".mp4")
+        segment = find(video + ".mp4")
+        # Some download whole YouTube videos, others the ten seconds of each.
         if not os.path.isfile(segment.path):
-            uncut = _find_video(folders, match[1] + ".mp4").path  # the YouTube video
+            uncut = find(match[1] + ".mp4").path
             if os.path.isfile(uncut):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
         for caption in sentences(entry, "enCap", where):
             yield segment, caption, where
-    warn_of_silent(f"{split}_list.txt", wanted or (), described)
+    warn_of_silent(f"{split}_list.txt", wanted, described)
 
 
-def read_charades(root, split, folders):
+def read_charades(root, split, find):
     name = f"Charades_v1_{split}.csv"
     for line, row in read_table(root / name, "charades", ["id", "script"]):
         if row["script"].strip():
-            yield _find_video(folders, row["id"] + ".mp4"), row["script"], f"{name}, row {line}"
+            yield find(row["id"] + ".mp4"), row["script"], f"{name}, row {line}"
 
 
-def read_msvd(root, split, folders):
+def read_msvd(root, split, find):
     """Its captions come as a pickle of lists of words; captions_msvd.json is {id: [caption, ...]}:
 
         captions = pickle.load(open("raw-captions.pkl", "rb"))
@@ -360,7 +359,7 @@ def read_msvd(root, split, folders):
     videos = listed_ids(root / table, "msvd")
     warn_of_silent(table, videos, captions)
     for line, video in enumerate(videos, 1):
-        segment = _find_video(folders, video + ".avi")
+        segment = find(video + ".avi")
         for caption in sentences(captions, video, name):
             yield segment, caption, f"{table}, row {line}"
 
@@ -368,11 +367,10 @@ def read_msvd(root, split, folders):
 # ---- data sets ----
 
 
-@dataclass
-class DataSet:
+class DataSet(NamedTuple):
     """How a data set is read, and what was published about it. To add one, add its entry below."""
-    read: Callable  # (root, split, folders) -> (Segment, caption, where) per caption
-    published: dict = field(default_factory=dict)  # split -> (texts, videos), None: not published
+    read: Callable  # (root, split, find) -> (Segment, caption, where) per caption
+    published: dict = {}  # split -> (texts, videos), None: not published
     has_val: bool = True  # a validation split of its own; else --val-videos are held out of train
 
     def splits(self):
@@ -419,6 +417,11 @@ def names():
     return ["shapes", *DATASETS]
 
 
+def default_root(name):
+    """The folder of a data set's files where --root does not say: data/NAME, or a csv's own."""
+    return Path(name).parent if name.endswith(".csv") else Path("data", name.split("-")[0])
+
+
 def load_annotations(name_or_csv, root=None, split="train", videos=None):
     """A data set's split as its files say. -> Annotations. Raises DataError.
 
@@ -431,24 +434,22 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if videos and not os.path.isdir(videos):
         raise DataError(f"--videos {videos}: there is no such folder; name the one that holds the "
                         "video files")
-    if name.endswith(".csv"):
-        if not os.path.isfile(name):
-            raise DataError(f"{name} is missing: --data wants a csv file with the columns video "
-                            "and caption")
-        return _collect(read_csv(name, videos or root or Path(name).parent, split))
-    root = Path(root or Path("data") / name.split("-")[0])
+    root = Path(root or default_root(name))
     if name == "shapes":
-        return _collect(read_csv(shapes_table(root), videos or root, split))
+        name = str(shapes_table(root))
+    if name.endswith(".csv"):
+        return _collect(read_csv(name, videos or root, split))
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
     if not root.is_dir():
         raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the "
                         "folder with --root")
+    find = video_finder(root, videos)
     rows = []
     for part in DATASETS[name].splits():
         if split in ("all", part):
-            rows += DATASETS[name].read(root, part, _video_folders(root, videos))
+            rows += DATASETS[name].read(root, part, find)
     return _collect(rows)
 
 
@@ -481,8 +482,7 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
         return _divide_csv(name, root, split, videos)
-    held_out = name in DATASETS and not DATASETS[name].has_val and split in ("train", "val")
-    if not held_out:
+    if split in ("test", "all") or name not in DATASETS or DATASETS[name].has_val:
         return load_annotations(name, root, split, videos)
     annotations = load_annotations(name, root, "train", videos)
     V = len(annotations.segments)
@@ -495,12 +495,10 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
 def _divide_csv(path, root, split, videos):
     """The split of a csv without a split column."""
     annotations = load_annotations(path, root, "all", videos)
-    base = videos or root or Path(path).parent
-    names = {}  # as the csv has them, wherever it lies
-    for _, row in read_table(Path(path), "--data", ["video"]):
-        name = row["video"].strip()
-        names[str(Path(base, name))] = os.path.normpath(name)
-    splits = split_by_name([names[segment.path] for segment in annotations.segments])
+    # By the names as the csv has them: they stay the same wherever it lies.
+    table = read_table(Path(path), "--data", ["video"])
+    names = {v: row["video"].strip() for v, (_, row) in zip(annotations.owner, table)}
+    splits = split_by_name([os.path.normpath(name) for name in names.values()])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
@@ -533,23 +531,22 @@ def present(annotations, skip_bad=False):
 
 def main(argv=None):
     from lib.check import check
-    p = Parser((__doc__ or "").split("\n")[0])
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("check", help="what of a data set is there, and what is missing")
-    add = c.add_argument
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("command", choices=["check"], help="say what of a data set is there, and what is missing")
     add("--data", required=True, help=f"{', '.join(names())}, or a .csv")
     add("--root", help="folder of the data set (default: data/NAME)")
-    add("--videos", metavar="DIR", help="folder of the videos, where it is another one")
+    add("--videos", help="folder of the videos, where it is another one")
     add("--decode", action="store_true", help="read every video, and list which can't be read")
-    add("--cache", metavar="DIR", help="with --decode: keep the frames there, for other --cache")
-    add("--frames", type=numeric(int, 1, 1000), metavar="T",
+    add("--cache", help="with --decode: keep the frames there, for other --cache")
+    add("--frames", type=numeric(int, 1, 1000),
         help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
-    add("--list", metavar="FILE", help="write all missing and bad videos there, as a csv")
+    add("--list", help="write all missing and bad videos there, as a csv")
     add("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
         help="processes that decode (default: %(default)s)")
     args = p.parse_args(argv)
     if (args.cache or args.frames) and not args.decode:
-        c.error("--cache and --frames go with --decode")
+        p.error("--cache and --frames go with --decode")
     return check(args)
 
 

@@ -14,12 +14,12 @@ import sys
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import data
 from lib import exact
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, output
+from lib.exact import blocks
 from lib.options import add_common, load_model, read_features, write_json
 from lib.processes import ALONE, loading, run, start_processes
 from lib.report import analysis_text, analyze, metrics_text, write_report
@@ -28,6 +28,9 @@ from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
+# The options that `score_split` takes as they are.
+SETTINGS = ("skip_bad", "amp", "trials", "seed", "expected", "cache", "workers", "batch")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- encode ----
 #
@@ -35,9 +38,9 @@ CUTOFFS = (1, 5, 10, 50)
 # are the results.
 
 
-def blocks(n, size):
-    """The slices that cut n rows into blocks of `size` rows."""
-    return [slice(start, start + size) for start in range(0, n, size)]
+def autocast(device, amp):
+    """The precision of the towers: off, bf16 or fp16."""
+    return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
 def refuse_lone(name, value, kinds, wanted):
@@ -57,7 +60,7 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     t = torch.zeros(len(captions), model.clip.embed_dim, device=device)
     for rows in blocks(len(captions), batch)[job.rank::job.world]:
         ids = tokenizer(captions[rows]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+        with autocast(device, amp):
             t[rows] = model.encode_text(ids)
     return job.sum(t)
 
@@ -67,8 +70,7 @@ def collate(items):
 
     Pixels are None where no item could be read.
     """
-    errors = {k: str(x) for k, x in enumerate(items) if isinstance(x, DataError)}
-    read = [x for k, x in enumerate(items) if k not in errors]
+    read, errors = data.readable(items, skip_bad=True)
     return torch.stack(read) if read else None, errors
 
 
@@ -88,16 +90,15 @@ def encode_videos(
     cache: the folder of a FrameCache. A video that can't be read raises its DataError; with a dict
     as `bad` the message goes there, by the video's number, and its row of f is zeros.
     """
-    kinds = (Segment, str, os.PathLike)
-    refuse_lone("segments_or_paths", segments_or_paths, kinds, "Segment, str or Path")
+    wanted = "Segment, str or Path"
+    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike), wanted)
     segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    transform = data.transform_for(model.clip)
     frame_cache = FrameCache(cache, T) if cache else None
-    dataset = data.VideoDataset(segments, T, transform, frame_cache)
+    dataset = data.VideoDataset(segments, T, data.transform_for(model.clip), frame_cache)
     batches = [range(V)[rows] for rows in blocks(V, batch)]
     mine = batches[job.rank::job.world]
     workers = min(workers, len(mine))
@@ -105,19 +106,17 @@ def encode_videos(
     failed = {}
     with loading(dataset, mine, collate, workers, pin=device.type == "cuda") as loader:
         for rows, (pixels, errors) in zip(mine, loader):
-            for k, error in errors.items():
-                failed[rows[k]] = error
+            failed |= {rows[k]: error for k, error in errors.items()}
             if failed and bad is None:
                 break
-            read = [v for v in rows if v not in failed]
-            if read:
+            if pixels is not None:
+                read = [v for v in rows if v not in failed]
                 pixels = pixels.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+                with autocast(device, amp):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
     # All processes hear of an error: those without one would wait for the others for ever.
-    failed = job.join(list(failed.items()))
-    failed = dict(sorted(failed))
+    failed = dict(sorted(job.join(list(failed.items()))))
     if bad is not None:
         bad.update(failed)
     elif failed:
@@ -129,12 +128,12 @@ def encode_videos(
 
 
 @torch.no_grad()
-def score_all(model, t, f, job=ALONE, trials=20, seed=24, expected=False):
-    """The scores of all pairs, float32. t (N,D), f (V,T,D) -> sims (N,V)."""
+def score_all(model, t, f, job=ALONE, **scoring):
+    """The scores of all pairs. t (N,D), f (V,T,D) -> sims (N,V). scoring: as exact.score has it."""
     sims = t.new_zeros(len(t), len(f))
     # A score depends on its text and its video alone, so columns can be computed anywhere.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
-        sims[:, columns] = exact.score(model, t, f[columns], trials, seed, expected)
+        sims[:, columns] = exact.score(model, t, f[columns], **scoring)
     return job.sum(sims)
 
 
@@ -150,21 +149,16 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     eps = t.new_zeros(1, t.shape[1])  # the point text
     if trials:
         eps = model.noise(trials, seed).to(t.device)
-    unit_t = F.normalize(t, dim=-1)
-    unit_f = F.normalize(f, dim=-1)
     sims = t.new_empty(len(t), len(f))
-    for columns in blocks(len(f), 32):
-        own_t = t[caption_of[columns]]
-        own = model.pool(own_t, f[columns]).diagonal().T      # psi(f_j | t_caption(j))  (V,D)
-        for rows in blocks(len(t), 64):
-            S = torch.einsum("nd,vtd->nvt", unit_t[rows], unit_f[columns])
-            R = model.radius(S)
-            v = model.pool(t[rows], f[columns])               # psi(f_j | t_i)         (N,V,D)
-            t_i = t[rows, None]
-            honest = exact.sample_cosines(t_i, v, R, eps)           #                        (N,V,M)
-            leaking = exact.sample_cosines(t_i, own, R, eps)
-            best = honest.argmax(-1, keepdim=True)            # m*                     (N,V,1)
-            sims[rows, columns] = leaking.gather(-1, best).squeeze(-1)
+    for videos in blocks(len(f), 4):
+        f_j = f[videos]
+        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j))
+        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)  (V,N,D)
+        R = model.radius(exact.similarities(t, f_j, model.radius))   #                 (V,N,D)
+        honest = exact.sample_cosines(t, v, R, eps)                  #                 (V,N,M)
+        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)
+        best = honest.argmax(-1, keepdim=True)                       # m*              (V,N,1)
+        sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
     return sims
 
 
@@ -214,13 +208,8 @@ def metrics(ranks):
     """ranks (n,), from 1, NaN for none -> dict(R1, R5, R10, R50: percent, MdR, MnR)."""
     ranks = torch.as_tensor(ranks, dtype=torch.float64)
     ranks = ranks[~ranks.isnan()]
-    found = {}
-    for k in CUTOFFS:
-        hits = (ranks <= k).double()
-        found[f"R{k}"] = 100 * hits.mean().item()
-    found["MdR"] = ranks.quantile(0.5).item()
-    found["MnR"] = ranks.mean().item()
-    return found
+    found = {f"R{k}": 100 * (ranks <= k).double().mean().item() for k in CUTOFFS}
+    return found | dict(MdR=ranks.quantile(0.5).item(), MnR=ranks.mean().item())
 
 
 def dsl(sims, dim=0):
@@ -232,21 +221,16 @@ def dsl(sims, dim=0):
     return sims * (100 * sims).softmax(dim)
 
 
-def measure(t2v_sims, owner, v2t_sims=None):
-    """The metrics of scores, the same for both ways unless given. (N,V) -> dict(t2v, v2t)."""
-    t2v, v2t = ranks(t2v_sims, owner)
-    if v2t_sims is not None:
-        _, v2t = ranks(v2t_sims, owner)
+def measure(sims, owner):
+    """The metrics of both ways. sims (N,V), owner (N,) -> dict(t2v, v2t)."""
+    t2v, v2t = ranks(sims, owner)
     return dict(t2v=metrics(t2v), v2t=metrics(v2t))
 
 
 def format_metrics(result):
     """The result of `evaluate` in one line."""
-    parts = []
-    for way in ("t2v", "v2t"):
-        m = result[way]
-        parts.append(f"{way} R@1 {m['R1']:.1f}  R@5 {m['R5']:.1f}  R@10 {m['R10']:.1f}  "
-                     f"MdR {m['MdR']:g}  MnR {m['MnR']:.1f}")
+    line = "{} R@1 {R1:.1f}  R@5 {R5:.1f}  R@10 {R10:.1f}  MdR {MdR:g}  MnR {MnR:.1f}"
+    parts = [line.format(way, **result[way]) for way in ("t2v", "v2t")]
     parts.append(f"({result['texts']} texts, {result['videos']} videos)")
     return "   ".join(parts)
 
@@ -274,31 +258,31 @@ def score_split(
     tokenizer,
     ann,
     job=ALONE,
-    workers=0,
     skip_bad=False,
-    cache=None,
-    batch=16,
     amp="off",
-    name="the model",
     trials=20,
     seed=24,
     expected=False,
+    name="the model",
     features=None,
+    **reading,
 ):
     """Encode and score. Annotations -> Scored. name: of the model, for errors.
 
-    features: t (N,D) and f (V,T,D), where they are made already.
+    features: t (N,D) and f (V,T,D), where they are made already. reading: cache, workers and batch
+    of `encode_videos`.
     """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
-    bad = {} if skip_bad else None
+    bad = {}
     # Equal texts are scored once: so they tie exactly.
     if features:
         t, f = features
         t, rows = t.unique(dim=0, return_inverse=True)
     else:
-        f = encode_videos(model, ann.segments, job, cache, workers, batch, bad, amp)
+        noted = bad if skip_bad else None
+        f = encode_videos(model, ann.segments, job, bad=noted, amp=amp, **reading)
         if bad:
             readable = [v for v in range(len(f)) if v not in bad]
             f = f[readable]
@@ -310,13 +294,11 @@ def score_split(
         t = encode_texts(model, tokenizer, list(row), job, amp=amp)
         rows = [row[caption] for caption in ann.captions]
     sims = score_all(model, t, f, job, **scoring)
-    wrong = (~sims.isfinite()).sum().item()
-    if wrong:
-        raise WeightsError(f"{name}: {wrong} of {sims.numel()} scores are not finite numbers, so "
-                           "nothing can be ranked: its weights are damaged, or its training failed")
+    if not sims.isfinite().all():
+        raise WeightsError(f"{name}: some scores are not finite numbers, so nothing can be ranked: "
+                           "its weights are damaged, or its training failed")
     model.train(training)
-    left_out = list(bad.values()) if bad else []
-    return Scored(t[rows], f, sims[rows], ann, left_out, scoring)
+    return Scored(t[rows], f, sims[rows], ann, list(bad.values()), scoring)
 
 
 def summarise(model, scored, with_dsl=False, released=False):
@@ -329,7 +311,9 @@ def summarise(model, scored, with_dsl=False, released=False):
     result.update(model.config, prior=model.prior, prior_std=model.prior_std)
     result.update(scored.scoring)
     if with_dsl:
-        result["dsl"] = measure(dsl(sims, 0), owner, dsl(sims, 1))
+        by_text = measure(dsl(sims, 0), owner)
+        by_video = measure(dsl(sims, 1), owner)
+        result["dsl"] = dict(t2v=by_text["t2v"], v2t=by_video["v2t"])
     if released:
         result.update(released_protocol(model, scored))
     return result
@@ -346,16 +330,13 @@ def released_protocol(model, scored):
         first.setdefault(v, i)
     videos = sorted(first)
     texts = [first[v] for v in videos]
-    t = scored.t[texts]
-    f = scored.f[videos]
     own = torch.arange(len(videos))
-    scoring = scored.scoring
-    leaking = released_scores(model, t, f, own, scoring["trials"], scoring["seed"])
-    out = dict(released_protocol=measure(leaking, own))
-    out["released_protocol"].update(texts=len(texts), videos=len(videos))
+    trials, seed, _ = scored.scoring.values()
+    leaking = released_scores(model, scored.t[texts], scored.f[videos], own, trials, seed)
+    rows = dict(measure(leaking, own), texts=len(texts), videos=len(videos))
+    out = dict(released_protocol=rows)
     if scored.sims.shape != leaking.shape:
-        honest = scored.sims[texts][:, videos]
-        out["first_captions"] = measure(honest, own)
+        out["first_captions"] = measure(scored.sims[texts][:, videos], own)
     return out
 
 
@@ -378,12 +359,12 @@ def parse_args(argv=None):
         help="name of a data set or path of a .csv (default: what --ckpt trained on)")
     add("--root",
         help="folder of the data set (default: as in training; for a .csv, its own)")
-    add("--videos", metavar="DIR",
+    add("--videos",
         help="folder of its videos (default: as in training, or within --root)")
     add("--split", choices=(*data.SPLITS, "all"),
         help="(default: test; all of a .csv without that column that --ckpt did not "
              "train on)")
-    add("--features", metavar="FILE",
+    add("--features",
         help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
              "owner (N,), the number of each text's video, as --save writes them")
     add("--dsl", action="store_true",
@@ -394,9 +375,9 @@ def parse_args(argv=None):
         help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
              "complexity and caption length")
     add = add_common(p, batch=16).add_argument
-    add("--save", metavar="FILE",
+    add("--save",
         help="write similarities, ranks, embeddings, captions and segments there")
-    add("--cache", metavar="DIR",
+    add("--cache",
         help="keep every video's sampled frames there as JPEG (default: where training "
              "kept those of the same data set)")
     add("--skip-bad", action="store_true",
@@ -451,27 +432,10 @@ def load_data(args, config, job):
     return ann, len(missing)
 
 
-def save_scores(path, scored, t2v, v2t, result):
-    """Everything that the metrics are computed from, and they, as plain tensors and lists."""
-    content = dict(
-        format="tmass scores",
-        sims=scored.sims.cpu(),
-        t=scored.t.cpu(),
-        f=scored.f.cpu(),
-        owner=torch.tensor(scored.ann.owner),
-        t2v_ranks=t2v,
-        v2t_ranks=v2t,
-        captions=scored.ann.captions,
-        clips=[list(segment) for segment in scored.ann.segments],  # path, start, end
-        result=result,
-    )
-    with output("--save", path) as part, open(part, "wb") as file:
-        torch.save(content, file)
-
-
 def write_results(args, model, scored, result, job):
     """--analyze, --report, --json and --save. The result gets the analysis."""
-    t2v, v2t = ranks(scored.sims, scored.ann.owner)
+    t, f, sims, ann, *_ = scored
+    t2v, v2t = ranks(sims, ann.owner)
     if args.analyze or args.report:
         analysis = analyze(model, scored, t2v, v2t)
     if args.analyze:
@@ -484,7 +448,21 @@ def write_results(args, model, scored, result, job):
     if args.json:
         write_json(args.json, result)
     if args.save:
-        save_scores(args.save, scored, t2v, v2t, result)
+        # Everything that the metrics are computed from, as plain tensors and lists, and they.
+        content = dict(
+            format="tmass scores",
+            sims=sims.cpu(),
+            t=t.cpu(),
+            f=f.cpu(),
+            owner=torch.tensor(ann.owner),
+            t2v_ranks=t2v,
+            v2t_ranks=v2t,
+            captions=ann.captions,
+            clips=[list(segment) for segment in ann.segments],  # path, start, end
+            result=result,
+        )
+        with output("--save", args.save) as part, open(part, "wb") as file:
+            torch.save(content, file)
 
 
 def main(argv=None):
@@ -500,22 +478,9 @@ def main(argv=None):
     else:
         ann, missing = load_data(args, config, job)
         say_cut(job, tokenizer, ann.captions, args.split)
-    scored = score_split(
-        model,
-        tokenizer,
-        ann,
-        job,
-        workers=args.workers,
-        skip_bad=args.skip_bad,
-        cache=args.cache,
-        batch=args.batch,
-        amp=args.amp,
-        name=args.features or args.ckpt,
-        trials=args.trials,
-        seed=args.seed,
-        expected=args.expected,
-        features=features,
-    )
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    name = args.features or args.ckpt
+    scored = score_split(model, tokenizer, ann, job, name=name, features=features, **settings)
     result = summarise(model, scored, args.dsl, args.released_protocol)
     for name in ("ckpt", "data", "split", "amp"):
         result[name] = getattr(args, name)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from clip_model import CLIP, Tokenizer
-from eval import evaluate, format_metrics
+from eval import AMP, autocast, evaluate, format_metrics
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
 from lib.processes import (
@@ -109,7 +109,6 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -122,11 +121,6 @@ def learning_rate(step, total, warmup):
 
 
 # ---- the training loop ----
-
-def autocast(args, job):
-    """The precision of the towers: --amp."""
-    return torch.autocast(job.device.type, AMP[args.amp], enabled=args.amp != "off")
-
 
 def descend(loss, model, optimizer, scaler):
     """One step down the gradient, cut to norm 1. -> that norm (), whether all is finite ().
@@ -160,7 +154,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
-            note_bad(bad, ids, args.skip_bad, checkpoint.bad_videos)
+            checkpoint.bad_videos += bad
             factor = learning_rate(step, batches.total, args.warmup)
             for group in checkpoint.optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -169,7 +163,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
 
             ids = ids.to(job.device, non_blocking=True)
             pixels = pixels.to(job.device, non_blocking=True)
-            with autocast(args, job):
+            with autocast(job.device, args.amp):
                 losses = parallel(ids, pixels, gather=gather)
             norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
             log.flags.append(finite)
@@ -227,23 +221,25 @@ class Batches:
 
     def __iter__(self):
         share = self.batch // self.world
-        for step in range(self.start, self.total):
-            epoch, k = divmod(step, self.per_epoch)
-            if k == 0 or step == self.start:
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-                order = torch.randperm(self.pairs, generator=generator).tolist()
-            first = k * self.batch + self.rank * share
-            yield [(epoch, pair) for pair in order[first:first + share]]
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+            for k in range(self.per_epoch):
+                first = k * self.batch + self.rank * share
+                if epoch * self.per_epoch + k >= self.start:
+                    yield [(epoch, pair) for pair in order[first:first + share]]
 
 
-def collate(tokenizer, items):
-    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), the DataErrors of pairs that can't be read."""
-    bad = [item for item in items if isinstance(item, Exception)]
-    good = [item for item in items if not isinstance(item, Exception)]
+def collate(tokenizer, skip_bad, items):
+    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), what is wrong with the pairs left out.
+
+    Raises the DataError of a pair that can't be read; with skip_bad only if there is no other pair.
+    """
+    good, bad = data.readable(items, skip_bad)
     if not good:
-        return None, None, bad
-    pixels, captions, _ = zip(*good)
-    return tokenizer(captions), torch.stack(pixels), bad
+        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+    pixels, captions = zip(*good)
+    return tokenizer(captions), torch.stack(pixels), list(bad.values())
 
 
 def read_batches(args, job, checkpoint, batches, annotations):
@@ -254,17 +250,8 @@ def read_batches(args, job, checkpoint, batches, annotations):
         transform = data.transform_for(clip)
     cache = FrameCache(args.cache, args.frames) if args.cache else None
     dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
-    return loading(dataset, batches, functools.partial(collate, checkpoint.tokenizer),
-                   args.workers, pin=job.device.type == "cuda")
-
-
-def note_bad(bad, ids, skip, noted):
-    """Stop at a pair that can't be read; with --skip-bad note it, unless a batch has no other."""
-    if bad and not skip:
-        raise bad[0]
-    noted += [str(error) for error in bad if str(error) not in noted]
-    if ids is None:
-        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+    finish = functools.partial(collate, checkpoint.tokenizer, args.skip_bad)
+    return loading(dataset, batches, finish, args.workers, pin=job.device.type == "cuda")
 
 
 # ---- what is trained ----
@@ -272,15 +259,13 @@ def note_bad(bad, ids, skip, noted):
 def build(args, captions, saved, job):
     """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
-        # Where the best weights are another epoch's, those to go on from stand beside them.
-        model, tokenizer, _ = build_own(saved, args.out)
-        if "training" in saved:
-            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
-        return model, tokenizer
+        build_own(saved, args.out)  # raises where the result of the best epoch so far is damaged
+        # If the weights to go on from are others, they stand beside it.
+        return build_own(saved | saved.get("training", {}), args.out)[:2]
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
-        tokenizer = Tokenizer.learn(captions, 600, context_length=TINY["context_length"])
+        tokenizer = Tokenizer.learn(captions, 600, TINY["context_length"])
         return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
     start, tokenizer, _ = load_checkpoint(args.init or args.clip, args.activation)
     model = TMASS(start.clip, **method)
@@ -302,12 +287,14 @@ def make_optimizer(model, args):
     if not head + clip:
         raise DataError("--freeze-clip leaves nothing to train: choose --pooling xpool, or a "
                         "--radius that learns")
-    groups = [
-        dict(params=clip, peak=args.clip_lr),
-        dict(params=head, peak=args.head_lr),
-    ]
     # differs from the released code, which does not correct epsilon's bias and decays last
-    return torch.optim.AdamW(groups, lr=0, eps=1e-6, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        [dict(params=clip, peak=args.clip_lr), dict(params=head, peak=args.head_lr)],
+        lr=0,
+        eps=1e-6,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
 
 
 def draw(tokenizer, size, seed, steps):
@@ -320,15 +307,15 @@ def draw(tokenizer, size, seed, steps):
 def pretrain(model, tokenizer, args, scaler, job):
     """Image-text warm-up of the tiny CLIP on single pictures: for a real run others did it."""
     clip = model.clip
-    settings = dict(betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    optimizer = torch.optim.AdamW(clip.parameters(), **settings)
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
     steps = range(args.pretrain)
     pictures = functools.partial(draw, tokenizer, clip.image_size, args.seed)
     with loading(steps, [[step] for step in steps], pictures, args.workers) as loader:
         for step, (ids, pixels) in enumerate(loader):
             optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-            with autocast(args, job):
+            with autocast(job.device, args.amp):
                 t = clip.encode_text(ids.to(job.device))
                 v = clip.encode_image(pixels.to(job.device))
             sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
@@ -428,22 +415,21 @@ def parser():
     return p
 
 
-def settle(args, world=1):
+def settle(args, world):
     """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {}
     saved = earlier_run(args)
-    config = {}
     if saved:
-        config = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
-        if args.data not in (None, config.get("data")):  # the same, at another place
-            config.update(root=None, videos=None)
-    name = args.data or config.get("data", "shapes")
-    vars(args).update(BASE | RECIPES.get(name, {}) | config | given | {"data": name})
+        chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
+        if args.data not in (None, chosen.get("data")):  # the same, at another place
+            chosen.update(root=None, videos=None)
+    chosen |= {name: value for name, value in vars(args).items() if value is not None}
+    name = chosen.setdefault("data", "shapes")
+    vars(args).update(BASE | RECIPES.get(name, {}) | chosen)
     # A mass of no size has no support text: this is X-Pool.
-    if args.radius == "none" and "support_weight" not in config.keys() | given.keys():
+    if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
-    folder = os.path.dirname(name) or os.path.join("data", name.split("-")[0])
-    args.root = args.root or os.path.abspath(folder)
+    args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")
     if args.batch % world:
@@ -470,8 +456,8 @@ def main(argv=None):
             why = "another process of this job died"
         elif not isinstance(error, OSError) and not error.__cause__:
             raise
-        hint = f"the last checkpoint, if any, is intact: go on with {go_on()}"
-        raise DataError(f"{why}; {hint}") from error
+        raise DataError(f"{why}; the last checkpoint, if any, is intact: go on with "
+                        f"{go_on()}") from error
 
 
 def train(args, job):
@@ -482,9 +468,10 @@ def train(args, job):
                 f"{evaluation(args)}")
         return 0
     splits, missing = load_splits(args, job)
+    captions = splits["train"].captions
     with job.first_alone():
         try:
-            model, tokenizer = build(args, splits["train"].captions, saved, job)
+            model, tokenizer = build(args, captions, saved, job)
         except ValueError as error:  # by TMASS and CLIP, of the user's settings
             raise WeightsError(str(error)) from None
     model.to(job.device)
@@ -493,11 +480,10 @@ def train(args, job):
     scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
     checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, splits, saved)
     checkpoint.bad_videos += missing
-    pairs = len(splits["train"].captions)
-    batches = Batches(pairs, args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
+    batches = Batches(len(captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
                       job.world)
     announce(args, job, splits, optimizer, batches)
-    say_cut(job, tokenizer, splits["train"].captions, "train")
+    say_cut(job, tokenizer, captions, "train")
     if saved is None:
         if args.pretrain:
             pretrain(model, tokenizer, args, scaler, job)
@@ -525,7 +511,7 @@ def train(args, job):
         job.say(f"stopped by {name} after step {checkpoint.step}; continue with: {go_on()}")
         return 128 + stopped
     if checkpoint.best:
-        step = checkpoint.best[0]
+        step, _ = checkpoint.best
         job.say(f"the result is that of step {step}, the best on the validation split")
     if splits["test"].segments:
         test(args, job, checkpoint, splits["test"], "test")
@@ -541,7 +527,7 @@ def load_splits(args, job):
             render_shapes(args.root)  # on first use
     splits = {}
     missing = []
-    for name in ("train", "val", "test"):
+    for name in data.SPLITS:
         split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
         splits[name], gone = data.present(split, args.skip_bad)
         missing += gone
@@ -562,8 +548,8 @@ def announce(args, job, splits, optimizer, batches):
     settings = {name: x for name, x in sorted(vars(args).items()) if name not in idle}
     job.say(f"settings: {listed(settings)}")
     for split, annotations in splits.items():
-        texts = len(annotations.captions)
-        job.say(f"{split:5s} {texts} texts, {len(annotations.segments)} videos")
+        job.say(f"{split:5s} {len(annotations.captions)} texts, "
+                f"{len(annotations.segments)} videos")
     for name, group in zip(("CLIP", "head"), optimizer.param_groups):
         size = sum(p.numel() for p in group["params"])
         job.say(f"{name} {size:,} parameters, learning rate {group['peak']:g}")

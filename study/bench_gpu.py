@@ -292,7 +292,7 @@ def measure_training(name, precision, again, device, sizes):
 
 def stack_pixels(items):
     """Items of PairDataset -> [pixels (B,T,3,P,P)]."""
-    return [torch.stack([pixels for pixels, _, _ in items])]
+    return [torch.stack([pixels for pixels, _ in items])]
 
 
 def loader(device, sizes, rates):

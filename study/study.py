@@ -66,7 +66,7 @@ def prepare():
     """In this process each video is decoded and resized once (shapes has no augmentation: its
     pixels stay the same) and
     train.py leaves the test split to `evaluated`."""
-    kept, video, load = {}, data.VideoDataset.video, train.load_splits
+    kept, video, load = {}, data.VideoDataset.item, train.load_splits
 
     def once(self, v):
         if self.segments[v] not in kept:
@@ -77,7 +77,7 @@ def prepare():
         splits, missing = load(args, job)
         return {**splits, "test": splits["test"].take([])}, missing
 
-    data.VideoDataset.video, train.load_splits = once, without_test
+    data.VideoDataset.item, train.load_splits = once, without_test
 
 
 def trained(runs, name, seed):
@@ -125,7 +125,7 @@ class Test:
         frames = data.VideoDataset(
             self.ann.segments, 6, data.test_transform(32), video.FrameCache(SHAPES / "frames", 6)
         )
-        apart = torch.tensor([colour_distance(frames.video(v)) for v in range(V)])
+        apart = torch.tensor([colour_distance(frames[v]) for v in range(V)])
         third = torch.bucketize(apart, apart.quantile(torch.tensor([1 / 3, 2 / 3])))
         self.groups = dict(shots=torch.tensor(shots)[self.owner], colours=third[self.owner])
 

@@ -259,7 +259,7 @@ def test_autocast_and_empty_batches():
 def test_patches_are_the_convolution():
     """They go through a product; 20 pixels hold two patches of 8, as for a convolution."""
     torch.manual_seed(0)
-    tower = clip_model.VisionTransformer(24, 20, 8, 64, 1, 2, clip_model.QuickGELU)
+    tower = clip_model.VisionTransformer(24, 20, 8, 64, 1, 2, clip_model.QuickGELU, 256)
     images = torch.randn(5, 3, 20, 20)
     seen = []
     tower.ln_pre.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
