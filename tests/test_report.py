@@ -139,7 +139,8 @@ def test_intervals_of_the_analysis():
 
 
 def bootstrap(hits, video, seed=0):
-    found, = report.bootstrap(hits[:, None], video, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    found = report.recall_intervals(2 - hits.long(), video)["R1"]
     return found["value"], found["low"], found["high"]
 
 
@@ -452,8 +453,9 @@ def test_a_tied_rank_hides_no_video():
     for V in (5, 6):
         segments = [video.Segment(f"{v}.mp4") for v in range(V)]
         ann = data.Annotations(segments, ["a"], [V - 1])
+        scored = ev.Scored(None, None, torch.ones(1, V), ann, [], {})
         rank = (V + 1) / 2
-        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, lambda segment: "", "."))
+        page = Page(report.query_card(0, scored, rank, 4, lambda segment: "", "p.html"))
         assert [text.split()[0] for _, text in page.hits[:4]] == ["1", "2", "3", "4"]
         assert sum(css == "right" for css, _ in page.hits) == 1
         assert ("ties averaged" in page.text) == (V == 6)
@@ -468,7 +470,7 @@ def test_queries_chosen():
     t2v = ev.ranks(sims, owner)[0]
 
     def choose(seed):
-        return report.choose_queries(sims, owner, t2v, 2, seed)
+        return report.choose_queries(sims, owner, t2v, seed)
     best, worst, random = choose(5).values()
     assert best[0] == 4 and worst == [7] and len(random) == 4
     assert len({*best, *worst, *random}) == 7
