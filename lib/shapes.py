@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 import torch
-from torch.utils.data import Dataset
 
 from lib.common import (
     DataError,
@@ -140,7 +139,7 @@ def _paints(table, kinds):
 
 
 def _by_kind(pattern, kinds, x, y, *time):
-    """pattern(kind, x, y, time) of the pictures of each kind. kinds (n,) -> (n,H,S)."""
+    """pattern(kind, x, y, time) of the pictures of each kind. kinds (n,) -> (n,S,S)."""
     found = torch.empty(*y.shape[:2], x.shape[2])
     for kind in kinds.unique().tolist():
         rows, = torch.where(kinds == kind)
@@ -165,30 +164,28 @@ def _specks(x, y, density, radius, px):
 
 
 def _sky(kind, x, y, time):
-    """The amount of a sky's third colour. x (n,1,S), y (n,H,1), time (n,1,1) -> (n,H,S) or 0."""
+    """The amount of a sky's third colour. x (n,1,S), y (n,S,1), time (n,1,1) -> (n,S,S) or 0."""
     px = 2 / x.shape[2]
     match SKIES[kind][0]:
         case "at night":
-            amount, _ = _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)
+            return _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)[0]
         case "at sunset":
             distance = torch.hypot(x - .1 * time.sin(), y - .35)
-            amount = (.3 - distance) / px + .5
+            return (.3 - distance) / px + .5
         case "in the rain":
             streak = (x * 9 - y * 3 + time * 2) % 1
-            amount = (.12 - (streak - .5).abs()) * 2
+            return (.12 - (streak - .5).abs()) * 2
         case "in a snowfall":
             across = x * 3.5 + time / 4
-            amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
+            return _specks(across, y * 3.5 + time, .7, .16, px * 3.5)[0]
         case "under green lights":
             bend = (3 * y + time).sin()
-            amount = (x * 4 + bend).sin() * .6
-        case _:
-            amount = 0
-    return amount
+            return (x * 4 + bend).sin() * .6
+    return 0
 
 
 def _ground(kind, x, y, time):
-    """The amount of a ground's second colour. x (n,1,S), y (n,H,1), time (n,1,1) -> (n,H,S)."""
+    """The amount of a ground's second colour. x (n,1,S), y (n,S,1), time (n,1,1) -> (n,S,S)."""
     px = 2 / x.shape[2]
     match GROUNDS[kind][0]:
         case "on bricks":
@@ -351,19 +348,19 @@ def _animate(pose, generator):
     shots = len(pose)
     extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
     lengths = 5 + extra.bincount(minlength=shots)
-    u = torch.rand(3, shots, 14, generator=generator) * 2 - 1
-    pose = pose.clone()
-    pose[:, 4] += .15 * u[0, :, 4] - .05  # light
-    pose[:, 5] = u[0, :, 5] > 0  # confetti or none
     shot = torch.arange(shots).repeat_interleave(lengths)
     middle = lengths.cumsum(0) - lengths / 2
     t = (torch.arange(FRAMES) - middle[shot])[:, None] / RATE
+    u = torch.rand(3, shots, 14, generator=generator) * 2 - 1
     drift, sway, phase = u[:, shot]
     motion = drift * t + sway * (4 * t + 3 * phase).sin()
-    return shot, pose[shot] + REACH * motion
+    pose = pose[shot] + REACH * motion
+    pose[:, 4] += .15 * drift[:, 4] - .05  # light
+    pose[:, 5] = drift[:, 5] > 0  # confetti or none
+    return shot, pose
 
 
-class ShapesVideos(Dataset):
+class ShapesVideos:
     """All videos, by number. Item i -> captions, facts of the shots (S,6), facts mentioned (n,6).
 
     It is drawn by a generator of its own, and written to its file unless that is there. The facts
