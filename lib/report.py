@@ -41,6 +41,7 @@ def frame_diversity(f):
     """Mean cosine distance between two frames of a video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
     f = F.normalize(f, dim=-1)
+    # A frame is at no distance from itself, so the sum may run over the diagonal, too.
     return (1 - f @ f.mT).sum((1, 2)) / max(1, T * (T - 1))
 
 
@@ -152,7 +153,7 @@ def analyze(model, scored, t2v, v2t):
 
     intervals: of recall. relevant: pairs of a text and its own video; irrelevant: all others, or a
     seeded sample; of both cos(t, v) of the point text, cos(t_s, v) of the best sample as in sims,
-    |R|₁. complexity, length: R@1 by third of the texts, with samples and without.
+    |R|₁. complexity: R@1 by third of the texts, with samples and without.
     """
     t, f, sims, ann, _, scoring = scored
     trials, seed, _ = scoring.values()
@@ -187,9 +188,7 @@ def analyze(model, scored, t2v, v2t):
     point_hits = margins(point, owner) > 0
     out["point_R1"] = percent(point_hits)
     diversity = frame_diversity(f).cpu()[owner]
-    words = torch.tensor([float(len(caption.split())) for caption in ann.captions])
     out["complexity"] = thirds(diversity, t2v, owner, point_hits)
-    out["length"] = thirds(words, t2v, owner, point_hits)
     return out
 
 
@@ -213,8 +212,7 @@ PARTS = {
 }
 PAIR_ROWS = {"point": ("cos(t, v), point text", 3), "best": ("cos(t_s, v), best sample", 3),
              "radius": ("|R|₁, radius of the text mass", 1)}
-THIRDS = {"complexity": ("video complexity (frame diversity)", 3),
-          "length": ("caption length (words)", 0)}
+COMPLEXITY = "video complexity (frame diversity)"
 
 
 def number(x, digits=1):
@@ -262,19 +260,18 @@ def pairs_table(a):
     return ["mean ± std", *kinds], rows
 
 
-def thirds_table(a, key):
+def thirds_table(a):
     """R@1 by third of the texts."""
-    label, digits = THIRDS[key]
     rows = []
-    for x in a[key]:
+    for x in a["complexity"]:
         rows.append([
-            f"{x['third']}: {x['least']:.{digits}f} to {x['most']:.{digits}f}",
+            f"{x['third']}: {x['least']:.3f} to {x['most']:.3f}",
             str(x["texts"]),
             f"{x['R1']:.1f}",
             f"[{x['low']:.1f}, {x['high']:.1f}]",
             f"{x['R1_point']:.1f}",
         ])
-    return [f"t2v R@1 by {label}", "texts", "R@1", "95 %", "point text"], rows
+    return [f"t2v R@1 by {COMPLEXITY}", "texts", "R@1", "95 %", "point text"], rows
 
 
 def text_table(heads, rows):
@@ -306,10 +303,8 @@ def about_pairs(a):
 
 def analysis_text(a):
     """The result of `analyze` for the terminal."""
-    pairs = text_table(*pairs_table(a))
-    parts = [text_table(*intervals_table(a)), f"{about_pairs(a)}\n{pairs}"]
-    parts += [text_table(*thirds_table(a, key)) for key in THIRDS]
-    return "\n\n".join(parts)
+    tables = [text_table(*table(a)) for table in (intervals_table, pairs_table, thirds_table)]
+    return "{}\n\n{about}\n{}\n\n{}".format(*tables, about=about_pairs(a))
 
 
 # ---- pages ----
@@ -436,9 +431,8 @@ def write_report(path, model, result, a, scored, t2v, log):
     samples = f"{a['trials']} samples"
     if result["expected"]:
         samples = f"best of {a['trials']} on average"
-    groups = {}
-    for key, (label, _) in THIRDS.items():
-        groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], label, samples)
+    chart = thirds_chart(a["complexity"], COMPLEXITY, samples)
+    complexity = figures({f"t2v R@1 by {COMPLEXITY}": chart})
     body = f"""<section><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
 <p class="soft">Recall in percent. The intervals are those of a bootstrap over videos, each with all
 its texts (seed {a['seed']}): they say nothing about other training seeds.</p>
@@ -454,7 +448,7 @@ what the best of {a['trials']} samples is on average.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
-texts: R@1 {a['point_R1']:.1f}).</p>{figures(groups)}</section>"""
+texts: R@1 {a['point_R1']:.1f}).</p>{complexity}</section>"""
     curves = training_charts(log)
     if curves:
         body += f"<section><h2>Training</h2>{figures(curves)}</section>"
