@@ -61,12 +61,10 @@ def recall_intervals(ranks, video):
     for _ in range(RESAMPLES):
         times = torch.randint(n, (n,)).bincount(minlength=n).double()
         rates.append(times @ found / (times @ texts))
-    low, high = torch.stack(rates).quantile(hits.new_tensor([0.025, 0.975]), dim=0)
-    intervals = {}
-    for k, *row in zip(RECALLS, hits.mean(0), low, high):
-        value, low, high = (100 * rate.item() for rate in row)
-        intervals[f"R{k}"] = dict(value=value, low=low, high=high)
-    return intervals
+    ends = torch.stack(rates).quantile(hits.new_tensor([0.025, 0.975]), dim=0)
+    table = 100 * torch.stack([hits.mean(0), *ends], 1)
+    rows = [dict(zip(("value", "low", "high"), row)) for row in table.tolist()]
+    return {f"R{k}": row for k, row in zip(RECALLS, rows)}
 
 
 def thirds(values, ranks, video, point_hits):
@@ -303,8 +301,9 @@ def about_pairs(a):
 
 def analysis_text(a):
     """The result of `analyze` for the terminal."""
-    tables = [text_table(*table(a)) for table in (intervals_table, pairs_table, thirds_table)]
-    return "{}\n\n{about}\n{}\n\n{}".format(*tables, about=about_pairs(a))
+    tables = [table(a) for table in (intervals_table, pairs_table, thirds_table)]
+    intervals, pairs, complexity = (text_table(*table) for table in tables)
+    return f"{intervals}\n\n{about_pairs(a)}\n{pairs}\n\n{complexity}"
 
 
 # ---- pages ----
