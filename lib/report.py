@@ -138,9 +138,11 @@ def histogram(pairs):
     if high - low < 1e-6 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
-    out = dict(edges=torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist())
+    out = {}
     for kind, x in pairs.items():
-        out[kind] = x.double().histc(BINS, low, high).long().tolist()
+        counts, edges = x.double().histogram(BINS, range=(low, high))
+        out[kind] = counts.long().tolist()
+    out["edges"] = edges.tolist()
     return out
 
 
@@ -201,8 +203,8 @@ COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # as eval.metrics has th
 PARTS = {
     "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
             "the other rows."),
-    "first_captions": ("first captions, honest: ", "The released protocol is defined for one "
-                       "caption per video, and takes each video's first ({texts} texts); the "
+    "first_captions": ("first captions, honest: ", "The released protocol takes each video's "
+                       "first ({texts} texts), as it is defined for one caption per video; the "
                        "first rows are of all."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
                           "its own ground-truth caption, whatever the query. To compare with "
