@@ -81,7 +81,6 @@ COLOURS = _table("""
 """)
 FACTS = dict(sky=SKIES, ground=GROUNDS,
              shape=SHAPES, colour=COLOURS, shape2=SHAPES, colour2=COLOURS)
-WORDS = [[row[:2] for row in rows] for rows in FACTS.values()]
 FORMS = [
     "a {colour} {shape} and a {colour2} {shape2} {ground} {sky}",  # the warm-up's
     "a {colour} {shape} next to a {colour2} {shape2} {ground} {sky}",
@@ -139,7 +138,7 @@ def _paints(table, kinds):
 
 
 def _by_kind(pattern, kinds, x, y, *time):
-    """pattern(kind, x, y, time) of the pictures of each kind. kinds (n,) -> (n,S,S)."""
+    """pattern(kind, x, y, time) of the pictures of each kind. kinds (n,), y (n,H,...) -> (n,H,S)."""
     found = torch.empty(*y.shape[:2], x.shape[2])
     for kind in kinds.unique().tolist():
         rows, = torch.where(kinds == kind)
@@ -185,7 +184,7 @@ def _sky(kind, x, y, time):
 
 
 def _ground(kind, x, y, time):
-    """The amount of a ground's second colour. x (n,1,S), y (n,S,1), time (n,1,1) -> (n,S,S)."""
+    """The amount of a ground's second colour. x (n,1,S), y (n,H,1), time (n,1,1) -> (n,H,S)."""
     px = 2 / x.shape[2]
     match GROUNDS[kind][0]:
         case "on bricks":
@@ -215,12 +214,16 @@ def _draw_scenery(facts, x, y, time, px):
     sky = torch.lerp(top, low, low_part.clamp_(0, 1)).repeat(1, 1, 1, x.shape[2])
     amount = _by_kind(_sky, skies, x, y, time)
     sky.lerp_(third, amount.clamp_(0, 1))
+    # The horizon is never above .15: the rows before `first` have no ground.
+    first = int((y > .15 + px).all(0).sum())
+    y = y[:, first:]
     amount = _by_kind(_ground, grounds, x, y, time)
     ground = torch.lerp(*_paints(GROUNDS, grounds), amount.clamp_(0, 1))
     hills = torch.tensor([float(row[2]) for row in GROUNDS])[grounds]
     horizon = .02 + hills[:, None, None] * (2.2 * x + time / 4).sin()
     cover = (horizon - y) / px + .5
-    return sky.lerp_(ground, cover.clamp_(0, 1))
+    sky[:, :, first:].lerp_(ground, cover.clamp_(0, 1))
+    return sky
 
 
 def _outline(kind, x, y):
@@ -307,7 +310,7 @@ def draw_shots(facts, pose, size):
 
 def random_shots(n, generator):
     """-> facts (n,6) of n shots, and the pose (n,14) in which they are seen (`draw_shots`)."""
-    facts = [torch.randint(len(words), (n,), generator=generator) for words in WORDS]
+    facts = [torch.randint(len(rows), (n,), generator=generator) for rows in FACTS.values()]
     u = torch.rand(n, 14, generator=generator) * 2 - 1
     return torch.stack(facts, 1), MEAN + SPREAD * u
 
@@ -325,8 +328,8 @@ def _describe(facts, generator, forms, second):
     texts = []
     for form, mentioned, wording in zip(chosen, says.tolist(), wordings):
         words = {}
-        for name, choices, fact, k in zip(FACTS, WORDS, mentioned, wording):
-            words[name] = choices[fact][k] if fact >= 0 else ""
+        for (name, rows), fact, k in zip(FACTS.items(), mentioned, wording):
+            words[name] = rows[fact][k] if fact >= 0 else ""
         text = " ".join(forms[form].format(**words).split())
         text = text.replace(" ,", ",").strip(" ,")
         texts.append(re.sub(r"\ba (?=[aeiou])", "an ", text))
