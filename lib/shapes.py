@@ -138,7 +138,7 @@ def _paints(table, kinds):
 
 
 def _by_kind(pattern, kinds, x, y, *time):
-    """pattern(kind, x, y, time) of the pictures of each kind. kinds (n,), y (n,H,...) -> (n,H,S)."""
+    """pattern(kind, x, y, time) for the pictures of each kind. kinds (n,), y (n,H,1) -> (n,H,S)."""
     found = torch.empty(*y.shape[:2], x.shape[2])
     for kind in kinds.unique().tolist():
         rows, = torch.where(kinds == kind)
