@@ -38,7 +38,7 @@ def xpool_span(pool, t):
     scale. Let j run over the T*H pairs of a frame and a head, Wo_h be the columns of Wo that belong
     to the head, ũ be u minus its mean over D, and g, b be weight and bias of a LayerNorm. Then
 
-        u_j = Wo_h (Wv LN1(f_j) + bv)_h + bo/H
+        u_j = Wo_h (Wv LN1(f_j))_h + (Wo bv + bo)/H     as the a_j of a head add up to 1
 
         x = LN2(Σ_j a_j u_j)
           = Σ_j (a_j/s) g2·ũ_j + b2                     s² = |Σ_j a_j ũ_j|²/D + eps
@@ -55,16 +55,15 @@ def xpool_span(pool, t):
     H = pool.heads
     q = xpool_query(pool, t)                                # (H,N,D)
     # Two matrices in a row are one: a product less for every frame.
-    Wo = by_head(pool.out.weight.T, H).mT                   # (H,D,D/H)
-    Wu = Wo @ by_head(pool.v.weight, H)                     # (H,D,D)
-    bu = Wo @ by_head(pool.v.bias[:, None], H)              # (H,D,1)
-    bu = bu.squeeze(-1) + pool.out.bias / H
+    Wo = pool.out.weight.unflatten(1, (H, -1))              # (D,H,D/H)
+    Wv = pool.v.weight.unflatten(0, (H, -1))                # (H,D/H,D)
+    Wu = torch.einsum("dhe,hec->hdc", Wo, Wv).flatten(0, 1)
+    bu = pool.out(pool.v.bias).repeat(H) / H                # (H*D)
 
     def span(f):
         V, T, D = f.shape
         f = pool.ln1(f)
-        u = F.linear(f, Wu.flatten(0, 1), bu.flatten())
-        u = centred(u.view(V, T * H, D))
+        u = centred(F.linear(f, Wu, bu).view(V, T * H, D))
         b2 = pool.ln2.bias.expand(V, 1, D)
         x = torch.cat([pool.ln2.weight * u, b2], 1)
         z = x + x @ pool.linear.weight.T                    # (V,T*H+1,D), z_0 last
@@ -73,7 +72,7 @@ def xpool_span(pool, t):
         b3 = pool.ln3.bias.expand(V, 1, D)
         Z = torch.cat([pool.ln3.weight * z, b3], 1)
 
-        logits = dots(q.flatten(0, 1), f)                   # (V,T,H*N)
+        logits = f @ q.flatten(0, 1).T                      # (V,T,H*N)
         a = logits.view(V, T, H, -1).softmax(1)
         a = a.flatten(1, 2)                                 # (V,T*H,N)
         G = u @ u.mT / D
@@ -91,7 +90,7 @@ def xpool_query(pool, t):
     The bias of k adds one number to all logits of a query, which softmax does not see.
     """
     q = pool.split_heads(pool.q(pool.ln1(t)))               # (N,H,D/H)
-    Wk = by_head(pool.k.weight, pool.heads)                 # (H,D/H,D)
+    Wk = pool.k.weight.unflatten(0, (pool.heads, -1))       # (H,D/H,D)
     return torch.einsum("nhd,hde->hne", q, Wk) / math.sqrt(q.shape[-1])
 
 
@@ -104,7 +103,7 @@ def pool_few(pool, t, f):
     q = xpool_query(pool, t)
     a = torch.einsum("hnd,vtd->hnvt", q, f).softmax(-1)
     o = torch.einsum("hnvt,vtd->hnvd", a, f)
-    Wv = by_head(pool.v.weight, pool.heads)
+    Wv = pool.v.weight.unflatten(0, (pool.heads, -1))
     o = torch.einsum("hnve,hde->nvhd", o, Wv).flatten(2)
     x = pool.ln2(pool.out(o + pool.v.bias))
     return pool.ln3(x + pool.linear(x))
@@ -112,10 +111,7 @@ def pool_few(pool, t, f):
 
 def mean_span(pool, t):
     """The span of MeanPool: the mean frame, which counts once."""
-    def span(f):
-        Z = f.mean(1, keepdim=True)
-        return Z, t.new_ones(len(f), 1, len(t))
-    return span
+    return lambda f: (f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t)))
 
 
 def query_span(pool, t):
@@ -124,7 +120,7 @@ def query_span(pool, t):
 
     def span(f):
         Z = F.normalize(f, dim=-1)
-        logits = dots(t, Z) / 0.1
+        logits = Z @ t.T / 0.1
         return Z, logits.softmax(1)
     return span
 
@@ -133,20 +129,9 @@ def query_span(pool, t):
 SPANS = {XPool: xpool_span, MeanPool: mean_span, QueryPool: query_span}
 
 
-def by_head(x, H):
-    """(D,...) -> (H,D/H,...)."""
-    return x.unflatten(0, (H, -1))
-
-
 def centred(x):
     """x minus its mean over the last axis, as LayerNorm does it."""
     return x - x.mean(-1, keepdim=True)
-
-
-def dots(t, z):
-    """Dot products as one product of two matrices. t (N,D), z (V,K,D) -> (V,K,N)."""
-    V, K, _ = z.shape
-    return (z.flatten(0, 1) @ t.T).view(V, K, len(t))
 
 
 def form(G, a):
@@ -241,7 +226,7 @@ def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
     tau2 = cc + D * (std * R).square()
     tau2 = tau2.clamp_min(TINY)
     k = cv / tau2
-    gg = vv - 2 * k * cv + k.square() * cc
+    gg = vv - k * (2 * cv - k * cc)
     spread = std * R * gg.clamp_min(0).sqrt()
     return (cv + largest * spread) / (vv.clamp_min(TINY) * tau2).sqrt()
 
@@ -329,7 +314,7 @@ def best_of_pooled(t, f, pool, radius, noise):
 def best_of_span(t, f, span, radius, noise, wide):
     """Scores by coefficients, in tiles where R has width D. t (N,D), f (V,T,D) -> (V,N)."""
     Z, c = span(f)
-    tv = (dots(t, Z) * c).sum(1)                            # (V,N)
+    tv = (Z @ t.T * c).sum(1)                               # (V,N)
     vv = form(Z @ Z.mT, c).squeeze(1)                       # (V,N)
     tt = squared(t)                                         # (N)
     if noise is None:
@@ -377,7 +362,7 @@ def similarities(t, f, radius):
     if vars(type(radius)).get("of_mean"):
         f = f.mean(1, keepdim=True)
     t = F.normalize(t, dim=-1)
-    return dots(t, f).mT
+    return (f @ t.T).mT
 
 
 def fast_radius(radius):

@@ -27,6 +27,7 @@ from lib.page import (
     write_page,
 )
 from lib.video import Segment
+from tmass import cosine
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs that are looked at: a sample where there are more
@@ -39,45 +40,37 @@ RESAMPLES = 2000     # of a bootstrap
 def frame_diversity(f):
     """Mean cosine distance between two frames of a video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
-    total = F.normalize(f, dim=-1).sum(1)
-    # |Σ_j f_j|² = T + Σ_{j≠k} cos(f_j, f_k): no matrix of all pairs is needed.
-    return (T * T - total.square().sum(-1)) / max(1, T * (T - 1))
+    f = F.normalize(f, dim=-1)
+    # A frame is at no distance from itself, so the sum may run over the diagonal, too.
+    return (1 - f @ f.mT).sum((1, 2)) / max(1, T * (T - 1))
 
 
-def bootstrap(hits, video, generator):
-    """Recall in percent with 95 % intervals. hits (n,K), video (n,) -> K dict(value, low, high).
+def recall_intervals(ranks, video):
+    """Recall in percent with 95 % intervals. -> {R1, R5, R10: dict(value, low, high)}.
 
-    video: the number of each text's. Texts of one video are found or missed together, so it is
-    videos that are drawn anew, each with all its texts.
+    ranks (n,), video (n,): the number of each text's. Texts of one video are found or missed
+    together, so it is videos that are drawn anew, each with all its texts.
     """
-    hits = hits.double()
+    hits = torch.stack([ranks <= k for k in RECALLS], 1).double()
     group = video.unique(return_inverse=True)[1]
     texts = group.bincount().double()
     n = len(texts)
-    found = hits.new_zeros(n, hits.shape[1]).index_add(0, group, hits)
+    found = hits.new_zeros(n, len(RECALLS)).index_add(0, group, hits)
     rates = []
     # One draw at a time: all at once would need RESAMPLES numbers for each video.
     for _ in range(RESAMPLES):
-        drawn = torch.randint(n, (n,), generator=generator)
-        times = drawn.bincount(minlength=n).double()
+        times = torch.randint(n, (n,)).bincount(minlength=n).double()
         rates.append(times @ found / (times @ texts))
-    ends = hits.new_tensor([0.025, 0.975])
-    low, high = torch.stack(rates).quantile(ends, dim=0)
-    percent = 100 * torch.stack([hits.mean(0), low, high], 1)
-    return [dict(value=x, low=a, high=b) for x, a, b in percent.tolist()]
+    ends = torch.stack(rates).quantile(hits.new_tensor([0.025, 0.975]), dim=0)
+    table = 100 * torch.stack([hits.mean(0), *ends], 1)
+    rows = [dict(zip(("value", "low", "high"), row)) for row in table.tolist()]
+    return {f"R{k}": row for k, row in zip(RECALLS, rows)}
 
 
-def recall_intervals(ranks, video, generator):
-    """ranks (n,) and the video of each text (n,) -> {R1, R5, R10: dict(value, low, high)}."""
-    hits = torch.stack([ranks <= k for k in RECALLS], 1)
-    found = bootstrap(hits, video, generator)
-    return {f"R{k}": x for k, x in zip(RECALLS, found)}
+def thirds(values, ranks, video, point_hits):
+    """R@1 by third of the texts' values, with samples and without. All (N,) -> list of dict.
 
-
-def thirds(values, hits, video, generator):
-    """R@1 by third of the texts' values; equal values stay together. -> list of dict.
-
-    values (N,), video (N,), hits (N,2): of the samples, of the point text.
+    Texts of equal values stay together.
     """
     bounds = values.quantile(values.new_tensor([1 / 3, 2 / 3]))
     third = torch.bucketize(values, bounds)
@@ -86,27 +79,27 @@ def thirds(values, hits, video, generator):
         chosen = third == k
         inside = values[chosen].tolist()
         if inside:  # it is empty where too many texts have the same value
-            samples, point = bootstrap(hits[chosen], video[chosen], generator)
-            samples["R1"] = samples.pop("value")
-            rows.append(dict(
-                samples,
-                third=name,
-                least=min(inside),
-                most=max(inside),
-                texts=len(inside),
-                R1_point=point["value"],
-            ))
+            row = recall_intervals(ranks[chosen], video[chosen])["R1"]
+            row["R1"] = row.pop("value")
+            row["R1_point"] = percent(point_hits[chosen])
+            row.update(third=name, least=min(inside), most=max(inside), texts=len(inside))
+            rows.append(row)
     return rows
 
 
-def irrelevant_pairs(owner, V, generator):
+def percent(hits):
+    return 100 * hits.double().mean().item()
+
+
+def irrelevant_pairs(owner, V):
     """Texts and videos that don't belong together, MOST_PAIRS at most. owner (N,) -> i, j (P,)."""
     others = max(1, V - 1)
     count = len(owner) * (V - 1)
     # The pairs are numbered text by text, each text's from the video after its own on.
-    number = torch.arange(min(count, MOST_PAIRS))
     if count > MOST_PAIRS:
-        number = torch.randint(count, (MOST_PAIRS,), generator=generator)
+        number = torch.randint(count, (MOST_PAIRS,))
+    else:
+        number = torch.arange(count)
     i = number // others
     j = (owner[i] + 1 + number % others) % V
     return i, j
@@ -116,10 +109,8 @@ def radius_l1(model, t, f, i, j):
     """|R_ij|₁ of pairs (i, j). t (N,D), f (V,T,D), i, j (P,) -> (P,), on the CPU."""
     sizes = []
     for texts, videos in zip(i.split(2048), j.split(2048)):
-        S = F.cosine_similarity(t[texts, None], f[videos], dim=-1)  # (P,T)
-        # A radius that is the same for all dimensions is (P,1).
-        R = model.radius(S).expand(len(S), t.shape[1])
-        sizes.append(R.norm(1, dim=-1).cpu())
+        R = model.radius(cosine(t[texts, None], f[videos]))  # (P,D), or (P,1): one for all D
+        sizes.append(t.shape[1] * R.abs().mean(-1).cpu())
     return torch.cat(sizes)
 
 
@@ -147,61 +138,57 @@ def histogram(pairs):
     if high - low < 1e-6 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
-    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    out = dict(edges=edges.tolist())
+    out = {}
     for kind, x in pairs.items():
-        counts = torch.histc(x.double(), BINS, low, high)
+        counts, edges = x.double().histogram(BINS, range=(low, high))
         out[kind] = counts.long().tolist()
+    out["edges"] = edges.tolist()
     return out
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])
 def analyze(model, scored, t2v, v2t):
     """What the scores are made of. An eval.Scored, its ranks t2v (N,) and v2t (V,) -> plain dict.
 
     intervals: of recall. relevant: pairs of a text and its own video; irrelevant: all others, or a
     seeded sample; of both cos(t, v) of the point text, cos(t_s, v) of the best sample as in sims,
-    |R|₁. complexity, length: R@1 by third of the texts, with samples and without.
+    |R|₁. complexity: R@1 by third of the texts, with samples and without.
     """
-    t, f, sims, ann, *_ = scored
+    t, f, sims, ann, _, scoring = scored
+    trials, seed, _ = scoring.values()
     sims = sims.cpu()
-    trials, seed, _ = scored.scoring.values()
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     owner = torch.tensor(ann.owner)
     N, V = sims.shape
     # cos(t, v), which is what sims are where nothing is sampled.
-    point = sims
-    if trials:
-        point = exact.score(model, t, f, trials=0).cpu()
+    point = exact.score(model, t, f, trials=0).cpu() if trials else sims
     out = dict(trials=trials, seed=seed)
     described = owner.unique()  # a video without captions has no v2t rank
-    out["intervals"] = dict(t2v=recall_intervals(t2v, owner, generator),
-                            v2t=recall_intervals(v2t[described], described, generator))
+    out["intervals"] = dict(t2v=recall_intervals(t2v, owner),
+                            v2t=recall_intervals(v2t[described], described))
 
     pairs = dict(relevant=(torch.arange(N), owner),
-                 irrelevant=irrelevant_pairs(owner, V, generator))
+                 irrelevant=irrelevant_pairs(owner, V))
     best = {}
     size = {}
     for kind, (i, j) in pairs.items():
         best[kind] = sims[i, j]
         size[kind] = radius_l1(model, t, f, i, j)
-        beats = 100.0 * (best[kind] > point[i, j])
         out[kind] = dict(
             pairs=len(i),
             point=spread(point[i, j]),
             best=spread(best[kind]),
             radius=spread(size[kind]),
-            best_beats_point=spread(beats)["mean"],
+            best_beats_point=percent(best[kind] > point[i, j]) if len(i) else None,
             sampled=kind == "irrelevant" and N * (V - 1) > MOST_PAIRS,
         )
     out["histograms"] = dict(similarity=histogram(best), radius=histogram(size))
 
-    hits = torch.stack([t2v <= 1, margins(point, owner) > 0], 1)
-    out["point_R1"] = 100 * hits[:, 1].double().mean().item()
-    diversity = frame_diversity(f).cpu()
-    words = [len(caption.split()) for caption in ann.captions]
-    out["complexity"] = thirds(diversity[owner], hits, owner, generator)
-    out["length"] = thirds(torch.tensor(words).float(), hits, owner, generator)
+    point_hits = margins(point, owner) > 0
+    out["point_R1"] = percent(point_hits)
+    diversity = frame_diversity(f).cpu()[owner]
+    out["complexity"] = thirds(diversity, t2v, owner, point_hits)
     return out
 
 
@@ -212,10 +199,20 @@ def analyze(model, scored, t2v, v2t):
 
 WAYS = {"t2v": "t2v", "v2t": "v2t, max over captions"}
 COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # as eval.metrics has them
+# Parts of a result beside its own metrics: how their rows begin, and what must be said of them.
+PARTS = {
+    "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
+            "the other rows."),
+    "first_captions": ("first captions, honest: ", "The released protocol takes each video's "
+                       "first ({texts} texts), as it is defined for one caption per video; the "
+                       "first rows are of all."),
+    "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
+                          "its own ground-truth caption, whatever the query. To compare with "
+                          "published numbers only. (There, each pair has noise of its own.)"),
+}
 PAIR_ROWS = {"point": ("cos(t, v), point text", 3), "best": ("cos(t_s, v), best sample", 3),
              "radius": ("|R|₁, radius of the text mass", 1)}
-THIRDS = {"complexity": ("video complexity (frame diversity)", 3),
-          "length": ("caption length (words)", 0)}
+COMPLEXITY = "video complexity (frame diversity)"
 
 
 def number(x, digits=1):
@@ -224,12 +221,13 @@ def number(x, digits=1):
 
 def metrics_table(result):
     """All metrics of a result of eval.summarise."""
-    parts = {"": result, "DSL ": result.get("dsl"),
-             "first captions, honest: ": result.get("first_captions"),
-             "LEAKING ": result.get("released_protocol")}
+    parts = {"": result}
+    for key, (label, _) in PARTS.items():
+        if key in result:
+            parts[label] = result[key]
     rows = []
     for label, part in parts.items():
-        for way, name in WAYS.items() if part else ():
+        for way, name in WAYS.items():
             cells = [f"{x:g}" if k == "MdR" else f"{x:.1f}" for k, x in part[way].items()]
             rows.append([label + name, *cells])
     return ["", *COLUMNS], rows
@@ -237,18 +235,8 @@ def metrics_table(result):
 
 def metrics_notes(result):
     """What must be said of a result's rows."""
-    notes = []
-    if "dsl" in result:
-        notes.append("DSL is transductive: it uses all queries at once. It is not comparable with "
-                     "the other rows.")
-    if "released_protocol" in result:
-        notes.append("LEAKING: the released protocol scores a video as pooled by its own "
-                     "ground-truth caption, whatever the query. To compare with published numbers "
-                     "only. (There, each pair has noise of its own.)")
-    if "first_captions" in result:
-        notes.append("It is defined for one caption per video, and takes each video's first "
-                     f"({result['released_protocol']['texts']} texts); the first rows are of all.")
-    return notes
+    released = result.get("released_protocol", {})
+    return [note.format(**released) for key, (_, note) in PARTS.items() if key in result]
 
 
 def intervals_table(a):
@@ -261,43 +249,46 @@ def intervals_table(a):
 
 def pairs_table(a):
     """Relevant beside irrelevant pairs."""
-    kinds = (a["relevant"], a["irrelevant"])
+    kinds = ("relevant", "irrelevant")
     rows = []
     for key, (label, digits) in PAIR_ROWS.items():
-        pair = [kind[key] for kind in kinds]
-        cells = [f"{number(x['mean'], digits)} ± {number(x['std'], digits)}" for x in pair]
+        pair = [a[kind][key].values() for kind in kinds]
+        cells = [f"{number(mean, digits)} ± {number(std, digits)}" for mean, std in pair]
         rows.append([label, *cells])
-    beats = [number(kind["best_beats_point"]) for kind in kinds]
+    beats = [number(a[kind]["best_beats_point"]) for kind in kinds]
     rows.append(["best sample beats point text, %", *beats])
-    return ["mean ± std", "relevant", "irrelevant"], rows
+    return ["mean ± std", *kinds], rows
 
 
-def thirds_table(a, key):
+def thirds_table(a):
     """R@1 by third of the texts."""
-    label, digits = THIRDS[key]
     rows = []
-    for x in a[key]:
-        values = f"{x['third']}: {x['least']:.{digits}f} to {x['most']:.{digits}f}"
-        interval = f"[{x['low']:.1f}, {x['high']:.1f}]"
-        rows.append([values, str(x["texts"]), f"{x['R1']:.1f}", interval, f"{x['R1_point']:.1f}"])
-    return [f"t2v R@1 by {label}", "texts", "R@1", "95 %", "point text"], rows
+    for x in a["complexity"]:
+        rows.append([
+            f"{x['third']}: {x['least']:.3f} to {x['most']:.3f}",
+            str(x["texts"]),
+            f"{x['R1']:.1f}",
+            f"[{x['low']:.1f}, {x['high']:.1f}]",
+            f"{x['R1_point']:.1f}",
+        ])
+    return [f"t2v R@1 by {COMPLEXITY}", "texts", "R@1", "95 %", "point text"], rows
 
 
 def text_table(heads, rows):
     """A table for the terminal: the first column to the left, the others to the right."""
-    first, *others = zip(heads, *rows)
-    width = max(map(len, first))
-    lines = [cell.ljust(width) for cell in first]
-    for column in others:
+    lines = [""] * (1 + len(rows))
+    align = str.ljust
+    for column in zip(heads, *rows):
         width = max(map(len, column)) + 2
-        lines = [line + cell.rjust(width) for line, cell in zip(lines, column)]
+        lines = [line + align(cell, width) for line, cell in zip(lines, column)]
+        align = str.rjust
     return "\n".join(lines)
 
 
 def metrics_text(result):
     """The result of eval.summarise for the terminal."""
-    table = text_table(*metrics_table(result))
-    lines = [f"{result['texts']} texts, {result['videos']} videos", table]
+    lines = [f"{result['texts']} texts, {result['videos']} videos"]
+    lines.append(text_table(*metrics_table(result)))
     for note in metrics_notes(result):
         lines.append(textwrap.fill(note, 98))
     return "\n".join(lines)
@@ -312,12 +303,9 @@ def about_pairs(a):
 
 def analysis_text(a):
     """The result of `analyze` for the terminal."""
-    intervals = text_table(*intervals_table(a))
-    pairs = text_table(*pairs_table(a))
-    parts = [intervals, f"{about_pairs(a)}\n{pairs}"]
-    for key in THIRDS:
-        parts.append(text_table(*thirds_table(a, key)))
-    return "\n\n".join(parts)
+    tables = [table(a) for table in (intervals_table, pairs_table, thirds_table)]
+    intervals, pairs, complexity = (text_table(*table) for table in tables)
+    return f"{intervals}\n\n{about_pairs(a)}\n{pairs}\n\n{complexity}"
 
 
 # ---- pages ----
@@ -332,7 +320,7 @@ def segment_name(segment):
     return f"{name} ({segment.start or 0:g} s to {end})"
 
 
-def choose_queries(sims, owner, t2v, each, seed):
+def choose_queries(sims, owner, t2v, seed):
     """Best, worst and random texts, of one video each. sims (N,V) -> {title: texts}.
 
     Best and worst are so by rank, then by the margin to the best wrong video.
@@ -343,21 +331,21 @@ def choose_queries(sims, owner, t2v, each, seed):
     missed = [i for i in reversed(best) if rank[i] > 1]
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(rank), generator=generator).tolist()
-    wanted = {"Best": (best, each), "Worst": (missed, each), "Random": (shuffled, 2 * each)}
     chosen = {}
     seen = set()  # videos: no card shows the answer of another one
-    for title, (texts, count) in wanted.items():
+    for title, texts, most in (("Best", best, 2), ("Worst", missed, 2), ("Random", shuffled, 4)):
         chosen[title] = []
         for i in texts:
             video = owner[i].item()
-            if len(chosen[title]) < count and video not in seen:
+            if len(chosen[title]) < most and video not in seen:
                 chosen[title].append(i)
                 seen.add(video)
     return chosen
 
 
-def moment(path, folder, seconds, label):
-    """A link from a page in a folder to a moment of a video file. label: text. -> HTML."""
+def moment(path, page_path, seconds, label):
+    """A link from a page to a moment of a video file. label: text. -> HTML."""
+    folder = os.path.dirname(os.path.abspath(page_path))
     # The bytes of the name: it need not be Unicode.
     link = os.fsencode(os.path.relpath(path, folder))
     return f'<a href="{quote(link)}#t={seconds:g}">{esc(label)}</a>'
@@ -369,8 +357,8 @@ def mass_figure(i, model, scored):
     found = scored.sims[i].argsort(descending=True).tolist()
     found.remove(right)
     # With one video alone there is no wrong one, and nothing to compare.
-    trials, seed, _ = scored.scoring.values()
     f = scored.f[[right, *found[:1]]]
+    trials, seed, _ = scored.scoring.values()
     points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
     if points is None:
         return ""
@@ -379,14 +367,15 @@ def mass_figure(i, model, scored):
     return draw_mass(points) + table
 
 
-def query_card(i, sims, ann, rank, top, pictures, folder, mass=""):
+def query_card(i, scored, rank, top, pictures, page_path, mass=""):
     """The best videos of text i, then the right one where it is not among them. -> HTML.
 
-    pictures: segment -> HTML. folder: of the page. mass: what `mass_figure` gives.
+    pictures: segment -> HTML. mass: what `mass_figure` gives.
     """
+    sims = scored.sims[i]
+    ann = scored.ann
     right = ann.owner[i]
-    top = min(top, sims.shape[1])
-    found = sims[i].topk(top).indices.tolist()
+    found = sims.topk(min(top, len(sims))).indices.tolist()
     # Pairs, not a dict: a rank among ties may be the place of another video.
     places = list(enumerate(found, 1))
     if right not in found:
@@ -394,30 +383,30 @@ def query_card(i, sims, ann, rank, top, pictures, folder, mass=""):
     rows = ""
     for place, v in places:
         segment = ann.segments[v]
-        name = moment(segment.path, folder, segment.start or 0, segment_name(segment))
+        name = moment(segment.path, page_path, segment.start or 0, segment_name(segment))
         css = ""
         if v == right:
             css = "right"
             name = f'<span class="mark">✓ the right video</span> {name}'
-        rows += hit(pictures(segment), place, sims[i, v].item(), name, css)
+        rows += hit(pictures(segment), place, sims[v].item(), name, css)
     ties = " (ties averaged)" if rank % 1 else ""
     return (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4><p class="soft">'
-            f"right video: rank {rank:g} of {sims.shape[1]}{ties}</p><ol>{rows}</ol>"
+            f"right video: rank {rank:g} of {len(sims)}{ties}</p><ol>{rows}</ol>"
             f"{mass}</article>")
 
 
-def query_cards(model, scored, t2v, folder):
+def query_cards(model, scored, t2v, page_path):
     """The best videos of chosen texts, and their masses. -> HTML."""
-    sims = scored.sims.cpu()
-    ann = scored.ann
-    queries = choose_queries(sims, torch.tensor(ann.owner), t2v, 2, scored.scoring["seed"])
+    scored = scored._replace(sims=scored.sims.cpu())
+    owner = torch.tensor(scored.ann.owner)
     pictures = functools.cache(strip)  # no video is decoded twice
     body = ""
-    for title, texts in queries.items():
+    chosen = choose_queries(scored.sims, owner, t2v, scored.scoring["seed"])
+    for title, texts in chosen.items():
         cards = ""
         for i in texts:
             mass = mass_figure(i, model, scored)
-            cards += query_card(i, sims, ann, t2v[i].item(), 5, pictures, folder, mass)
+            cards += query_card(i, scored, t2v[i].item(), 5, pictures, page_path, mass)
         if cards:
             body += f'<h3>{title}</h3><div class="cards">{cards}</div>'
     return body
@@ -433,8 +422,6 @@ def figures(pictures):
 
 def write_report(path, model, result, a, scored, t2v, log):
     """The page of an evaluation. a: of `analyze`; t2v (N,): the ranks; log: path of train.py's."""
-    folder = os.path.dirname(os.path.abspath(path))
-    heads, rows = metrics_table(result)
     notes = ""
     for note in metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
@@ -445,10 +432,9 @@ def write_report(path, model, result, a, scored, t2v, log):
     samples = f"{a['trials']} samples"
     if result["expected"]:
         samples = f"best of {a['trials']} on average"
-    groups = {}
-    for key, (label, _) in THIRDS.items():
-        groups[f"t2v R@1 by {label}"] = thirds_chart(a[key], label, samples)
-    body = f"""<section><h2>Metrics</h2>{html_table(heads, rows)}{notes}
+    chart = thirds_chart(a["complexity"], COMPLEXITY, samples)
+    complexity = figures({f"t2v R@1 by {COMPLEXITY}": chart})
+    body = f"""<section><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
 <p class="soft">Recall in percent. The intervals are those of a bootstrap over videos, each with all
 its texts (seed {a['seed']}): they say nothing about other training seeds.</p>
 {html_table(*intervals_table(a))}</section>
@@ -457,13 +443,13 @@ the right one; where it is further down, it comes last with its rank. The mass i
 the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
 samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide one, add up to
 what the best of {a['trials']} samples is on average.</p>
-{query_cards(model, scored, t2v, folder)}</section>
+{query_cards(model, scored, t2v, path)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
 <p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
-texts: R@1 {a['point_R1']:.1f}).</p>{figures(groups)}</section>"""
+texts: R@1 {a['point_R1']:.1f}).</p>{complexity}</section>"""
     curves = training_charts(log)
     if curves:
         body += f"<section><h2>Training</h2>{figures(curves)}</section>"
@@ -474,7 +460,6 @@ texts: R@1 {a['point_R1']:.1f}).</p>{figures(groups)}</section>"""
 
 def write_search_report(path, found, settings):
     """The page of a search. found: {query: [dict(rank, score, file, at, start, end)]}."""
-    folder = os.path.dirname(os.path.abspath(path))
     cards = ""
     for query, results in found.items():
         rows = ""
@@ -482,7 +467,7 @@ def write_search_report(path, found, settings):
             segment = Segment(x["file"], x["start"], x["end"])
             images = strip(segment, settings.get("frames", 12), x["at"])
             label = f"{x['file']} at {clock(x['at'])}"
-            name = moment(x["file"], folder, x["at"], label)
+            name = moment(x["file"], path, x["at"], label)
             rows += hit(images, x["rank"], x["score"], name)
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")

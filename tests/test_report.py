@@ -99,7 +99,7 @@ def test_analysis_against_literal_loops():
     json.dumps(a, allow_nan=False)
 
 
-def test_complexity_and_length_against_literal_loops():
+def test_complexity_against_literal_loops():
     model = make_model()
     t, f, ann = features()
     a, sims = analyze(model, t, f, ann)
@@ -110,19 +110,25 @@ def test_complexity_and_length_against_literal_loops():
     torch.testing.assert_close(report.frame_diversity(f), torch.tensor(diversity))
     assert report.frame_diversity(f[:, :1]).abs().max() < 1e-6
     rank = ev.ranks(sims, ann.owner)[0].tolist()
-    values = {"complexity": [diversity[v] for v in ann.owner],
-              "length": [len(caption.split()) for caption in ann.captions]}
-    for key, of_texts in values.items():
-        assert sum(row["texts"] for row in a[key]) == len(t) and len(a[key]) == 3
-        end = -1.
-        for row in a[key]:
-            assert end < row["least"] <= row["most"]  # in order, and no value in two thirds
-            end = row["most"]
-            low, high = row["least"] - 1e-5, row["most"] + 1e-5
-            inside = [i for i, x in enumerate(of_texts) if low <= x <= high]
-            assert len(inside) == row["texts"]
-            hits = sum(rank[i] <= 1 for i in inside)
-            assert row["R1"] == pytest.approx(100 * hits / len(inside))
+    of_texts = [diversity[v] for v in ann.owner]
+    assert sum(row["texts"] for row in a["complexity"]) == len(t) and len(a["complexity"]) == 3
+    end = -1.
+    for row in a["complexity"]:
+        assert end < row["least"] <= row["most"]  # in order, and no value in two thirds
+        end = row["most"]
+        low, high = row["least"] - 1e-5, row["most"] + 1e-5
+        inside = [i for i, x in enumerate(of_texts) if low <= x <= high]
+        assert len(inside) == row["texts"]
+        hits = sum(rank[i] <= 1 for i in inside)
+        assert row["R1"] == pytest.approx(100 * hits / len(inside))
+
+
+def test_a_third_may_be_empty():
+    """Where most texts have the same value, they stay together."""
+    values = torch.tensor([1., 1, 1, 1, 2])
+    rows = report.thirds(values, torch.ones(5), torch.arange(5), torch.ones(5))
+    assert [(row["third"], row["texts"]) for row in rows] == [("low", 4), ("high", 1)]
+    assert all(row["R1"] == row["R1_point"] == 100 for row in rows)
 
 
 def test_intervals_of_the_analysis():
@@ -139,7 +145,8 @@ def test_intervals_of_the_analysis():
 
 
 def bootstrap(hits, video, seed=0):
-    found, = report.bootstrap(hits[:, None], video, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    found = report.recall_intervals(2 - hits.long(), video)["R1"]
     return found["value"], found["low"], found["high"]
 
 
@@ -452,8 +459,9 @@ def test_a_tied_rank_hides_no_video():
     for V in (5, 6):
         segments = [video.Segment(f"{v}.mp4") for v in range(V)]
         ann = data.Annotations(segments, ["a"], [V - 1])
+        scored = ev.Scored(None, None, torch.ones(1, V), ann, [], {})
         rank = (V + 1) / 2
-        page = Page(report.query_card(0, torch.ones(1, V), ann, rank, 4, lambda segment: "", "."))
+        page = Page(report.query_card(0, scored, rank, 4, lambda segment: "", "p.html"))
         assert [text.split()[0] for _, text in page.hits[:4]] == ["1", "2", "3", "4"]
         assert sum(css == "right" for css, _ in page.hits) == 1
         assert ("ties averaged" in page.text) == (V == 6)
@@ -468,7 +476,7 @@ def test_queries_chosen():
     t2v = ev.ranks(sims, owner)[0]
 
     def choose(seed):
-        return report.choose_queries(sims, owner, t2v, 2, seed)
+        return report.choose_queries(sims, owner, t2v, seed)
     best, worst, random = choose(5).values()
     assert best[0] == 4 and worst == [7] and len(random) == 4
     assert len({*best, *worst, *random}) == 7
