@@ -64,7 +64,7 @@ class Job(NamedTuple):
     @contextlib.contextmanager
     def first_alone(self):
         """Process 0 runs the block before the others do: it may download or render."""
-        if self.world > 1 and self.rank > 0:
+        if self.rank > 0:
             dist.barrier()
         yield
         if self.world > 1 and self.rank == 0:
@@ -115,11 +115,11 @@ def start_processes(device):
         return Job(device=torch.device(device))
     if not dist.is_initialized():
         try:
-            store, rank, world = next(rendezvous("env://"))  # this waits 30 minutes at most
-            place = dict(store=store, rank=rank, world_size=world)
+            store, *_ = next(rendezvous("env://"))  # this waits 30 minutes at most
             backend = "nccl" if device.startswith("cuda") else "gloo"
             with _stdout_to_stderr():
-                dist.init_process_group(backend, timeout=PATIENCE, **place)
+                dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank,
+                                        world_size=world)
         except (RuntimeError, ValueError) as e:
             raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them "
                             "with torchrun, or unset RANK and WORLD_SIZE to run alone") from e
@@ -130,16 +130,14 @@ def start_processes(device):
 def _stdout_to_stderr():
     """What is printed inside goes to standard error: gloo of PyTorch 2.8 prints whom it found."""
     sys.stdout.flush()
-    stdout = None
-    with contextlib.suppress(OSError):  # one of the two is closed
-        stdout = os.dup(1)
-        os.dup2(2, 1)
+    # Both are open: `program` has seen to that.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
         yield
     finally:
-        if stdout is not None:
-            os.dup2(stdout, 1)
-            os.close(stdout)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _place_in_job():
@@ -170,8 +168,8 @@ def _try_device(device):
 
 def process_died(error):
     """Whether an error says that another process of the job is gone, as gloo or NCCL put it."""
-    text = f"{type(error)} {error}"
-    return dist.is_initialized() and re.search("torch.distributed|gloo|nccl|peer", text, re.I)
+    said = re.search("torch.distributed|gloo|nccl|peer", f"{type(error)} {error}", re.IGNORECASE)
+    return dist.is_initialized() and said
 
 
 def run(main):
@@ -249,7 +247,7 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     list or tuple. Every way out of the block ends the workers within seconds. A worker that dies
     (out of memory, a crash in a codec) is a DataError, which names the video by `was_reading`.
     """
-    pool = []
+    pool = {}  # the pipe through which a worker hands its batches over: that process
     ending = multiprocessing.RawValue("b", 0)
     source = (dataset, batches, collate)
     if os.name == "nt":  # Windows has neither descriptors to send nor signals to hold back
@@ -274,7 +272,15 @@ def _start(pool, workers, ending, source):
     try:
         with _explaining("workers can't be started"):
             for k in range(workers):
-                pool.append(_Worker(context, (k, workers), ending, source))
+                pipe, other_end = multiprocessing.Pipe()
+                arguments = ((k, workers), ending, pipe, other_end, source)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                pool[pipe] = process
+                other_end.close()  # now the end of the process is the end of the pipe
+                # It may have died: that is seen where its batch is waited for.
+                with contextlib.suppress(ConnectionError):
+                    pipe.send(None)  # asks for the first batch
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -290,19 +296,6 @@ def _context():
     if threads and multiprocessing.get_start_method() == "fork":
         method = "forkserver"
     return multiprocessing.get_context(method)
-
-
-class _Worker:
-    """A process that reads every n-th batch, and the pipe through which it hands them over."""
-
-    def __init__(self, context, place, ending, source):
-        self.pipe, other_end = multiprocessing.Pipe()
-        arguments = (place, ending, self.pipe, other_end, source)
-        self.process = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        other_end.close()  # now the end of the process is the end of the pipe
-        with contextlib.suppress(ConnectionError):  # it died: seen where its batch is waited for
-            self.pipe.send(None)  # asks for the first batch
 
 
 def _work(place, ending, main_end, pipe, source):
@@ -363,30 +356,29 @@ def _receive(pool, dataset, in_order):
     """Yield the batches of all workers, in turn or as they are ready."""
     at_work = list(pool)
     while at_work:
-        worker = _wait(at_work[:1] if in_order else at_work)
+        pipe = _wait(at_work[:1] if in_order else at_work)
         try:
             with _explaining("a batch can't be received"):
-                message = _received(worker.pipe)
+                message = _received(pipe)
                 if isinstance(message, list):
-                    worker.pipe.send(None)  # asks for the one after it
+                    pipe.send(None)  # asks for the one after it
         except (EOFError, ConnectionError) as e:
-            raise _death(worker.process, dataset) from e
-        at_work.remove(worker)
+            raise _death(pool[pipe], dataset) from e
+        at_work.remove(pipe)
         if isinstance(message, list):
-            at_work.append(worker)  # behind the others
+            at_work.append(pipe)  # behind the others
             yield message
         elif message is not None:
             raise message
 
 
-def _wait(workers):
-    """Wait for a message. -> the first of the workers that has one, or has died."""
+def _wait(pipes):
+    """Wait for a message. -> a pipe that has one, or whose worker has died."""
     began = time.monotonic()
-    pipes = [worker.pipe for worker in workers]
     while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
             raise Stopped(_noted[0])
-    return workers[pipes.index(ready[0])]
+    return ready[0]
 
 
 def _death(process, dataset):
@@ -417,14 +409,14 @@ def _end(pool, ending):
     ending.value = 1
     deadline = time.monotonic() + GRACE
     try:
-        for worker in pool:
-            worker.process.terminate()
-        for worker in pool:
-            worker.process.join(max(0, deadline - time.monotonic()))
+        for process in pool.values():
+            process.terminate()
+        for process in pool.values():
+            process.join(max(0, deadline - time.monotonic()))
     finally:
-        for worker in pool:
-            worker.process.kill()
-            worker.process.join(GRACE)
+        for process in pool.values():
+            process.kill()
+            process.join(GRACE)
 
 
 def _pinned(batches):
@@ -460,13 +452,14 @@ class _Elsewhere(NamedTuple):
 
 def _send(pipe, batch):
     """Hand a batch over, a list or tuple."""
-    parts = list(batch)
+    message = []
     files = []
-    for i, part in enumerate(parts):
+    for part in batch:
         if torch.is_tensor(part) and part.nbytes:
             files.append(_memory_of(part))
-            parts[i] = _Elsewhere(part.dtype, part.shape)
-    pipe.send(parts)
+            part = _Elsewhere(part.dtype, part.shape)
+        message.append(part)
+    pipe.send(message)
     for file in files:
         reduction.send_handle(pipe, file.fileno(), None)
         file.close()
