@@ -55,8 +55,8 @@ def cure(error):
 
 def first_line(error):
     """What an error says, without the stack that torch appends; its type if it says nothing."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0]
 
 
 # ---- options and numbers ----

@@ -8,6 +8,7 @@ import torch
 
 import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
+from lib.validate import MISTAKES
 from lib.video import Segment
 from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
@@ -127,7 +128,7 @@ def read_features(path, model):
         sizes = len(owner), len(captions), len(segments), len(owner.bincount(minlength=V))
         if sizes != (N, N, V, V):
             raise ValueError(f"it has N, N, V, V = {sizes}")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MISTAKES as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
                         "numbers of the texts' videos, of the D, and the T if the radius is "
                         f"linear, of --ckpt: {first_line(error)}") from None

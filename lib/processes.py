@@ -2,7 +2,6 @@
 import contextlib
 import datetime
 import itertools
-import mmap
 import multiprocessing
 import os
 import re
@@ -104,16 +103,16 @@ PATIENCE = datetime.timedelta(days=7)
 def start_processes(device):
     """Join the job that torchrun started, if it did. -> Job. Raises DataError where that fails."""
     rank, world = _place_in_job()
-    if world > 1 and device.startswith("cuda:"):
-        raise DataError(f"--device {device} puts {world} processes on one GPU: give --device cuda")
-    if world > 1 and device.startswith("mps"):
-        raise DataError("--device mps serves one process: start it without torchrun")
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    if world > 1:
+        if device.startswith("cuda:"):
+            raise DataError(f"--device {device} puts {world} processes on one GPU: give --device "
+                            "cuda")
+        if device.startswith("mps"):
+            raise DataError("--device mps serves one process: start it without torchrun")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     _try_device(device)
-    if world == 1:
-        return Job(device=torch.device(device))
-    if not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         try:
             store, *_ = next(rendezvous("env://"))  # this waits 30 minutes at most
             backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -441,53 +440,27 @@ def _pinned(batches):
         thread.shutdown(wait=False)  # it ends when the workers have ended
 
 
-# A tensor is copied once, to memory of its own whose descriptor follows the message. That memory
-# outlives the worker, and counts in no /dev/shm.
-
-class _Elsewhere(NamedTuple):
-    """What stands for a tensor in a message."""
-    dtype: torch.dtype
-    shape: tuple
-
+# A batch goes through a file that is memory, whose descriptor follows the message: tensors are
+# copied once, outlive the worker, and count in no /dev/shm.
 
 def _send(pipe, batch):
     """Hand a batch over, a list or tuple."""
-    message = []
-    files = []
-    for part in batch:
-        if torch.is_tensor(part) and part.nbytes:
-            files.append(_memory_of(part))
-            part = _Elsewhere(part.dtype, part.shape)
-        message.append(part)
-    pipe.send(message)
-    for file in files:
-        reduction.send_handle(pipe, file.fileno(), None)
-        file.close()
-
-
-def _memory_of(tensor):
-    """A copy of a tensor in a file that is memory, or may become so."""
     if hasattr(os, "memfd_create"):
-        file = open(os.memfd_create("batch"), "r+b", buffering=0)
+        file = open(os.memfd_create("batch"), "wb")
     else:  # macOS
-        file = tempfile.TemporaryFile(buffering=0)
-    os.ftruncate(file.fileno(), tensor.nbytes)
-    _mapped(file, tensor).copy_(tensor)
-    return file
-
-
-def _mapped(file, kind):
-    """The tensor in such a file. kind: its dtype and shape."""
-    memory = mmap.mmap(file.fileno(), 0)
-    return torch.frombuffer(memory, dtype=kind.dtype).view(kind.shape)
+        file = tempfile.TemporaryFile()
+    with file:
+        torch.save(batch, file)
+        file.seek(0)
+        pipe.send(True)
+        reduction.send_handle(pipe, file.fileno(), None)
 
 
 def _received(pipe):
     """The batch that `_send` sent, as a list; or None, or an exception."""
     message = pipe.recv()
-    if isinstance(message, list):
-        for i, part in enumerate(message):
-            if isinstance(part, _Elsewhere):
-                with open(reduction.recv_handle(pipe), "r+b") as file:
-                    message[i] = _mapped(file, part)
+    if message is True:
+        with open(reduction.recv_handle(pipe), "rb") as file:
+            name = f"/dev/fd/{file.fileno()}"
+            message = list(torch.load(name, weights_only=False, mmap=True))
     return message

@@ -41,6 +41,7 @@ def usable(path):
 COUNT = (int, 0, 2 ** 62)
 AMOUNT = (int, 1, 1000)
 WEIGHT = ((int, float), 0, 1e6)
+SHARE = ((int, float), 0, 1)
 FLAG = (bool,)
 TEXT = (str,)
 # What a checkpoint of ours says beside its tensors: the names, their type, least and most.
@@ -48,13 +49,13 @@ SETTINGS = {
     "clip": {
         "quick_gelu": FLAG,
         "vision_heads text_heads": AMOUNT,
-        "norm_eps": ((int, float), 0, 1),
+        "norm_eps": SHARE,
         "mean std resize": ((list, tuple),),
         "open_clip": TEXT,
     },
     "tmass": {
         "frames heads": AMOUNT,
-        "dropout": ((int, float), 0, 1),
+        "dropout": SHARE,
         "prior_std support_weight ce_weight": WEIGHT,
         "pooling radius prior support_video": TEXT,
     },
@@ -91,8 +92,7 @@ def check_own(content):
                            "version 1")
     for section, table in SETTINGS.items():
         check_range(content[section], table, f"{section}.")
-    for weights in (content, content.get("training", {})):
-        check_tensors(weights.get("model", {}))
+    check_tensors(content["model"])
     if "open_clip" in content["clip"]:
         return
     sizes = sizes_of({name.removeprefix("clip."): x for name, x in content["model"].items()})
