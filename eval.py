@@ -393,7 +393,7 @@ def parse_args(argv=None):
     add("--analyze", action="store_true",
         help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
              "complexity and caption length")
-    add = add_common(p).add_argument
+    add = add_common(p)
     add("--save", metavar="FILE",
         help="write similarities, ranks, embeddings, captions and segments there")
     add("--cache", metavar="DIR",

@@ -240,6 +240,7 @@ def written_whole(path, flush=True):
             if flush:
                 os.fsync(file.fileno())
         os.replace(part, path)
+    # A KeyboardInterrupt too: what is left behind would look like another run's.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)

@@ -15,7 +15,7 @@ from tmass import POOLINGS, PRIORS
 
 
 def add_common(parser):
-    """Add the options that evaluation and search share. -> the last group of them."""
+    """Add the options that evaluation and search share. -> what adds another to the last group."""
     add = parser.add_argument_group("scoring").add_argument
     add("--trials", type=numeric(int, 0, 10 ** 5), default=20,
         help="M, samples of the text mass; 0: the point text (default: %(default)s)")
@@ -34,8 +34,7 @@ def add_common(parser):
     add("--frames", type=numeric(int, 1, 1000), metavar="T",
         help="frames sampled per video, where the radius is not tied to the number in "
              "training, as linear is (default: as trained)")
-    g = parser.add_argument_group("run")
-    add = g.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--activation", choices=("quickgelu", "gelu"),
         help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
              "LAION's gelu")
@@ -51,7 +50,7 @@ def add_common(parser):
         help="processes that decode videos (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)")
-    return g
+    return add
 
 
 # What stands at the start of the file that an option writes, and of no other.
@@ -121,7 +120,8 @@ def read_features(path, model):
         V = len(f)
         model.frames = f.shape[1]
         model.config["frames"] = model.frames
-        model.score(t[:1], f[:1], 1)  # fails where they do not fit each other, or the model
+        # Fails where they do not fit each other, or the model.
+        model.score(t[:1], f[:1], 1)
         captions = content.get("captions", [f"text {i}" for i in range(N)])
         clips = content.get("clips", [(f"video {v}",) for v in range(V)])
         segments = [Segment(*clip) for clip in clips]

@@ -311,7 +311,10 @@ def _work(place, ending, main_end, pipe, source):
 
 
 def _answer(pipe, source):
-    """Hand over a batch whenever the main process asks for one, then None, or what went wrong."""
+    """Hand over a batch whenever the main process asks for one, then None, or what went wrong.
+
+    True announces a batch, which takes another way than the pipe's: see `_send`.
+    """
     last = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         try:
@@ -358,15 +361,16 @@ def _receive(pool, dataset, in_order):
         pipe = _wait(at_work[:1] if in_order else at_work)
         try:
             with _explaining("a batch can't be received"):
-                message = _received(pipe)
-                if isinstance(message, list):
+                message = pipe.recv()
+                if message is True:
+                    batch = _received(pipe)
                     pipe.send(None)  # asks for the one after it
         except (EOFError, ConnectionError) as e:
             raise _death(pool[pipe], dataset) from e
         at_work.remove(pipe)
-        if isinstance(message, list):
+        if message is True:
             at_work.append(pipe)  # behind the others
-            yield message
+            yield batch
         elif message is not None:
             raise message
 
@@ -457,10 +461,6 @@ def _send(pipe, batch):
 
 
 def _received(pipe):
-    """The batch that `_send` sent, as a list; or None, or an exception."""
-    message = pipe.recv()
-    if message is True:
-        with open(reduction.recv_handle(pipe), "rb") as file:
-            name = f"/dev/fd/{file.fileno()}"
-            message = list(torch.load(name, weights_only=False, mmap=True))
-    return message
+    """The batch that `_send` sent."""
+    with open(reduction.recv_handle(pipe), "rb") as file:
+        return torch.load(f"/dev/fd/{file.fileno()}", weights_only=False, mmap=True)

@@ -341,13 +341,13 @@ class Checkpoint:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
             # The result is another epoch's: beside it stand the weights to go on from.
-            if self.best_weights is not None:
+            if self.best_weights:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:
             config = {k: x for k, x in vars(self.args).items() if k not in START_ONLY}
             save_checkpoint(self.args.out, self.model, self.tokenizer, config,
                             weights=self.best_weights, **state)
-        if finished and self.best_weights is not None:
+        if finished and self.best_weights:
             self.model.load_state_dict(self.best_weights)
 
     def list_bad(self):

@@ -57,7 +57,6 @@ SETTINGS = {
         "frames heads": AMOUNT,
         "dropout": SHARE,
         "prior_std support_weight ce_weight": WEIGHT,
-        "pooling radius prior support_video": TEXT,
     },
     # What evaluation reads; the options of train.py check the rest before a run is resumed.
     "config": {"data": TEXT, "val_videos seed": COUNT},
