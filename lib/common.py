@@ -59,6 +59,17 @@ def first_line(error):
     return text.splitlines()[0]
 
 
+@contextlib.contextmanager
+def curable(what):
+    """An error for which there is a cure becomes a DataError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as e:
+        if not cure(e):
+            raise
+        raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
+
+
 # ---- options and numbers ----
 
 

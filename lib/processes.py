@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from lib.common import DataError, UserError, cure, first_line, program
+from lib.common import DataError, UserError, curable, first_line, program
 
 # ---- this process among several ----
 
@@ -269,7 +269,7 @@ def _start(pool, workers, ending, source):
     context.set_forkserver_preload([__name__, type(dataset).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with _explaining("workers can't be started"):
+        with curable("workers can't be started"):
             for k in range(workers):
                 pipe, other_end = multiprocessing.Pipe()
                 arguments = ((k, workers), ending, pipe, other_end, source)
@@ -318,7 +318,7 @@ def _answer(pipe, source):
     last = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         try:
-            with _explaining("a batch can't be read or handed over"):
+            with curable("a batch can't be read or handed over"):
                 for batch in _read(*source):
                     pipe.recv()
                     _send(pipe, batch)
@@ -360,7 +360,7 @@ def _receive(pool, dataset, in_order):
     while at_work:
         pipe = _wait(at_work[:1] if in_order else at_work)
         try:
-            with _explaining("a batch can't be received"):
+            with curable("a batch can't be received"):
                 message = pipe.recv()
                 if message is True:
                     batch = _received(pipe)
@@ -394,17 +394,6 @@ def _death(process, dataset):
         reading = f" while it read {dataset.was_reading(process.pid)}"
     return DataError(f"a decoding process died{reading} ({why}): check that video, or the "
                      "machine's memory (fewer --workers)")
-
-
-@contextlib.contextmanager
-def _explaining(what):
-    """An error for which there is a cure becomes a DataError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError, MemoryError) as e:
-        if not cure(e):
-            raise
-        raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
 
 
 def _end(pool, ending):

@@ -18,11 +18,12 @@ def settings_beside(path, sd):
     hf = any("text_model." in key for key in sd)
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
-    # Hugging Face keeps what pixels are normalised with in a file of its own.
-    pixels = read_settings(path.with_name("preprocessor_config.json"))
+    # Hugging Face keeps what pixels are normalised with in a file of its own, open_clip does not.
+    pixels = read_settings(path.with_name("preprocessor_config.json")) if hf else {}
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
         found = pixel_settings(pixels, "image_")
-        if ("vision_config" if hf else "model_cfg") not in content:
+        section = "vision_config" if hf else "model_cfg"
+        if section not in content:
             found["quick_gelu"], why = activation_by_origin(path, sd, hf)
             return found, why, "guessed: usual width"
         found |= hf_settings(content) if hf else open_clip_settings(content, sd)

@@ -6,7 +6,7 @@ from textwrap import shorten
 import torch
 
 from clip_model import Tokenizer, sizes_of
-from lib.common import WeightsError, cure, first_few, first_line
+from lib.common import WeightsError, curable, cure, first_few
 
 # A file is anybody's: in the code that makes something of what it says, these are its mistakes.
 MISTAKES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -15,21 +15,17 @@ MISTAKES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
 @contextlib.contextmanager
 def explained(path, what, advice):
     """A mistake in a file, whatever error shows it, becomes a WeightsError of one line."""
-    try:
-        yield
-    except MISTAKES as error:
-        # A limit of the machine is not the file's fault.
-        if cure(error):
-            raise out_of_memory(path, error) from None
-        why = shorten(str(error), 500)
-        if isinstance(error, KeyError):
-            why = f"it has no {error}"
-        raise WeightsError(f"{path}: {what}: {why}; {advice}") from None
-
-
-def out_of_memory(path, error):
-    """A WeightsError about a limit of the machine."""
-    return WeightsError(f"{path}: no room to load it: {first_line(error)}; {cure(error)}")
+    with curable(f"{path}: no room to load it"):
+        try:
+            yield
+        except MISTAKES as error:
+            # A limit of the machine is not the file's fault.
+            if cure(error):
+                raise
+            why = shorten(str(error), 500)
+            if isinstance(error, KeyError):
+                why = f"it has no {error}"
+            raise WeightsError(f"{path}: {what}: {why}; {advice}") from None
 
 
 def usable(path):

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from clip_model import CLIP, Tokenizer
-from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
+from lib.common import WeightsError, curable, cure, first_line, why_not_written, written_whole
 from lib.encoders import PREFIX, OpenCLIP, OpenTokenizer, split_name, warn_of_pixels
 from lib.settings import described, settings_beside
-from lib.validate import check_own, check_tensors, explained, listed, out_of_memory, usable
+from lib.validate import check_own, check_tensors, explained, listed, usable
 from tmass import TMASS
 
 # ---- downloads ----
@@ -112,36 +112,43 @@ def read_weights(path):
     if not path.is_file():
         why = "a pipe or a device; give the name of a plain file"
         raise WeightsError(f"{path}: {why if path.exists() else 'no such file'}")
-    try:
-        entries = zip_entries(path)
-        if path.name.endswith(".index.json"):
-            weights = read_parts(path)
-        elif path.suffix == ".safetensors":
-            weights = load_file(path)
-        elif any(name.endswith("/constants.pkl") for name in entries):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated, OpenAI's files stay
-                weights = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            with torch.serialization.safe_globals(numpy_scalars()):
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:  # a file of another kind fails in pickle, zip or torch in many ways
-        if cure(error):
-            raise out_of_memory(path, error) from None
-        why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
-        if "GLOBAL" in str(error):
-            why = ("it holds Python objects beside tensors, and loading those could run any code; "
-                   "if you trust it, write a clean file: python -c \"import torch; "
-                   f"c = torch.load({str(path)!r}, weights_only=False); "
-                   f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict else c; "
-                   "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, 'clean.pt')\"")
-        raise WeightsError(f"{path}: no readable weights: {why}") from None
+    with curable(f"{path}: no room to load it"):
+        try:
+            weights = content_of(path)
+        except WeightsError:
+            raise
+        # A file of another kind fails in pickle, zip or torch in many ways.
+        except Exception as error:
+            if cure(error):
+                raise
+            why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
+            if "GLOBAL" in str(error):
+                why = ("it holds Python objects beside tensors, and loading those could run any "
+                       "code; if you trust it, write a clean file: python -c \"import torch; "
+                       f"c = torch.load({str(path)!r}, weights_only=False); "
+                       f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict "
+                       "else c; torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, "
+                       "'clean.pt')\"")
+            raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "
                            f"found another {type(weights).__name__}")
     return weights
+
+
+def content_of(path):
+    """What a file of weights holds, by its kind."""
+    entries = zip_entries(path)
+    if path.name.endswith(".index.json"):
+        return read_parts(path)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if any(name.endswith("/constants.pkl") for name in entries):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files stay
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    with torch.serialization.safe_globals(numpy_scalars()):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def zip_entries(path):
