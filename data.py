@@ -20,11 +20,10 @@ from typing import NamedTuple
 import torch
 from torchvision.transforms import v2
 
-from lib.common import DataError, Parser, mixed_seed, numeric, program
+from lib.common import DataError, Parser, first_few, mixed_seed, numeric, program
 from lib.shapes import shapes_table
 from lib.tables import (
     field_of,
-    first_ten,
     has_splits,
     listed_ids,
     read_json,
@@ -521,7 +520,7 @@ def present(annotations, skip_bad=False):
             missing.append(f"{segment.path}{where}")
     if missing and not skip_bad:
         raise DataError(f"{len(missing)} of {len(annotations.segments)} videos are missing: "
-                        f"{'; '.join(first_ten(missing))}: put them there, name their folder with "
+                        f"{'; '.join(first_few(missing))}: put them there, name their folder with "
                         "--videos, or leave them out with --skip-bad")
     return annotations.take(there) if missing else annotations, missing
 

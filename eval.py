@@ -374,7 +374,7 @@ def parse_args(argv=None):
     add("--analyze", action="store_true",
         help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
              "complexity and caption length")
-    add = add_common(p, batch=16).add_argument
+    add = add_common(p)
     add("--save",
         help="write similarities, ranks, embeddings, captions and segments there")
     add("--cache",

@@ -471,7 +471,7 @@ def parse_args(argv=None):
              "(default: %(default)s, for this machine alone)")
     add("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
         help="look for new videos again and again (default: at the start alone)")
-    add_common(p, batch=16)
+    add_common(p)
     p.set_defaults(expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if not all(query.strip() for query in args.query):

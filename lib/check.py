@@ -6,9 +6,9 @@ import copy
 import csv
 
 import data
-from lib.common import DataError, Progress, check_output, escaped, output
+from lib.common import DataError, Progress, check_output, escaped, first_few, output
 from lib.processes import loading
-from lib.tables import first_ten, has_splits
+from lib.tables import has_splits
 from lib.video import FrameCache
 
 HEADER = "video,problem\n"  # the first line of what --list writes
@@ -18,7 +18,7 @@ EVERY = 5  # seconds between two lines of progress
 def check(args):
     """Print what each split has. -> 0, or 1 where something is missing or bad."""
     if args.list:
-        check_output("--list", args.list, [HEADER.encode()])
+        check_output("--list", args.list, HEADER.encode())
     frames = args.frames or (6 if args.data == "shapes" else 12)
     cache = FrameCache(args.cache, frames) if args.cache else None
     known = data.DATASETS.get(args.data)
@@ -98,5 +98,5 @@ def _decode(segments, frames, cache, workers):
 
 
 def _print_problems(problems):
-    for line in first_ten([line for _, line in problems]):
+    for line in first_few([line for _, line in problems]):
         print(f"      {escaped(line)}")

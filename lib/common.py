@@ -7,10 +7,10 @@ import math
 import os
 import re
 import secrets
-import stat
 import sys
 import time
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -55,8 +55,19 @@ def cure(error):
 
 def first_line(error):
     """What an error says, without the stack that torch appends; its type if it says nothing."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+@contextlib.contextmanager
+def curable(what):
+    """An error for which there is a cure becomes a DataError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as e:
+        if not cure(e):
+            raise
+        raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
 
 
 # ---- options and numbers ----
@@ -70,14 +81,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc=None, **settings):
         paragraphs = (doc or "").split("\n\n")  # python -OO: there is none
-        settings.setdefault("description", "\n\n".join(paragraphs[:2]))
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**settings)
+        super().__init__(
+            description="\n\n".join(paragraphs[:2]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        for word in args:
-            if word.startswith("-") and word.endswith("=--"):  # argparse makes it an empty list
+        # Before Python 3.13, argparse makes an empty list of the value.
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("-.*=--", word):
                 self.error(f"argument {word[:-3]}: '--' is no value")
         return super().parse_known_args(args, namespace)
 
@@ -95,8 +108,8 @@ def numeric(kind, least, most=2 ** 31 - 1):
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            wanted = f"{name} from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {name} from {least:g} to {most:g}")
         return value
 
     return parse
@@ -113,6 +126,13 @@ def mixed_seed(*numbers):
 # ---- what is printed ----
 
 
+def first_few(lines):
+    """The first ten lines, and how many more there are. -> list"""
+    if len(lines) <= 10:
+        return lines
+    return [*lines[:10], f"and {len(lines) - 10} more"]
+
+
 def escaped(text, keep=""):
     """A name from anywhere, for a terminal.
 
@@ -120,7 +140,8 @@ def escaped(text, keep=""):
     and the like.
     """
     def escape(c):
-        odd = unicodedata.category(c).startswith("C") or c in "\u2028\u2029"
+        # Controls, marks of direction, what is no text, and separators of lines and paragraphs.
+        odd = re.match("C|Z[lp]", unicodedata.category(c))
         return c.encode("unicode_escape").decode() if odd and c not in keep else c
 
     return "".join(map(escape, text))
@@ -133,19 +154,22 @@ def clock(seconds):
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+@dataclass
 class Progress:
     """How far a loop is, on stderr: "encoding: 40 of 500 videos, 12.5 videos/s, 0:00:37 left".
 
     A line comes at most every `every` seconds; at a terminal, one line is written anew.
     """
+    what: str
+    total: int
+    unit: str = "videos"
+    every: float = 20
+    enabled: bool = True
 
-    def __init__(self, what, total, unit="videos", every=20, enabled=True):
-        self.what = what
-        self.total = total
-        self.unit = unit
-        self.enabled = enabled
-        self.terminal = enabled and sys.stderr.isatty()
-        self.every = min(every, 2) if self.terminal else every
+    def __post_init__(self):
+        self.terminal = self.enabled and sys.stderr.isatty()
+        if self.terminal:
+            self.every = min(self.every, 2)
         self.started = time.monotonic()
         self.printed = self.started
 
@@ -170,10 +194,11 @@ class Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")
         self.error = None
-        if hasattr(stream, "reconfigure"):  # file names need not be text in the stream's encoding
-            stream.reconfigure(errors="backslashreplace")
+        # File names need not be text in the stream's encoding.
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
         return self._attempt(self.stream.write, text)
@@ -203,9 +228,8 @@ def lasting_streams():
         except OSError:  # else the next file to be opened would be the standard stream
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(os.devnull)
-    out = Output(sys.stdout or open(os.devnull, "w"))
-    err = Output(sys.stderr or open(os.devnull, "w"))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    out = Output(sys.stdout)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Output(sys.stderr)):
         yield out
 
 
@@ -228,6 +252,7 @@ def written_whole(path, flush=True):
             if fcntl is None:  # Windows renames no file that is open
                 file.close()
             os.replace(part, path)  # still locked, or another process could remove it
+    # A KeyboardInterrupt too: what is left behind would look like another run's.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
@@ -245,10 +270,9 @@ def _begun(path):
         file.close()  # another process took it for a left one, before it was locked
 
 
-# A number of the process would not do instead of a lock: in containers all have the same few. The
-# system unlocks the files of a process that is killed.
 def _lock(file, wait=False):
     """Lock a file until it is closed. -> False if another process has locked it, or nothing can."""
+    # A number of the process would not do instead: in containers all have the same few.
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
@@ -265,33 +289,30 @@ def remove_parts(path):
                 os.unlink(part)
 
 
-def check_output(option, path, marks=(), *, overwrite=False):
+def check_output(option, path, mark=b""):
     """Before anything long starts: raise a DataError unless the result of an option may go to path.
 
-    Only a file that the same option wrote is replaced, or any with `overwrite`: one of the option's
-    marks (bytes) stands in its first 4 kB. No result takes the place of a link, pipe or device.
+    Only a file that the same option wrote is replaced: one with `mark` in its first 4 kB, by
+    default any. No result takes the place of a link, pipe or device.
     """
     start = b""
     try:
-        if not os.path.basename(path) or os.path.lexists(path) and not _is_plain(path):
+        plain = os.path.isfile(path) and not os.path.islink(path)
+        if not os.path.basename(path) or os.path.lexists(path) and not plain:
             raise OSError("give a plain file's name in a folder that exists")
         part, file = _begun(path)  # the folder is there and writable, the name not too long
         with file:
             os.unlink(part)
-        if os.path.lexists(path):
+        if plain:
             with open(path, "r+b") as file:
                 start = file.read(4096)
     except OSError as e:
         raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
-    empty = start in (b"", b"{}")
-    if not empty and not overwrite and not any(mark in start for mark in marks):
+    # Nothing is lost with an empty file.
+    if start not in (b"", b"{}") and mark not in start:
         raise DataError(f"{option} {path} exists and is no file that {option} wrote: "
                         "give another name")
     remove_parts(path)
-
-
-def _is_plain(path):
-    return stat.S_ISREG(os.lstat(path).st_mode)
 
 
 @contextlib.contextmanager
@@ -301,9 +322,10 @@ def output(option, path):
         with written_whole(path) as part:
             yield part
     except (OSError, RuntimeError) as e:
-        if not why_not_written(e):
+        why = why_not_written(e)
+        if not why:
             raise
-        raise DataError(f"{option} {path} cannot be written: {why_not_written(e)}") from e
+        raise DataError(f"{option} {path} cannot be written: {why}") from e
 
 
 def why_not_written(error):
@@ -345,8 +367,10 @@ def program(main, *mistakes):
             print("interrupted", file=sys.stderr)
             return 130
         except (OSError, RuntimeError, MemoryError) as e:  # torch raises a RuntimeError for many
-            if not isinstance(e, OSError) and not cure(e):
+            line = first_line(e)
+            if advice := cure(e):
+                line += f": {advice}"
+            elif not isinstance(e, OSError):
                 raise  # a fault of the program, whose stack is wanted
-            line = f"{first_line(e)}: {cure(e)}" if cure(e) else first_line(e)
         print(f"error: {escaped(line)}", file=sys.stderr)
         return 2

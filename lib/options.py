@@ -2,18 +2,20 @@
 import argparse
 import json
 import os
+from pathlib import Path
 
 import torch
 
 import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
+from lib.validate import MISTAKES
 from lib.video import Segment
 from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
-def add_common(parser, batch):
-    """Add the options that evaluation and search share. -> the last group of them."""
+def add_common(parser):
+    """Add the options that evaluation and search share. -> what adds another to the last group."""
     add = parser.add_argument_group("scoring").add_argument
     add("--trials", type=numeric(int, 0, 10 ** 5), default=20,
         help="M, samples of the text mass; 0: the point text (default: %(default)s)")
@@ -32,8 +34,7 @@ def add_common(parser, batch):
     add("--frames", type=numeric(int, 1, 1000), metavar="T",
         help="frames sampled per video, where the radius is not tied to the number in "
              "training, as linear is (default: as trained)")
-    g = parser.add_argument_group("run")
-    add = g.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--activation", choices=("quickgelu", "gelu"),
         help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
              "LAION's gelu")
@@ -43,13 +44,13 @@ def add_common(parser, batch):
     add("--json", metavar="FILE", help="write the result there too")
     add("--report", metavar="FILE",
         help="write a page to look at: one .html file with frames and settings")
-    add("--batch", type=numeric(int, 1, 10 ** 6), default=batch,
+    add("--batch", type=numeric(int, 1, 10 ** 6), default=16,
         help="videos encoded at once (default: %(default)s)")
     add("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
         help="processes that decode videos (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)")
-    return g
+    return add
 
 
 # What stands at the start of the file that an option writes, and of no other.
@@ -68,7 +69,7 @@ def check_outputs(args):
         other = named.setdefault(os.path.realpath(path), option)
         if other != option:
             raise DataError(f"{option} {path} is the file of {other} too: give each its own")
-        check_output(option, path, [mark])
+        check_output(option, path, mark)
 
 
 def load_model(args, job):
@@ -82,20 +83,20 @@ def load_model(args, job):
         if list(model.pool.parameters()):
             raise WeightsError(f"--pooling {args.pooling}: {args.ckpt} has no weights for it; "
                                "choose mean or query")
-        model.config = dict(model.config, pooling=args.pooling)
+        model.config["pooling"] = args.pooling
     if args.frames:
         try:
             model.radius(torch.zeros(args.frames))
         except (ValueError, RuntimeError) as error:
             raise WeightsError(f"--frames {args.frames}: {error}") from None
         model.frames = args.frames
-        model.config = dict(model.config, frames=args.frames)
+        model.config["frames"] = args.frames
     model.to(job.device)
     model.prior = args.prior or model.prior
     if args.prior_std is not None:
         model.prior_std = args.prior_std
-    said = [f"{args.ckpt}: T={model.frames}", f"pooling {model.config['pooling']}"]
-    said.append(f"radius {model.config['radius']}")
+    said = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
+            f"{model.config['radius']}"]
     if model.config["radius"] != "none" and args.trials:  # else nothing is sampled
         std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
         drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
@@ -118,15 +119,16 @@ def read_features(path, model):
         N = len(t)
         V = len(f)
         model.frames = f.shape[1]
-        model.config = dict(model.config, frames=model.frames)
-        model.score(t[:1], f[:1], 1)  # fails where they do not fit each other, or the model
+        model.config["frames"] = model.frames
+        # Fails where they do not fit each other, or the model.
+        model.score(t[:1], f[:1], 1)
         captions = content.get("captions", [f"text {i}" for i in range(N)])
         clips = content.get("clips", [(f"video {v}",) for v in range(V)])
-        sizes = len(owner), len(captions), len(clips), len(owner.bincount(minlength=V))
+        segments = [Segment(*clip) for clip in clips]
+        sizes = len(owner), len(captions), len(segments), len(owner.bincount(minlength=V))
         if sizes != (N, N, V, V):
             raise ValueError(f"it has N, N, V, V = {sizes}")
-        segments = [Segment(*clip) for clip in clips]
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MISTAKES as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
                         "numbers of the texts' videos, of the D, and the T if the radius is "
                         f"linear, of --ckpt: {first_line(error)}") from None
@@ -135,7 +137,5 @@ def read_features(path, model):
 
 def write_json(path, content):
     """A JSON file, whole or not at all."""
-    with output("--json", path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-
-
+    with output("--json", path) as part:
+        Path(part).write_text(json.dumps(content, indent=1))

@@ -2,7 +2,6 @@
 import contextlib
 import datetime
 import itertools
-import mmap
 import multiprocessing
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from lib.common import DataError, UserError, cure, first_line, program
+from lib.common import DataError, UserError, curable, first_line, program
 
 # ---- this process among several ----
 
@@ -64,7 +63,7 @@ class Job(NamedTuple):
     @contextlib.contextmanager
     def first_alone(self):
         """Process 0 runs the block before the others do: it may download or render."""
-        if self.world > 1 and self.rank > 0:
+        if self.rank > 0:
             dist.barrier()
         yield
         if self.world > 1 and self.rank == 0:
@@ -104,22 +103,22 @@ PATIENCE = datetime.timedelta(days=7)
 def start_processes(device):
     """Join the job that torchrun started, if it did. -> Job. Raises DataError where that fails."""
     rank, world = _place_in_job()
-    if world > 1 and device.startswith("cuda:"):
-        raise DataError(f"--device {device} puts {world} processes on one GPU: give --device cuda")
-    if world > 1 and device.startswith("mps"):
-        raise DataError("--device mps serves one process: start it without torchrun")
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    if world > 1:
+        if device.startswith("cuda:"):
+            raise DataError(f"--device {device} puts {world} processes on one GPU: give --device "
+                            "cuda")
+        if device.startswith("mps"):
+            raise DataError("--device mps serves one process: start it without torchrun")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     _try_device(device)
-    if world == 1:
-        return Job(device=torch.device(device))
-    if not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         try:
-            store, rank, world = next(rendezvous("env://"))  # this waits 30 minutes at most
-            place = dict(store=store, rank=rank, world_size=world)
+            store, *_ = next(rendezvous("env://"))  # this waits 30 minutes at most
             backend = "nccl" if device.startswith("cuda") else "gloo"
             with _stdout_to_stderr():
-                dist.init_process_group(backend, timeout=PATIENCE, **place)
+                dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank,
+                                        world_size=world)
         except (RuntimeError, ValueError) as e:
             raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them "
                             "with torchrun, or unset RANK and WORLD_SIZE to run alone") from e
@@ -130,16 +129,14 @@ def start_processes(device):
 def _stdout_to_stderr():
     """What is printed inside goes to standard error: gloo of PyTorch 2.8 prints whom it found."""
     sys.stdout.flush()
-    stdout = None
-    with contextlib.suppress(OSError):  # one of the two is closed
-        stdout = os.dup(1)
-        os.dup2(2, 1)
+    # Both are open: `program` has seen to that.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
         yield
     finally:
-        if stdout is not None:
-            os.dup2(stdout, 1)
-            os.close(stdout)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _place_in_job():
@@ -170,8 +167,8 @@ def _try_device(device):
 
 def process_died(error):
     """Whether an error says that another process of the job is gone, as gloo or NCCL put it."""
-    text = f"{type(error)} {error}"
-    return dist.is_initialized() and re.search("torch.distributed|gloo|nccl|peer", text, re.I)
+    said = re.search("torch.distributed|gloo|nccl|peer", f"{type(error)} {error}", re.IGNORECASE)
+    return dist.is_initialized() and said
 
 
 def run(main):
@@ -249,7 +246,7 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     list or tuple. Every way out of the block ends the workers within seconds. A worker that dies
     (out of memory, a crash in a codec) is a DataError, which names the video by `was_reading`.
     """
-    pool = []
+    pool = {}  # the pipe through which a worker hands its batches over: that process
     ending = multiprocessing.RawValue("b", 0)
     source = (dataset, batches, collate)
     if os.name == "nt":  # Windows has neither descriptors to send nor signals to hold back
@@ -272,9 +269,17 @@ def _start(pool, workers, ending, source):
     context.set_forkserver_preload([__name__, type(dataset).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with _explaining("workers can't be started"):
+        with curable("workers can't be started"):
             for k in range(workers):
-                pool.append(_Worker(context, (k, workers), ending, source))
+                pipe, other_end = multiprocessing.Pipe()
+                arguments = ((k, workers), ending, pipe, other_end, source)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                pool[pipe] = process
+                other_end.close()  # now the end of the process is the end of the pipe
+                # It may have died: that is seen where its batch is waited for.
+                with contextlib.suppress(ConnectionError):
+                    pipe.send(None)  # asks for the first batch
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -292,19 +297,6 @@ def _context():
     return multiprocessing.get_context(method)
 
 
-class _Worker:
-    """A process that reads every n-th batch, and the pipe through which it hands them over."""
-
-    def __init__(self, context, place, ending, source):
-        self.pipe, other_end = multiprocessing.Pipe()
-        arguments = (place, ending, self.pipe, other_end, source)
-        self.process = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        other_end.close()  # now the end of the process is the end of the pipe
-        with contextlib.suppress(ConnectionError):  # it died: seen where its batch is waited for
-            self.pipe.send(None)  # asks for the first batch
-
-
 def _work(place, ending, main_end, pipe, source):
     """The life of a worker."""
     global _place
@@ -319,11 +311,14 @@ def _work(place, ending, main_end, pipe, source):
 
 
 def _answer(pipe, source):
-    """Hand over a batch whenever the main process asks for one, then None, or what went wrong."""
+    """Hand over a batch whenever the main process asks for one, then None, or what went wrong.
+
+    True announces a batch, which takes another way than the pipe's: see `_send`.
+    """
     last = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         try:
-            with _explaining("a batch can't be read or handed over"):
+            with curable("a batch can't be read or handed over"):
                 for batch in _read(*source):
                     pipe.recv()
                     _send(pipe, batch)
@@ -363,30 +358,30 @@ def _receive(pool, dataset, in_order):
     """Yield the batches of all workers, in turn or as they are ready."""
     at_work = list(pool)
     while at_work:
-        worker = _wait(at_work[:1] if in_order else at_work)
+        pipe = _wait(at_work[:1] if in_order else at_work)
         try:
-            with _explaining("a batch can't be received"):
-                message = _received(worker.pipe)
-                if isinstance(message, list):
-                    worker.pipe.send(None)  # asks for the one after it
+            with curable("a batch can't be received"):
+                message = pipe.recv()
+                if message is True:
+                    batch = _received(pipe)
+                    pipe.send(None)  # asks for the one after it
         except (EOFError, ConnectionError) as e:
-            raise _death(worker.process, dataset) from e
-        at_work.remove(worker)
-        if isinstance(message, list):
-            at_work.append(worker)  # behind the others
-            yield message
+            raise _death(pool[pipe], dataset) from e
+        at_work.remove(pipe)
+        if message is True:
+            at_work.append(pipe)  # behind the others
+            yield batch
         elif message is not None:
             raise message
 
 
-def _wait(workers):
-    """Wait for a message. -> the first of the workers that has one, or has died."""
+def _wait(pipes):
+    """Wait for a message. -> a pipe that has one, or whose worker has died."""
     began = time.monotonic()
-    pipes = [worker.pipe for worker in workers]
     while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
             raise Stopped(_noted[0])
-    return workers[pipes.index(ready[0])]
+    return ready[0]
 
 
 def _death(process, dataset):
@@ -401,30 +396,19 @@ def _death(process, dataset):
                      "machine's memory (fewer --workers)")
 
 
-@contextlib.contextmanager
-def _explaining(what):
-    """An error for which there is a cure becomes a DataError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError, MemoryError) as e:
-        if not cure(e):
-            raise
-        raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
-
-
 def _end(pool, ending):
     """End the workers: what they have in hand may be tidied up, for GRACE seconds in all."""
     ending.value = 1
     deadline = time.monotonic() + GRACE
     try:
-        for worker in pool:
-            worker.process.terminate()
-        for worker in pool:
-            worker.process.join(max(0, deadline - time.monotonic()))
+        for process in pool.values():
+            process.terminate()
+        for process in pool.values():
+            process.join(max(0, deadline - time.monotonic()))
     finally:
-        for worker in pool:
-            worker.process.kill()
-            worker.process.join(GRACE)
+        for process in pool.values():
+            process.kill()
+            process.join(GRACE)
 
 
 def _pinned(batches):
@@ -449,52 +433,23 @@ def _pinned(batches):
         thread.shutdown(wait=False)  # it ends when the workers have ended
 
 
-# A tensor is copied once, to memory of its own whose descriptor follows the message. That memory
-# outlives the worker, and counts in no /dev/shm.
-
-class _Elsewhere(NamedTuple):
-    """What stands for a tensor in a message."""
-    dtype: torch.dtype
-    shape: tuple
-
+# A batch goes through a file that is memory, whose descriptor follows the message: tensors are
+# copied once, outlive the worker, and count in no /dev/shm.
 
 def _send(pipe, batch):
     """Hand a batch over, a list or tuple."""
-    parts = list(batch)
-    files = []
-    for i, part in enumerate(parts):
-        if torch.is_tensor(part) and part.nbytes:
-            files.append(_memory_of(part))
-            parts[i] = _Elsewhere(part.dtype, part.shape)
-    pipe.send(parts)
-    for file in files:
-        reduction.send_handle(pipe, file.fileno(), None)
-        file.close()
-
-
-def _memory_of(tensor):
-    """A copy of a tensor in a file that is memory, or may become so."""
     if hasattr(os, "memfd_create"):
-        file = open(os.memfd_create("batch"), "r+b", buffering=0)
+        file = open(os.memfd_create("batch"), "wb")
     else:  # macOS
-        file = tempfile.TemporaryFile(buffering=0)
-    os.ftruncate(file.fileno(), tensor.nbytes)
-    _mapped(file, tensor).copy_(tensor)
-    return file
-
-
-def _mapped(file, kind):
-    """The tensor in such a file. kind: its dtype and shape."""
-    memory = mmap.mmap(file.fileno(), 0)
-    return torch.frombuffer(memory, dtype=kind.dtype).view(kind.shape)
+        file = tempfile.TemporaryFile()
+    with file:
+        torch.save(batch, file)
+        file.seek(0)
+        pipe.send(True)
+        reduction.send_handle(pipe, file.fileno(), None)
 
 
 def _received(pipe):
-    """The batch that `_send` sent, as a list; or None, or an exception."""
-    message = pipe.recv()
-    if isinstance(message, list):
-        for i, part in enumerate(message):
-            if isinstance(part, _Elsewhere):
-                with open(reduction.recv_handle(pipe), "r+b") as file:
-                    message[i] = _mapped(file, part)
-    return message
+    """The batch that `_send` sent."""
+    with open(reduction.recv_handle(pipe), "rb") as file:
+        return torch.load(f"/dev/fd/{file.fileno()}", weights_only=False, mmap=True)

@@ -8,16 +8,25 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import InitVar, dataclass, field
 
 import torch
 
 from lib.common import WeightsError, check_output, clock, write_text
-from lib.weights import check_own, read_weights, save_checkpoint, unusable
+from lib.processes import Job
+from lib.validate import check_own, usable
+from lib.weights import read_weights, save_checkpoint
+from tmass import TMASS
 
 START_ONLY = ("resume", "overwrite", "tensorboard")  # settings of this start alone
 # Free to change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
+
+
+def option(name):
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def beside(out, ending):
@@ -30,26 +39,28 @@ def only_run(out):
     """One run at a time writes --out: a lock beside it, which dies with the process."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        check_output("--out", out, overwrite=True)
+        check_output("--out", out)
         lock = open(out + ".lock", "a+")
     except OSError as error:
-        why = f"--out {out} cannot be written: {error.strerror}"
-        raise WeightsError(f"{why}; choose another --out") from None
-    with lock, contextlib.ExitStack() as at_end:
+        raise WeightsError(f"--out {out} cannot be written: {error.strerror}; choose another "
+                           "--out") from None
+    with lock:
         try:
             import fcntl
-            # The system frees it however this process ends.
+            # The system frees it however this process ends. No flock: workers would inherit it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            owner = f"{out} is being written by process {lock.read()}"
-            raise WeightsError(f"{owner}: choose another --out") from None
+            raise WeightsError(f"{out} is being written by process {lock.read()}: choose another "
+                               "--out") from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)
-        at_end.callback(os.unlink, lock.name)
-        yield
+        try:
+            yield
+        finally:
+            os.unlink(lock.name)
 
 
 def earlier_run(args):
@@ -58,12 +69,13 @@ def earlier_run(args):
     Only a run without a step may be replaced, or with --overwrite a finished one.
     """
     out = args.out
-    sources = [os.path.realpath(path) for path in (args.clip, args.init) if path]
-    if os.path.realpath(out) in sources:
-        raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another "
-                           "--out")
+    for source in filter(None, (args.clip, args.init)):
+        if os.path.realpath(source) == os.path.realpath(out):
+            raise WeightsError(f"--out {out} is what --clip or --init starts from: choose another "
+                               "--out")
     if not os.path.lexists(out):
-        for path in (beside(out, ".log.csv"), beside(out, ".bad.txt")):
+        for ending in (".log.csv", ".bad.txt"):
+            path = beside(out, ending)
             if os.path.lexists(path):
                 raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or "
                                    "choose another --out")
@@ -112,15 +124,15 @@ def check_data(saved, sums, out):
 def check_settings(parser, config, path):
     """The settings of a run as its options take them: a WeightsError where one does not."""
     def fault(message):
-        raise WeightsError(f"{path}: a checkpoint of train.py that can't be used: {message}")
+        raise ValueError(message)
 
     parser.error = fault
     words = []
-    for name, value in config.items():
-        if value is not None and value is not False:
-            option = "--" + name.replace("_", "-")
-            words.append(option if value is True else f"{option}={value}")
-    settings, _ = parser.parse_known_args(words)  # checkpoints of old may have others
+    with usable(path):
+        for name, value in config.items():
+            if value is not None and value is not False:
+                words.append(option(name) if value is True else f"{option(name)}={value}")
+        settings, _ = parser.parse_known_args(words)  # checkpoints of old may have others
     return {name: x for name, x in vars(settings).items() if name in config}
 
 
@@ -130,9 +142,8 @@ def check_unchanged(args, content):
     for name, before in content["config"].items():
         now = getattr(args, name, None)
         if now is not None and now != before and name not in free:
-            option = "--" + name.replace("_", "-")
-            raise WeightsError(f"{option} {now} differs from {before} in {args.out}: drop it to "
-                               "resume, or start anew with another --out")
+            raise WeightsError(f"{option(name)} {now} differs from {before} in {args.out}: drop "
+                               "it to resume, or start anew with another --out")
 
 
 def go_on():
@@ -151,36 +162,23 @@ def go_on():
     return shlex.join(words)
 
 
-FAULTS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
-
-
 def check_run(content, path):
     """Raise a WeightsError unless --resume can go on from this checkpoint."""
-    try:
+    with usable(path):
         check_own(content)
         if not all(isinstance(line, str) for line in content["bad_videos"]):
             raise ValueError("bad_videos is no list of lines")
-        dict.keys(content.get("splits", {}))
-        step = content["step"]
-        if content["best"] is not None:
-            best, R1 = content["best"]
-            if not 0 <= best <= step or not 0 <= R1 <= 100:
-                raise ValueError(f"best is {content['best']!r:.60}")
-        if not content["finished"]:
-            content["optimizer"]["param_groups"]
-    except FAULTS as error:
-        raise unusable(path, error) from None
+        step, R1 = content["best"] or (0, 0)
+        if not 0 <= step <= content["step"] or not 0 <= R1 <= 100:
+            raise ValueError(f"best is {content['best']!r:.60}")
 
 
 def load_optimizer(optimizer, saved):
-    """Go on from a saved state_dict(). Raises ValueError if it is of another optimizer."""
-    rates = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for before, group in zip(rates, optimizer.param_groups):
-        for name in before.keys() & group.keys() - {"params", "lr"}:
-            if group[name] != before[name]:
-                raise ValueError(f"the optimizer's {name} is {group[name]!r:.60}, the settings say "
-                                 f"{before[name]}")
+    """Go on from the moments in a saved state_dict(). Raises ValueError if they don't fit."""
+    # The rates are those of the settings, whatever the file says.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(dict(saved, param_groups=groups))
+    for group in optimizer.param_groups:
         for p in group["params"]:
             # load_state_dict compares no shapes.
             for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
@@ -197,38 +195,41 @@ def board(folder):
     return functools.partial(SummaryWriter, folder)
 
 
+@dataclass
 class Log:
     """NAME.log.csv, one row per logged step, and lines on the screen.
 
     Resuming drops the rows after the step it starts from. Only process 0 writes a file.
     """
+    args: argparse.Namespace
+    job: Job
+    checkpoint: "Checkpoint"
+    batches: object  # train.Batches
+    # Whether each step since the last reading was finite: on the device, for nothing to wait.
+    flags: list = field(default_factory=list)
+    skipped: int = 0
+    in_a_row: int = 0
+
     TERMS = ("loss", "stochastic", "support", "ce")
     FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s",
               "val_R1")
 
-    def __init__(self, args, job, checkpoint, batches):
-        self.args = args
-        self.job = job
-        self.checkpoint = checkpoint
-        self.batches = batches
-        # Whether each step since the last reading was finite: on the device, for nothing to wait.
-        self.flags = []
-        self.skipped = 0
-        self.in_a_row = 0
-        path = os.devnull if job.rank else beside(args.out, ".log.csv")
+    def __post_init__(self):
+        start = self.batches.start
+        path = os.devnull if self.job.rank else beside(self.args.out, ".log.csv")
         rows = []
-        if batches.start and os.path.isfile(path):
+        if start and os.path.isfile(path):
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= batches.start]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS)
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        # Each row is on the disk at once, for who looks while training goes on.
+        self.writer = csv.DictWriter(open(path, "w", buffering=1, newline=""), self.FIELDS)
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.board = None
-        if args.tensorboard and job.rank == 0:
-            self.board = args.tensorboard(purge_step=batches.start + 1)
+        if self.args.tensorboard and self.job.rank == 0:
+            self.board = self.args.tensorboard(purge_step=start + 1)
         self.since = time.monotonic()  # of the last row
-        self.done = batches.start
+        self.done = start
 
     def was_finite(self, done):
         """Name the skipped steps up to `done`: waits for the device. -> was the last one finite?
@@ -259,13 +260,16 @@ class Log:
         args = self.args
         # One copy from the device, not one for each number.
         numbers = torch.stack(list(values.values())).tolist()
-        row = dict(zip(values, numbers), step=done)
-        row["epoch"] = (done - 1) // self.batches.per_epoch + 1
-        row["head_lr"] = args.head_lr * factor
-        row["clip_lr"] = args.clip_lr * factor
         seconds = time.monotonic() - self.since
         speed = (done - self.done) * args.batch / seconds
-        row["pairs_per_s"] = speed
+        row = dict(
+            zip(values, numbers),
+            step=done,
+            epoch=(done - 1) // self.batches.per_epoch + 1,
+            head_lr=args.head_lr * factor,
+            clip_lr=args.clip_lr * factor,
+            pairs_per_s=speed,
+        )
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in self.TERMS)
         left = clock((self.batches.total - done) * args.batch / speed)
         self.job.say(f"step {done:5d}/{self.batches.total}  epoch {row['epoch']}/{args.epochs}  "
@@ -282,41 +286,40 @@ class Log:
         if self.board:
             self.board.flush()
         self.writer.writerow(values)
-        self.file.flush()
         self.since = time.monotonic()
         self.done = values["step"]
 
 
+@dataclass
 class Checkpoint:
     """What training changes, in one file: the result and what resuming needs.
 
     The result is the best epoch on the validation split, or without one the latest weights.
     """
+    args: argparse.Namespace
+    job: Job
+    model: TMASS
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    splits: dict
+    saved: InitVar = None      # what to go on from
+    step: int = 0
+    best: list = None          # [step, R@1] of the best validation
+    best_weights: dict = None
+    bad_videos: list = field(default_factory=list)
+    unsaved: int = None        # a step that may be saved at any time
 
-    def __init__(self, args, job, model, tokenizer, optimizer, scaler, splits, saved=None):
-        self.out = args.out
-        self.sums = {name: checksum(annotations) for name, annotations in splits.items()}
-        self.config = {k: x for k, x in vars(args).items() if k not in START_ONLY}
-        self.job = job
-        self.model = model
-        self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.step = 0
-        self.best = None          # [step, R@1] of the best validation
-        self.best_weights = None
-        self.bad_videos = []
-        self.unsaved = None       # a step that may be saved at any time
+    def __post_init__(self, saved):
+        self.sums = {name: checksum(annotations) for name, annotations in self.splits.items()}
         if saved:
-            try:
-                load_optimizer(optimizer, saved["optimizer"])
-                scaler.load_state_dict(saved.get("scaler", {}))
-            except FAULTS as error:
-                raise unusable(args.out, error) from None
+            with usable(self.args.out):
+                load_optimizer(self.optimizer, saved["optimizer"])
+                self.scaler.load_state_dict(saved.get("scaler", {}))
             self.step = saved["step"]
             self.best = saved["best"]
             self.bad_videos = saved["bad_videos"]
-            check_data(saved, self.sums, args.out)
+            check_data(saved, self.sums, self.args.out)
             if "training" in saved:
                 self.best_weights = saved["model"]
 
@@ -338,19 +341,20 @@ class Checkpoint:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
             # The result is another epoch's: beside it stand the weights to go on from.
-            if self.best_weights is not None:
+            if self.best_weights:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:
-            save_checkpoint(self.out, self.model, self.tokenizer, self.config,
+            config = {k: x for k, x in vars(self.args).items() if k not in START_ONLY}
+            save_checkpoint(self.args.out, self.model, self.tokenizer, config,
                             weights=self.best_weights, **state)
-        if finished and self.best_weights is not None:
+        if finished and self.best_weights:
             self.model.load_state_dict(self.best_weights)
 
     def list_bad(self):
         """NAME.bad.txt: what --skip-bad left out."""
         lines = self.job.join(self.bad_videos)
         if lines and self.job.rank == 0:
-            path = beside(self.out, ".bad.txt")
+            path = beside(self.args.out, ".bad.txt")
             write_text(path, "\n".join([*lines, ""]))
             print(f"--skip-bad: {len(lines)} videos left out, listed in {path}")
 

@@ -9,7 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from lib.common import DataError, escaped
+from lib.common import DataError, escaped, first_few
 
 
 def read_text(path, what):
@@ -32,12 +32,9 @@ def read_json(path, what, kind):
     """A JSON file that holds a dict or a list, as `kind` says."""
     try:
         content = json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the "
-                        "file again") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
-        raise DataError(f"{path}: not JSON that can be read ({error}); fetch the file "
-                        "again") from None
+    # Not JSON, or a number of 5,000 digits; 100,000 brackets in each other.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(content, kind):
         expected = "object" if kind is dict else "list"
         raise DataError(f"{path}: holds no JSON {expected}; fetch the file again")
@@ -47,6 +44,7 @@ def read_json(path, what, kind):
 def read_table(path, what, columns):
     """Rows of a csv file, whose header has `columns` at least. -> list of (line number, dict)."""
     reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
+    # No DictReader: it does not tell in which line a row begins, and people look there.
     rows = []
     line = 1
     try:
@@ -57,22 +55,22 @@ def read_table(path, what, columns):
     except csv.Error as error:
         raise DataError(f"{path}, row {line}: {error}; check its double quotes: one that is opened "
                         "there must be closed, one within a text is written twice") from None
-    header = [name.strip() for name in rows[0][1]] if rows else []
+    header = [name.strip() for name in rows.pop(0)[1]] if rows else []
     missing = [name for name in columns if name not in header]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {header}")
     for name in filter(None, header):
         if header.count(name) > 1:
-            times = header.count(name)
-            raise DataError(f"{path} has the column {name} {times} times: one is enough")
-    if len(rows) == 1:
+            raise DataError(f"{path} has the column {name} {header.count(name)} times: one is "
+                            "enough")
+    if not rows:
         raise DataError(f"{path} has a header, but no row below it")
-    for line, fields in rows[1:]:
+    for line, fields in rows:
         if len(fields) != len(header):
             raise DataError(f"{path}, row {line}: not as many fields as the header has "
                             f"({len(fields)}, not {len(header)}); a text with commas belongs in "
                             "double quotes")
-    return [(line, dict(zip(header, fields))) for line, fields in rows[1:]]
+    return [(line, dict(zip(header, fields))) for line, fields in rows]
 
 
 def field_of(entry, key, where, kind=str):
@@ -83,10 +81,9 @@ def field_of(entry, key, where, kind=str):
 
 
 def sentences(entry, key, where):
-    """A video's captions; none where it has no entry. A string would pass as a list of letters."""
-    texts = entry.get(key)
-    if texts is None:
-        return []
+    """A video's captions; none where it has no entry."""
+    texts = entry.get(key) or []
+    # A string would pass as a list of letters.
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
     return texts
@@ -106,9 +103,12 @@ def split_by_name(files):
     Only where train or test would get fewer than two files (nearly never from 60 on) do the nearest
     by hash make up the two (of two or three files, the one): these may move when the list grows.
     """
-    code = {name: zlib.crc32(os.fsencode(name)) for name in files}
-    order = sorted(code, key=lambda name: (code[name] % 10, code[name], name))
-    tenths = [code[name] % 10 for name in order]
+    def tenth_and_code(name):
+        code = zlib.crc32(os.fsencode(name))
+        return code % 10, code, name
+
+    order = sorted(set(files), key=tenth_and_code)
+    tenths = [tenth_and_code(name)[0] for name in order]
     least = min(2, len(order) // 2)
     most = len(order) - least
     test = min(max(bisect.bisect_left(tenths, 1), least), most)
@@ -127,18 +127,12 @@ def warn_of_silent(table, videos, described):
     silent = sorted(set(videos) - set(described))
     if silent:
         warn_once(f"{table}: {len(silent)} of its {len(videos)} videos have no caption: "
-                  f"{', '.join(first_ten(silent))}")
+                  f"{', '.join(first_few(silent))}")
 
 
 @functools.cache
 def warn_once(line):
-    """A warning, by the first process only, and once though several splits read the same file."""
+    """A warning, once though several splits read the same file."""
+    # By one process for all: torchrun would print it as often as there are GPUs.
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {escaped(line)}", file=sys.stderr)
-
-
-def first_ten(lines):
-    """The first ten lines, and how many more there are."""
-    if len(lines) <= 10:
-        return lines
-    return [*lines[:10], f"and {len(lines) - 10} more"]

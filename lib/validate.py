@@ -1,44 +1,66 @@
 """Whether what a checkpoint says makes sense: asked before anything is built from it."""
+import contextlib
 from collections import OrderedDict
+from textwrap import shorten
 
 import torch
 
-from clip_model import Tokenizer
-from lib.common import WeightsError
+from clip_model import Tokenizer, sizes_of
+from lib.common import WeightsError, curable, cure, first_few
 
-SIZE = (int, 1, 2 ** 20)
+# A file is anybody's: in the code that makes something of what it says, these are its mistakes.
+MISTAKES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@contextlib.contextmanager
+def explained(path, what, advice):
+    """A mistake in a file, whatever error shows it, becomes a WeightsError of one line."""
+    with curable(f"{path}: no room to load it"):
+        try:
+            yield
+        except MISTAKES as error:
+            # A limit of the machine is not the file's fault.
+            if cure(error):
+                raise
+            why = shorten(str(error), 500)
+            if isinstance(error, KeyError):
+                why = f"it has no {error}"
+            raise WeightsError(f"{path}: {what}: {why}; {advice}") from None
+
+
+def usable(path):
+    """`explained` for a checkpoint of ours."""
+    return explained(path, "a checkpoint of train.py that can't be used",
+                     "use the program that wrote it, or train again")
+
+
 COUNT = (int, 0, 2 ** 62)
+AMOUNT = (int, 1, 1000)
 WEIGHT = ((int, float), 0, 1e6)
-TEXT = (str, "", "\U0010ffff")
+SHARE = ((int, float), 0, 1)
+FLAG = (bool,)
+TEXT = (str,)
 # What a checkpoint of ours says beside its tensors: the names, their type, least and most.
 SETTINGS = {
     "clip": {
-        "embed_dim image_size patch_size vision_width vision_layers": SIZE,
-        "context_length vocab_size text_width text_layers": SIZE,
-        "quick_gelu": (bool, False, True),
-        "vision_heads text_heads vision_mlp text_mlp": SIZE,
-        "norm_eps": ((int, float), 0, 1),
+        "quick_gelu": FLAG,
+        "vision_heads text_heads": AMOUNT,
+        "norm_eps": SHARE,
         "mean std resize": ((list, tuple),),
         "open_clip": TEXT,
     },
     "tmass": {
-        "frames heads": (int, 1, 1000),
-        "dropout": ((int, float), 0, 1),
+        "frames heads": AMOUNT,
+        "dropout": SHARE,
         "prior_std support_weight ce_weight": WEIGHT,
-        "pooling radius prior support_video": TEXT,
     },
-}
-SETTINGS["config"] = SETTINGS["tmass"] | {
-    "data clip amp augment device out": TEXT,
-    "epochs pretrain val_videos workers seed": COUNT,
-    "batch save_every log_every": (int, 1, 2 ** 31),
-    "head_lr clip_lr weight_decay warmup": WEIGHT,
+    # What evaluation reads; the options of train.py check the rest before a run is resumed.
+    "config": {"data": TEXT, "val_videos seed": COUNT},
 }
 STATE = {
     "version step": COUNT,
-    "context_length": SIZE,
-    "finished": (bool, False, True),
-    "clip tmass config model optimizer scaler training": ((dict, OrderedDict),),
+    "finished": FLAG,
+    "clip tmass config model optimizer scaler training splits": ((dict, OrderedDict),),
     "merges bad_videos": (list,),
 }
 
@@ -52,7 +74,7 @@ def check_range(values, table, where=""):
             # No isinstance: True is no whole number here.
             if type(value) not in kinds or ends and not ends[0] <= value <= ends[1]:
                 wanted = " or ".join(kind.__name__ for kind in kinds)
-                limits = f" from {ends[0]} to {ends[1]}" if ends and str not in kinds else ""
+                limits = f" from {ends[0]} to {ends[1]}" if ends else ""
                 raise WeightsError(f"{where}{name} is {value!r:.60}, expected {wanted}{limits}")
 
 
@@ -65,20 +87,17 @@ def check_own(content):
                            "version 1")
     for section, table in SETTINGS.items():
         check_range(content[section], table, f"{section}.")
-    for weights in (content, content.get("training", {})):
-        check_tensors(weights.get("model", {}))
-    sizes = content["clip"]
-    if "open_clip" in sizes:
+    check_tensors(content["model"])
+    if "open_clip" in content["clip"]:
         return
-    if sizes["image_size"] % sizes["patch_size"]:
-        raise WeightsError("clip.image_size is no multiple of clip.patch_size")
-    layers = sum(name.endswith(".ln_1.weight") for name in content["model"])
-    expected = sizes["vision_layers"] + sizes["text_layers"]
-    if layers != expected:
-        raise WeightsError(f"its weights are of {layers} layers, its settings say {expected}")
+    sizes = sizes_of({name.removeprefix("clip."): x for name, x in content["model"].items()})
+    for recorded in (content, content["clip"]):
+        for name in recorded.keys() & sizes.keys():
+            # As text: 16.0 and True are no sizes, even where they are equal to one.
+            if repr(recorded[name]) != repr(sizes[name]):
+                raise WeightsError(f"{name} is {recorded[name]!r:.60}, and {sizes[name]} in its "
+                                   "weights")
     check_merges(content["merges"], sizes["vocab_size"])
-    if content["context_length"] != sizes["context_length"]:
-        raise WeightsError("context_length differs from clip.context_length")
 
 
 def check_merges(merges, vocab_size):
@@ -106,10 +125,6 @@ def check_tensors(sd):
                            f"{listed(wrong)}")
 
 
-def listed(names, most=8):
+def listed(names):
     """The first few names, in one line."""
-    names = sorted(map(str, names))
-    line = ", ".join(names[:most])
-    if len(names) > most:
-        line += f" and {len(names) - most} more"
-    return line
+    return ", ".join(first_few(sorted(map(str, names))))

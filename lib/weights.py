@@ -12,11 +12,11 @@ from textwrap import shorten
 import torch
 from safetensors.torch import load_file
 
-from clip_model import CLIP, Tokenizer, sizes_of
-from lib.common import WeightsError, cure, first_line, why_not_written, written_whole
+from clip_model import CLIP, Tokenizer
+from lib.common import WeightsError, curable, cure, first_line, why_not_written, written_whole
 from lib.encoders import PREFIX, OpenCLIP, split_name
 from lib.settings import described, settings_beside
-from lib.validate import SETTINGS, check_own, check_range, check_tensors, listed
+from lib.validate import check_own, check_tensors, explained, listed, usable
 from tmass import TMASS
 
 # ---- downloads ----
@@ -32,7 +32,10 @@ MODELS = {  # name: (file, SHA-256)
     "ViT-L/14": (
         "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
 }
-HF_MODELS = {
+OTHER_NAMES = {
+    "ViT-B-32": "ViT-B/32",
+    "ViT-B-16": "ViT-B/16",
+    "ViT-L-14": "ViT-L/14",
     "openai/clip-vit-base-patch32": "ViT-B/32",
     "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14",
@@ -47,17 +50,18 @@ def load_vocabulary():
 
 
 def find_weights(name_or_path):
-    """A name of MODELS or HF_MODELS (downloaded on first use), a file, or a folder. -> file"""
+    """A name of MODELS or OTHER_NAMES (downloaded on first use), a file, or a folder. -> file"""
     path = Path(name_or_path)
     if path.is_dir():
         return file_in(path)
-    name = HF_MODELS.get(str(name_or_path), str(name_or_path))
-    for known, (file, sha256) in MODELS.items():
-        if name in (known, known.replace("/", "-")) and not path.exists():
-            return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
-    if not path.exists():
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    name = OTHER_NAMES.get(name, name)
+    if name not in MODELS:
         raise WeightsError(f"{path}: no such file, and none of the names {', '.join(MODELS)}")
-    return path
+    file, sha256 = MODELS[name]
+    return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
 
 
 def file_in(folder):
@@ -75,12 +79,13 @@ def fetch(url, sha256):
 
     A file that is there already is used if its SHA-256 is right.
     """
-    name = url.rsplit("/", 1)[-1]
+    name = os.path.basename(url)
     folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
     path = folder / name
     try:
         if path.is_file():
-            if sha256_of(path) == sha256:
+            # At once: the model will take more memory than its file does here.
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return path
             print(f"{path}: wrong SHA-256 (incomplete, or another file), downloading it again")
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,15 +99,6 @@ def fetch(url, sha256):
     return path
 
 
-def sha256_of(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 # ---- files of weights ----
 
 def read_weights(path):
@@ -113,49 +109,58 @@ def read_weights(path):
     path = Path(path)
     if path.is_dir():
         path = file_in(path)
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file")
     if not path.is_file():
-        raise WeightsError(f"{path}: a pipe or a device; give the name of a plain file")
-    try:
-        check_sums(path)
-        if path.name.endswith(".index.json"):
-            weights = read_parts(path)
-        elif path.suffix == ".safetensors":
-            weights = load_file(path)
-        elif is_torchscript(path):
-            weights = read_torchscript(path)
-        else:
-            with torch.serialization.safe_globals(numpy_scalars()):
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:  # a file of another kind fails in pickle, zip or torch in many ways
-        if cure(error):
-            raise out_of_memory(path, error) from None
-        why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
-        if "GLOBAL" in str(error):
-            why = ("it holds Python objects beside tensors, and loading those could run any code; "
-                   "if you trust it, write a clean file: python -c \"import torch; "
-                   f"c = torch.load({str(path)!r}, weights_only=False); "
-                   f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict else c; "
-                   "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, 'clean.pt')\"")
-        raise WeightsError(f"{path}: no readable weights: {why}") from None
+        why = "a pipe or a device; give the name of a plain file"
+        raise WeightsError(f"{path}: {why if path.exists() else 'no such file'}")
+    with curable(f"{path}: no room to load it"):
+        try:
+            weights = content_of(path)
+        except WeightsError:
+            raise
+        # A file of another kind fails in pickle, zip or torch in many ways.
+        except Exception as error:
+            if cure(error):
+                raise
+            why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
+            if "GLOBAL" in str(error):
+                why = ("it holds Python objects beside tensors, and loading those could run any "
+                       "code; if you trust it, write a clean file: python -c \"import torch; "
+                       f"c = torch.load({str(path)!r}, weights_only=False); "
+                       f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict "
+                       "else c; torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, "
+                       "'clean.pt')\"")
+            raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "
                            f"found another {type(weights).__name__}")
     return weights
 
 
-def check_sums(path):
-    """Raise a WeightsError if a part of a zip, as torch writes them, is not what was written."""
+def content_of(path):
+    """What a file of weights holds, by its kind."""
+    entries = zip_entries(path)
+    if path.name.endswith(".index.json"):
+        return read_parts(path)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if any(name.endswith("/constants.pkl") for name in entries):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files stay
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    with torch.serialization.safe_globals(numpy_scalars()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def zip_entries(path):
+    """The names in a zip, as torch writes them; [] of another file. Its checksums are compared."""
     if not zipfile.is_zipfile(path):
-        return
+        return []
     # torch does not compare the checksums itself.
     with zipfile.ZipFile(path) as file:
         if part := file.testzip():
             raise WeightsError(f"{path}: damaged, the checksum of {part} is wrong: get the file "
                                "again, or train again")
+        return file.namelist()
 
 
 def read_parts(path):
@@ -169,41 +174,17 @@ def read_parts(path):
 
 def numpy_scalars():
     """What numbers of numpy, as people note them beside weights, are made of. Without code."""
-    try:
-        import numpy
-    except ImportError:
-        return []
+    import numpy  # as torchvision does
     scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     types = {type(numpy.dtype(code)) for code in "?bhilqBHILQefd"}
     return [numpy.dtype, *types, *((scalar, name) for name in names)]
 
 
-def out_of_memory(path, error):
-    """A WeightsError about a limit of the machine, which is not the file's fault."""
-    return WeightsError(f"{path}: no room to load it: {first_line(error)}; {cure(error)}")
-
-
-def is_torchscript(path):
-    """Whether a file is a TorchScript archive, as OpenAI's are."""
-    if not zipfile.is_zipfile(path):
-        return False
-    names = zipfile.ZipFile(path).namelist()
-    return any(name.endswith("/constants.pkl") for name in names)
-
-
-def read_torchscript(path):
-    """The state dict of a TorchScript archive."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files stay
-        module = torch.jit.load(path, map_location="cpu")
-    return dict(module.state_dict())
-
-
 HOLDERS = ("state_dict", "model_state_dict", "model")
-# What DistributedDataParallel, Lightning, torch.compile and FSDP put into names.
-WRAPPERS = re.compile(r"^(module\.|model\.)+|_orig_mod\.|_fsdp_wrapped_module\."
-                      r"|_checkpoint_wrapped_module\.")
+# What torch.compile and FSDP put into names, DistributedDataParallel and Lightning before them.
+INNER = r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+WRAPPERS = re.compile(rf"^(module\.|model\.|{INNER})+|{INNER}")
 
 
 def state_dict_in(weights):
@@ -212,9 +193,7 @@ def state_dict_in(weights):
         weights = inner[0]
     sd = {}
     for key, x in weights.items():
-        inside = str(key)
-        while (key := WRAPPERS.sub("", inside)) != inside:  # one in another
-            inside = key
+        key = WRAPPERS.sub("", str(key))
         # The temperature is a vector of one in some files.
         sd[key] = x.reshape(()) if key.endswith("logit_scale") and torch.is_tensor(x) else x
     return sd
@@ -245,9 +224,9 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids
 
 def to_openai_names(sd):
     """State dict of HF's CLIPModel, of either open_clip class or of OpenAI's CLIP -> OpenAI's."""
-    sd = {key: x for key, x in sd.items() if not key.endswith(NOT_WEIGHTS)}
+    # In open_clip's CustomTextCLIP, names of the text tower begin with text.
+    sd = {key.removeprefix("text."): x for key, x in sd.items() if not key.endswith(NOT_WEIGHTS)}
     check_tensors(sd)
-    sd = {key.removeprefix("text."): x for key, x in sd.items()}  # open_clip's CustomTextCLIP
     if not any(key.startswith("text_model.") for key in sd):
         return sd
     named = {}
@@ -256,13 +235,11 @@ def to_openai_names(sd):
         # HF's projections are Linear layers, (out, in); OpenAI's are matrices, (in, out).
         named[key] = x.T.contiguous() if key in TRANSPOSED else x
     # HF keeps q, k and v apart; OpenAI has them in one tensor.
-    for key in [key for key in named if ".attn.q_proj." in key]:
-        parts = [key.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-        if missing := [part for part in parts if part not in named]:
-            raise WeightsError("weights that don't fit a CLIP with a vision transformer, "
-                               f"missing: {listed(missing)}")
-        joined = torch.cat([named.pop(part) for part in parts])
-        named[key.replace("q_proj.", "in_proj_")] = joined
+    for key in list(named):
+        if ".attn.q_proj." in key:
+            others = [key.replace("q_proj", other) for other in ("k_proj", "v_proj")]
+            parts = [named.pop(name) for name in (key, *others)]
+            named[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     return named
 
 
@@ -275,17 +252,20 @@ def renamed(key, names):
 
 # ---- any CLIP ----
 
-def load_clip(name_or_path, quick_gelu=None):
+def load_clip(name_or_path, **asked):
     """A name or a file (`find_weights`) -> CLIP in float32; prints what it loaded.
 
     Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, and the CLIP in our
     checkpoints and in those of T-MASS and X-Pool as released.
-    quick_gelu=None: by the rule of `activation`.
+    asked: arguments of CLIP that are to differ from what the files say, such as quick_gelu.
     """
     if str(name_or_path).startswith(PREFIX):
-        return load_open_clip(str(name_or_path), quick_gelu)
+        return load_open_clip(str(name_or_path), **asked)
     path = find_weights(name_or_path)
-    return clip_from(read_weights(path), path, quick_gelu)
+    content = read_weights(path)
+    if content.get("format") == "tmass":
+        return build_own(content, path, **asked)[0].clip
+    return clip_from(content, path, **asked)
 
 
 def load_open_clip(name, quick_gelu=None):
@@ -309,37 +289,20 @@ def load_open_clip(name, quick_gelu=None):
     return clip
 
 
-def clip_from(weights, path, quick_gelu=None):
+def clip_from(weights, path, **asked):
     """The CLIP in what `read_weights` found in a file."""
     sd = state_dict_in(weights)
     in_checkpoint = {k.removeprefix("clip."): x for k, x in sd.items() if k.startswith("clip.")}
     sd = in_checkpoint or sd
-    try:
-        settings, why, heads_by = settings_of(weights, sd, path)
-        if quick_gelu is not None:
-            settings["quick_gelu"] = quick_gelu
-            why = "as asked for"
-        clip = CLIP.from_state_dict(to_openai_names(sd), **settings)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    except (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise WeightsError(f"{path}: not a CLIP with a vision transformer: {reason(error)}; "
-                           f"found {listed(sd)}") from None
+    settings, why, heads_by = settings_beside(path, sd)
+    if "quick_gelu" in asked:
+        why = "as asked for"
+    what = ("not a checkpoint of train.py or of the released code, and not a CLIP with a vision "
+            "transformer")
+    with explained(path, what, f"found {listed(sd)}"):
+        clip = CLIP.from_state_dict(to_openai_names(sd), **settings | asked)
     print(f"CLIP from {path}: {described(clip, why, heads_by)}")
     return clip
-
-
-BESIDE = {"quick_gelu", "vision_heads", "text_heads", "norm_eps", "mean", "std"}
-
-
-def settings_of(weights, sd, path):
-    """What tensors don't tell. -> (arguments of CLIP, why this activation, where heads are from)"""
-    recorded = weights.get("clip")
-    if isinstance(recorded, dict) and "quick_gelu" in recorded:
-        check_range(recorded, SETTINGS["clip"], "clip.")
-        names = recorded.keys() & BESIDE
-        return {name: recorded[name] for name in names}, "recorded in this checkpoint", "recorded"
-    return settings_beside(path, sd, sizes_of(to_openai_names(sd)))
 
 
 # ---- checkpoints ----
@@ -351,11 +314,9 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     A kill at any moment leaves the old file or the new one. Weights that are not finite are
     refused. Raises WeightsError.
     """
-    path = os.fspath(path)
     intact = f"an earlier {path}, if any, is intact"
     own = model.state_dict()
-    if weights is None:
-        weights = own
+    weights = weights or own
     # Both: the best weights are kept while the ones in training go on, and may go wrong.
     if broken := not_finite(weights) or not_finite(own):
         raise WeightsError(f"checkpoint {path} not written: weights that are not finite "
@@ -396,17 +357,17 @@ def load_checkpoint(name_or_path, activation=None):
     then nothing was trained further, frames are pooled by `query`, and there is no radius.
     activation: quickgelu or gelu, where what the file says of it is wrong.
     """
-    quick_gelu = None if activation is None else activation == "quickgelu"
+    asked = {"quick_gelu": activation == "quickgelu"} if activation else {}
     if str(name_or_path).startswith(PREFIX):
-        clip = load_clip(name_or_path, quick_gelu)
+        clip = load_clip(name_or_path, **asked)
         model = TMASS(clip, **method_of({}))
         return model.eval(), clip.tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
-        model, tokenizer, config = build_own(content, path, quick_gelu)
+        model, tokenizer, config = build_own(content, path, **asked)
     else:
-        model, config = _load_foreign(content, path, quick_gelu)
+        model, config = _load_foreign(content, path, **asked)
         tokenizer = vocabulary_of(model.clip, path)
     if broken := not_finite(model.state_dict()):
         print(f"warning: {path}: weights that are not finite ({listed(broken)}): "
@@ -414,13 +375,11 @@ def load_checkpoint(name_or_path, activation=None):
     return model.eval(), tokenizer, config
 
 
-def build_own(content, path, quick_gelu=None):
+def build_own(content, path, **asked):
     """What save_checkpoint wrote -> (model, tokenizer, config)."""
-    try:
+    with usable(path):
         check_own(content)
-        settings = dict(content["clip"])
-        if quick_gelu is not None:
-            settings["quick_gelu"] = quick_gelu
+        settings = content["clip"] | asked
         if "open_clip" in settings:
             clip = OpenCLIP(**settings, files=content["merges"])
             model = TMASS(clip, **content["tmass"])
@@ -433,18 +392,7 @@ def build_own(content, path, quick_gelu=None):
         weights = {name: x.float() if x.is_floating_point() else x
                    for name, x in content["model"].items()}
         load_strictly(model, weights, "its own settings")
-        return model, tokenizer, dict(content["config"])
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            RuntimeError) as error:
-        if cure(error):
-            raise out_of_memory(path, error) from None
-        raise unusable(path, error) from None
-
-
-def unusable(path, error):
-    """A WeightsError about a checkpoint of ours in which something is wrong."""
-    return WeightsError(f"{path}: a checkpoint of train.py that can't be used: {reason(error)}; "
-                        "use the program that wrote it, or train again")
+        return model, tokenizer, content["config"]
 
 
 RELEASED_NAMES = {  # part of a name in a released checkpoint: here; in this order
@@ -456,17 +404,11 @@ RELEASED_NAMES = {  # part of a name in a released checkpoint: here; in this ord
 }
 
 
-def _load_foreign(content, path, quick_gelu):
+def _load_foreign(content, path, **asked):
     """A released checkpoint (HF's CLIP, pool_frames, stochastic) or a CLIP -> (model, config)."""
     sd = state_dict_in(content)
     released = any(key.startswith("pool_frames.") for key in sd)
-    try:
-        clip = clip_from(content, path, quick_gelu)
-    except WeightsError as error:
-        if released:
-            raise
-        raise WeightsError(f"{error}; nor is it a checkpoint of train.py or of the released code"
-                           ) from None
+    clip = clip_from(content, path, **asked)
     head = {}
     # What stands beside CLIP in a released file is all of pooling and radius, and nothing else.
     if released:
@@ -500,23 +442,10 @@ def vocabulary_of(clip, path):
     return tokenizer
 
 
-def reason(error):
-    """What an error says, in one line."""
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return shorten(str(error), 500)
-
-
 def load_strictly(module, sd, what):
     """Make the tensors of sd the module's own. A WeightsError names those that don't fit."""
-    expected = module.state_dict()
-    in_both = expected.keys() & sd.keys()
-    faults = {
-        "missing": expected.keys() - sd.keys(),
-        "unknown": sd.keys() - expected.keys(),
-        "of another size": [key for key in in_both if expected[key].shape != sd[key].shape],
-    }
-    for fault, names in faults.items():
-        if names:
-            raise WeightsError(f"weights that don't fit {what}, {fault}: {listed(names)}")
-    module.load_state_dict(sd, assign=True)
+    try:
+        module.load_state_dict(sd, assign=True)
+    except RuntimeError as error:
+        # Torch lists the names by kinds of fault, and by lines.
+        raise WeightsError(f"weights that don't fit {what}: {shorten(str(error), 500)}") from None

@@ -290,7 +290,7 @@ def test_processes_that_check_and_write_the_same_result_do_not_disturb_each_othe
     """As torchrun's do: one looks for parts that were left while another begins to write."""
     code = ("from lib.common import *\n"
             "for _ in range(600):\n"
-            "    check_output('--json', sys.argv[1], [b'x'])\n"
+            "    check_output('--json', sys.argv[1], b'x')\n"
             "    write_text(sys.argv[1], 'x')\n")
     command = [sys.executable, "-c", code, str(tmp_path / "result.json")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -305,16 +305,16 @@ def test_processes_that_check_and_write_the_same_result_do_not_disturb_each_othe
 
 def test_outputs_replace_only_what_their_option_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    marks = [b"tmass scores"]
+    mark = b"tmass scores"
     for content, mine in ((b"", True), (b"{}", True), (b"PK..tmass scores", True), (b"PK", False),
                           (b"x" * 5000 + b"tmass scores", False)):
         Path("result").write_bytes(content)
         if mine:
-            check_output("--save", "result", marks)
+            check_output("--save", "result", mark)
         else:
             with pytest.raises(DataError, match="^--save result exists and is no file that --save"):
-                check_output("--save", "result", marks)
-            check_output("--save", "result", marks, overwrite=True)
+                check_output("--save", "result", mark)
+            check_output("--save", "result")
         assert Path("result").read_bytes() == content and os.listdir() == ["result"]
 
 
@@ -327,7 +327,7 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatc
     for path in ("", "link", "pipe", "folder", "folder/", "none/file", "file/x", "/dev/null",
                  "n" * 245):
         with pytest.raises(DataError, match="^--json .*cannot be written: "):
-            check_output("--json", path, overwrite=True)
+            check_output("--json", path)
     check_output("--json", "n" * 200)
     assert sorted(os.listdir()) == ["file", "folder", "link", "pipe"]
 

@@ -775,7 +775,7 @@ def test_missing_and_broken_annotation_files(tmp_path):
     root = msrvtt(tmp_path)
     for content, message in (
         (None, "is missing: it belongs to msrvtt"),
-        ("{", "line 1: not valid JSON"),
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1"),
         ("[]", "JSON object"),
         ("{}", "'sentences'"),
         ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
