@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from lib.common import (
     DataError,
     escaped,
+    first_few,
     first_line,
     remove_parts,
     why_not_written,
@@ -30,7 +31,6 @@ from lib.common import (
     written_whole,
 )
 from lib.processes import ALONE
-from lib.tables import first_ten
 from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
@@ -446,4 +446,4 @@ def summary(encoded, files, pieces, reasons, stopped):
         line += "; stopped: the next search encodes the others"
     if reasons:
         line += f"; {len(reasons)} unreadable left out:"
-    return "\n  ".join(map(escaped, [line, *first_ten(reasons)]))
+    return "\n  ".join(map(escaped, [line, *first_few(reasons)]))

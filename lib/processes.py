@@ -173,16 +173,21 @@ def process_died(error):
 
 def run(main):
     """`program` for a main that torchrun may have started in several processes. -> exit status."""
-    status = 2
     try:
         status = program(main)
     except RuntimeError as e:
         if not process_died(e):
             raise
         print(f"error: another process of this job died ({first_line(e)})", file=sys.stderr)
-    finally:
-        if dist.is_initialized() and status != 2:  # what has failed must not wait for the others
-            dist.destroy_process_group()
+        status = 2
+    if dist.is_initialized():
+        if status == 2:
+            # What has failed must not wait for the others, and gloo's threads would now and then
+            # abort a Python that ends by itself.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
     return status
 
 
