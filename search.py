@@ -474,6 +474,8 @@ def parse_args(argv=None):
     add_common(p)
     p.set_defaults(expected=True)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
+    if 0 < args.window < 0.01:
+        p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     if not all(query.strip() for query in args.query):
         p.error("the query is empty: say what to look for")
     if args.query and (args.update or args.serve is not None):

@@ -35,9 +35,9 @@ from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
 FORMAT = "tmass index 2"
-FULL = 1000             # a shard is saved when it has so many pieces
+FULL = 4000             # a shard is saved when it has so many pieces: opening one takes 1 ms
 OLD = 60                # or when the one before was saved so many seconds ago
-SMALL = 16              # so many shards that are less than half full are joined
+SMALL = 16              # so many shards that are less than an eighth full are joined
 MISSED = 7 * 24 * 3600  # seconds that a file must be gone before its rows are dropped
 MEGABYTE = 2 ** 20
 MEANS = 2 * 2 ** 30     # bytes of pooled frames that stay on a GPU: 2 million pieces of D = 512
@@ -424,7 +424,7 @@ def repack(folder, mark, shards, newest):
         rows = of_files[shard.file.long()].sum().item()
         if not any(counts[key]) or 2 * rows < len(shard.file):
             chosen.append(key)
-        elif 2 * rows < FULL:
+        elif 8 * rows < FULL:
             small.append(key)
     if len(chosen) + len(small) >= SMALL:
         chosen += small

@@ -252,15 +252,16 @@ def renamed(key, names):
 
 # ---- any CLIP ----
 
-def load_clip(name_or_path, **asked):
+def load_clip(name_or_path, quick_gelu=None):
     """A name or a file (`find_weights`) -> CLIP in float32; prints what it loaded.
 
     Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, and the CLIP in our
     checkpoints and in those of T-MASS and X-Pool as released.
-    asked: arguments of CLIP that are to differ from what the files say, such as quick_gelu.
+    quick_gelu: where what the files say of it is wrong.
     """
     if str(name_or_path).startswith(PREFIX):
-        return load_open_clip(str(name_or_path), **asked)
+        return load_open_clip(str(name_or_path), quick_gelu)
+    asked = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
