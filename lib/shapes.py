@@ -5,7 +5,6 @@
 `python train.py` renders that many into data/shapes when it is first called.
 """
 import csv
-import io
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import av
 import torch
+from torch.utils.data import Dataset
 
 from lib.common import (
     DataError,
@@ -38,29 +38,30 @@ from lib.tables import read_json
 
 def _table(text):
     """The rows of a table, one a line: cells between bars."""
-    return [re.split(r"\s*\|\s*", line.strip()) for line in text.strip().splitlines()]
+    lines = text.strip().splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
 SKIES = _table("""
     at night           | under the stars     | 0A0E30 3A2F78 FFF6D0
-    at noon            | under a blue sky    | 2E8BE6 A8DCF5 A8DCF5
+    at noon            | under a blue sky    | 2E8BE6 A8DCF5
     at sunset          | in the evening glow | 7A2A5E FF8A3C FFE27A
-    at dawn            | under a pink sky    | C75B9B FFC9D6 FFC9D6
+    at dawn            | under a pink sky    | C75B9B FFC9D6
     in the rain        | under grey clouds   | 4C5866 8A97A3 C7D0D8
     in a snowfall      | under falling snow  | 8FB4CF C6DCEC FFFFFF
     under green lights | below an aurora     | 06282E 0E5A4A 5CF2A0
-    in the fog         | in a white mist     | E4E8EA F4F6F6 F4F6F6
+    in the fog         | in a white mist     | E4E8EA F4F6F6
 """)  # colours: at the top, at the horizon, and of what is in the sky
 GROUNDS = _table("""
-    on the sea     | over waves        | .13 | 0B6E99 6FD3E0
-    on sand        | among dunes       | .13 | E3B565 C98A3B
-    on snow        | on a white field  | .13 | F2F7FB D3E2EE
-    on a meadow    | among green hills | .13 | 8CC751 5E9E3A
-    on bricks      | over a brick wall | 0   | B4573F E3CBB8
-    on tiles       | over a chessboard | 0   | 30343A DDE2E6
-    on lava        | over glowing rock | .13 | 4A0F0A FF6A1A
-    on a dark road | on asphalt        | 0   | 3C3F45 F2E9C8
-""")  # how high hills rise at the horizon; colours
+    on the sea     | over waves        | 0B6E99 6FD3E0
+    on sand        | among dunes       | E3B565 C98A3B
+    on snow        | on a white field  | F2F7FB D3E2EE
+    on a meadow    | among green hills | 8CC751 5E9E3A
+    on bricks      | over a brick wall | B4573F E3CBB8
+    on tiles       | over a chessboard | 30343A DDE2E6
+    on lava        | over glowing rock | 4A0F0A FF6A1A
+    on a dark road | on asphalt        | 3C3F45 F2E9C8
+""")
 SHAPES = _table("""
     circle   | disc
     square   | box
@@ -79,15 +80,15 @@ COLOURS = _table("""
     black  | inky      | 25252B
     white  | ivory     | FAFAF5
 """)
-FACTS = dict(sky=SKIES, ground=GROUNDS,
-             shape=SHAPES, colour=COLOURS, shape2=SHAPES, colour2=COLOURS)
+FACTS = [SKIES, GROUNDS, SHAPES, COLOURS, SHAPES, COLOURS]
+WORDS = [[row[:2] for row in rows] for rows in FACTS]
 FORMS = [
-    "a {colour} {shape} and a {colour2} {shape2} {ground} {sky}",  # the warm-up's
-    "a {colour} {shape} next to a {colour2} {shape2} {ground} {sky}",
-    "{sky}, a {colour} {shape} beside a {colour2} {shape2} {ground}",
-    "there is a {colour} {shape} with a {colour2} {shape2} {ground} {sky}",
-    "{sky} we see a {colour} {shape} and a {colour2} {shape2} {ground}",
-    "a video that shows a {colour} {shape} near a {colour2} {shape2} {ground}, {sky}",
+    "a {left} and a {right} {ground} {sky}",  # the warm-up's
+    "a {left} next to a {right} {ground} {sky}",
+    "{sky}, a {left} beside a {right} {ground}",
+    "there is a {left} with a {right} {ground} {sky}",
+    "{sky} we see a {left} and a {right} {ground}",
+    "a video that shows a {left} near a {right} {ground}, {sky}",
 ]
 POSE = _table("""
     zoom         |  1   | .04 | .06
@@ -113,145 +114,154 @@ FRAMES = 24  # per video
 RATE = 8  # frames per second
 SIDE = 96  # pixels
 SHAPES_VERSION = 2  # of what is drawn and written; older folders are refused
-SETTINGS = dict(train=1500, val=100, test=500, seed=24)  # what `python train.py` renders
 
 # ---- drawing ----
 # Coordinates: x from -1 to 1 to the right (n,1,S), y from -1 to 1 upwards (n,S,1); px is a pixel's
 # side in them. A picture is (3,n,S,S), so that an amount (n,S,S) of paint applies to each channel.
-# What differs by kind is only where there is paint; all pictures are painted at once.
 
+
+def _paints(row):
+    """The colours RRGGBB in a row's last cell -> tensors (3,1,1,1) in 0..1."""
+    colours = [list(bytes.fromhex(code)) for code in row[-1].split()]
+    return torch.tensor(colours).view(-1, 3, 1, 1, 1) / 255
+
+
+PAINTS = torch.cat([_paints(row) for row in COLOURS])
 CELLS = 1021  # with a speck each, before they repeat
-# Each cell has four random numbers: one more, then x, y and rarity of its speck; the first three
-# are also the colour of confetti. They are here twice: the sum of two indices is an index.
+# Each cell has four random numbers: x, y and rarity of its speck, and one more; three of them are
+# also the colour of confetti. They are here twice, so that the sum of two indices is an index.
 SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0))
-SPECKS = SPECKS.roll(1, 0).repeat(1, 2)
-
-
-def _paints(table, kinds):
-    """The colours RRGGBB in the last cells of a table, for pictures of these kinds.
-
-    kinds (n,): rows of the table -> (colours,3,n,1,1) in 0..1.
-    """
-    codes = [list(bytes.fromhex(row[-1])) for row in table]
-    paints = torch.tensor(codes).view(len(table), -1, 3) / 255
-    return paints[kinds].permute(1, 2, 0)[..., None, None]
-
-
-def _by_kind(pattern, kinds, x, y, *time):
-    """pattern(kind, x, y, time) for the pictures of each kind. kinds (n,), y (n,H,1) -> (n,H,S)."""
-    found = torch.empty(*y.shape[:2], x.shape[2])
-    for kind in kinds.unique().tolist():
-        rows, = torch.where(kinds == kind)
-        # index_select is five times as fast as an index in brackets
-        found[rows] = pattern(kind, *[place.index_select(0, rows) for place in (x, y, *time)])
-    return found
+SPECKS = SPECKS.repeat(1, 2)
 
 
 def _specks(x, y, density, radius, px):
     """Specks strewn over a plane, at most one in a unit cell.
 
-    x (n,1,S), y (n,S,1) -> amount of speck (n,S,S), the numbers of its cell (4,n,S,S).
+    x (n,1,S), y (n,S,1) -> amount of speck, number of the cell, both (n,S,S).
     """
-    column = x.floor().long() * 61 % CELLS
-    row = y.floor().long() * 157 % CELLS
-    cell = column + row
-    numbers = SPECKS.index_select(1, cell.flatten()).view(4, *cell.shape)
-    right = x % 1 - .3 - .4 * numbers[1]
-    up = y % 1 - .3 - .4 * numbers[2]
+    column = x.floor()
+    row = y.floor()
+    cell = column.long() * 61 % CELLS
+    cell = cell + row.long() * 157 % CELLS
+    right = x - column - .3 - (.4 * SPECKS[0])[cell]
+    up = y - row - .3 - (.4 * SPECKS[1])[cell]
     amount = (radius - torch.hypot(right, up)) / px + .5
-    return amount.clamp_(0, 1) * (numbers[3] < density), numbers
+    return amount.clamp_(0, 1) * (SPECKS[2] < density)[cell], cell
 
 
-def _sky(kind, x, y, time):
-    """The amount of a sky's third colour. x (n,1,S), y (n,S,1), time (n,1,1) -> (n,S,S) or 0."""
-    px = 2 / x.shape[2]
-    match SKIES[kind][0]:
-        case "at night":
-            return _specks(x * 4 + time / 4, y * 4, .6, .12, px * 4)[0]
-        case "at sunset":
-            distance = torch.hypot(x - .1 * time.sin(), y - .35)
-            return (.3 - distance) / px + .5
-        case "in the rain":
-            streak = (x * 9 - y * 3 + time * 2) % 1
-            return (.12 - (streak - .5).abs()) * 2
-        case "in a snowfall":
-            across = x * 3.5 + time / 4
-            return _specks(across, y * 3.5 + time, .7, .16, px * 3.5)[0]
-        case "under green lights":
-            bend = (3 * y + time).sin()
-            return (x * 4 + bend).sin() * .6
-    return 0
-
-
-def _ground(kind, x, y, time):
-    """The amount of a ground's second colour. x (n,1,S), y (n,H,1), time (n,1,1) -> (n,H,S)."""
-    px = 2 / x.shape[2]
-    match GROUNDS[kind][0]:
-        case "on bricks":
-            level = (y * 4 % 1 - .5).abs()
-            shifted = x * 2 + (y * 4).floor() / 2
-            upright = (shifted % 1 - .5).abs() * 2
-            return (.07 - torch.minimum(level, upright)) / px / 4 + .5
-        case "on tiles":
-            return ((x * 2.5).floor() + (y * 2.5).floor()) % 2
-        case "on a dark road":
-            line = .06 - (y + .55).abs()
-            dash = ((x + time / 4) * 1.5 % 1 - .5).abs() - .2
-            return torch.minimum(line, dash) / px + .5
-        case "on the sea" | "on lava":
-            bend = 1.3 * (3 * x + time).sin()
-            wave = (10 * y + bend + time).sin()
-            return (wave - .4) / px / 9 + .5
-    hill = -.45 + .16 * (2.4 * x + time / 3).sin()
-    return (hill - y) / px + .5
-
-
-def _draw_scenery(facts, x, y, time, px):
-    """Skies over grounds. facts (n,6), x (n,1,S), y (n,S,1), time (n,1,1) -> (3,n,S,S)."""
-    skies, grounds = facts.T[:2]
-    top, low, third = _paints(SKIES, skies)
+def _draw_sky(sky, x, y, time, px):
+    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S)."""
+    top, low, *others = _paints(SKIES[sky])
     low_part = .75 - .75 * y  # brighter towards the horizon
-    sky = torch.lerp(top, low, low_part.clamp_(0, 1)).repeat(1, 1, 1, x.shape[2])
-    amount = _by_kind(_sky, skies, x, y, time)
-    sky.lerp_(third, amount.clamp_(0, 1))
-    # The horizon is never above .15: the rows before `first` have no ground.
-    first = int((y > .15 + px).all(0).sum())
-    y = y[:, first:]
-    amount = _by_kind(_ground, grounds, x, y, time)
-    ground = torch.lerp(*_paints(GROUNDS, grounds), amount.clamp_(0, 1))
-    hills = torch.tensor([float(row[2]) for row in GROUNDS])[grounds]
-    horizon = .02 + hills[:, None, None] * (2.2 * x + time / 4).sin()
-    cover = (horizon - y) / px + .5
-    sky[:, :, first:].lerp_(ground, cover.clamp_(0, 1))
-    return sky
+    picture = torch.lerp(top, low, low_part.clamp(0, 1))
+    picture = picture.repeat(1, 1, 1, x.shape[2])
+    name = SKIES[sky][0]
+    if name == "at night":
+        across = x * 4 + time / 4
+        amount, _ = _specks(across, y * 4, .6, .12, px * 4)
+    elif name == "at sunset":
+        distance = torch.hypot(x - .1 * time.sin(), y - .35)
+        amount = (.3 - distance) / px + .5
+    elif name == "in the rain":
+        streak = (x * 9 - y * 3 + time * 2) % 1
+        amount = (.12 - (streak - .5).abs()) * 2
+    elif name == "in a snowfall":
+        across = x * 3.5 + time / 4
+        amount, _ = _specks(across, y * 3.5 + time, .7, .16, px * 3.5)
+    elif name == "under green lights":
+        bend = (3 * y + time).sin()
+        amount = (x * 4 + bend).sin() * .6
+    else:
+        return picture
+    return picture.lerp_(others[0], amount.clamp_(0, 1))
 
 
-def _outline(kind, x, y):
+def _draw_ground(ground, x, y, time, px):
+    """x (n,1,S), y (n,H,1), time (n,1,1) -> (3,n,H,S), the y of the horizon."""
+    name = GROUNDS[ground][0]
+    horizon = .02
+    if name == "on bricks":
+        row = (y * 4).floor()
+        level = (y * 4 - row - .5).abs()
+        upright = ((x * 2 + row / 2) % 1 - .5).abs() * 2
+        amount = (.07 - torch.minimum(level, upright)) / px / 4 + .5
+    elif name == "on tiles":
+        amount = ((x * 2.5).floor() + (y * 2.5).floor()) % 2
+    elif name == "on a dark road":
+        line = .06 - (y + .55).abs()
+        dash = ((x + time / 4) * 1.5 % 1 - .5).abs() - .2
+        amount = torch.minimum(line, dash) / px + .5
+    else:
+        horizon = .02 + .13 * (2.2 * x + time / 4).sin()
+        hill = -.45 + .16 * (2.4 * x + time / 3).sin()
+        amount = (hill - y) / px + .5
+    if name in ("on the sea", "on lava"):
+        bend = 1.3 * (3 * x + time).sin()
+        wave = (10 * y + bend + time).sin()
+        amount = (wave - .4) / px / 9 + .5
+    paint, second = _paints(GROUNDS[ground])
+    picture = paint.repeat(1, *amount.shape)
+    return picture.lerp_(second, amount.clamp_(0, 1)), horizon
+
+
+def _span(numbers):
+    """The slice from the first to the last of some numbers, in ascending order."""
+    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+
+
+def _alike(values):
+    """The different values (n,) -> pairs (value, its rows: a slice where they lie together)."""
+    for value in values.unique().tolist():
+        rows = (values == value).nonzero()[:, 0]
+        span = _span(rows)
+        together = span.stop - span.start == len(rows)
+        yield value, span if together else rows  # a slice costs no copy
+
+
+def _draw_scenery(picture, facts, x, y, time, px):
+    """Draw skies and grounds, each only in the rows of pixels where some picture shows it."""
+    # the horizon is never above .15 nor below -.11
+    first = int((y > .15 + px).all(0).sum())  # row that has ground
+    last = int((y > -.11 - px).any(0).sum())  # row that has no sky
+    for sky, rows in _alike(facts[:, 0]):
+        above = y[rows, :last]
+        picture[:, rows, :last] = _draw_sky(sky, x[rows], above, time[rows], px)
+    for ground, rows in _alike(facts[:, 1]):
+        below = y[rows, first:]
+        soil, horizon = _draw_ground(ground, x[rows], below, time[rows], px)
+        cover = (horizon - y[rows, first:last]) / px + .5
+        sky = picture[:, rows, first:last]
+        both = soil[:, :, :last - first]
+        both[:] = sky.lerp(both, cover.clamp_(0, 1))
+        picture[:, rows, first:] = soil
+
+
+def _outline(shape, x, y):
     """Signed distance from a shape of radius 1, negative inside. x, y (n,S,S) -> (n,S,S)."""
     r = torch.hypot(x, y)
-    match SHAPES[kind][0]:
-        case "circle":
-            return r - .9
-        case "square":
-            return torch.maximum(x.abs(), y.abs()) - .78
-        case "ring":
-            return (r - .66).abs() - .26
-        case "cross":
-            x = x.abs()
-            y = y.abs()
-            return torch.maximum(torch.minimum(x, y) - .3, torch.maximum(x, y) - .9)
-        case "triangle":
-            tips, inner, grow = 3, .5, .08
-        case "star":
-            tips, inner, grow = 5, .45, .04
-    # These two are fans of equal sectors, folded into one half of a sector. Their edge there runs
-    # from the tip (1, 0) to a corner (ex, ey) before it.
+    name = SHAPES[shape][0]
+    if name == "circle":
+        return r - .9
+    if name == "square":
+        return torch.maximum(x.abs(), y.abs()) - .78
+    if name == "ring":
+        return (r - .66).abs() - .26
+    if name == "cross":
+        x = x.abs()
+        y = y.abs()
+        nearer = torch.minimum(x, y)
+        farther = torch.maximum(x, y)
+        return torch.maximum(nearer - .3, farther - .9)
+    # Triangle and star are fans of equal sectors, folded into one half of a sector. Their edge
+    # there runs from the tip (1, 0) to a corner (ex, ey) before it.
+    tips, inner, grow = (3, .5, .08) if name == "triangle" else (5, .45, .04)
     half = math.pi / tips
     turn = torch.atan2(x, y) / (2 * half) + .5
     angle = (turn % 1 - .5).abs() * 2 * half
     ex = 1 - inner * math.cos(half)
     ey = inner * math.sin(half)
-    beyond = ey * (r * angle.cos() - 1) + ex * r * angle.sin()
+    beyond = ey * (r * angle.cos() - 1)
+    beyond = beyond + ex * r * angle.sin()
     return beyond / math.hypot(ex, ey) - grow
 
 
@@ -260,25 +270,27 @@ def _draw_sticker(picture, facts, pose, x, y, px):
 
     facts (n,2): shape and colour. pose (n,4): x, y, angle, radius.
     """
-    at_x, at_y, angle, radius = pose.T[..., None, None]  # each (n,1,1)
-    right = (x - at_x) / radius
-    up = (y - at_y) / radius
-    across = right * angle.cos() - up * angle.sin()
-    along = right * angle.sin() + up * angle.cos()
-    distance = _by_kind(_outline, facts[:, 0], across, along).mul_(radius)
-    # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
-    near = distance.amin(0) < .4 / 2.2 + px
-    start, end = near.nonzero().aminmax(dim=0)
-    box = (..., *map(slice, start, end + 1))
-    distance = distance[box]
-    inside = (-distance / px).add_(.5).clamp_(0, 1)
-    rim = (.055 - distance).div_(px).add_(.5).clamp_(0, 1)
-    shadow = (.4 - 2.2 * distance).clamp_(0, 1)
-    bright = inside * (.93 + .07 * along[box])
-    paint, = _paints(COLOURS, facts[:, 1])
-    spot = picture[box]
-    spot *= (1 - shadow) * (1 - rim)
-    spot += (rim - inside) + paint * bright
+    for shape, rows in _alike(facts[:, 0]):
+        at_x, at_y, angle, radius = pose[rows].T[..., None, None]  # each (n,1,1)
+        right = (x[rows] - at_x) / radius
+        up = (y[rows] - at_y) / radius
+        across = right * angle.cos() - up * angle.sin()
+        along = right * angle.sin() + up * angle.cos()
+        distance = _outline(shape, across, along).mul_(radius)
+        # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
+        near = distance.amin(0) < .4 / 2.2 + px
+        height = _span(near.any(1).nonzero())
+        width = _span(near.any(0).nonzero())
+        distance = distance[:, height, width]
+        inside = (-distance / px).add_(.5).clamp_(0, 1)
+        rim = (.055 - distance).div_(px).add_(.5).clamp_(0, 1)
+        shadow = (.4 - 2.2 * distance).clamp_(0, 1)
+        bright = inside * (.93 + .07 * along[:, height, width])
+        paint = PAINTS[facts[rows, 1], :, 0].transpose(0, 1)  # (3,n,1,1)
+        spot = picture[:, rows, height, width]
+        spot *= (1 - shadow) * (1 - rim)
+        spot += (rim - inside) + paint * bright
+        picture[:, rows, height, width] = spot  # which is a copy where rows are not a slice
 
 
 def draw_shots(facts, pose, size):
@@ -291,13 +303,15 @@ def draw_shots(facts, pose, size):
     zoom, camera_x, camera_y, time, light, confetti = pose.T[:6, :, None, None]  # each (n,1,1)
     x = (line + camera_x) / zoom  # (n,1,S)
     y = (camera_y - line[:, None]) / zoom  # (n,S,1)
-    picture = _draw_scenery(facts, x, y, time, px)
-    strewn, *_ = torch.where(confetti)
-    time = time[strewn]
-    across = x[strewn] * 3 + time / 3
-    amount, numbers = _specks(across, y[strewn] * 3 - time / 2, .4, .16, px * 3)
-    bare = picture.index_select(1, strewn)
-    picture[:, strewn] = bare.lerp_(numbers[:3], amount)
+    picture = torch.empty(3, len(facts), size, size)
+    _draw_scenery(picture, facts, x, y, time, px)
+    for strewn, rows in _alike(confetti.flatten()):
+        if strewn:
+            across = x[rows] * 3 + time[rows] / 3
+            along = y[rows] * 3 - time[rows] / 2
+            amount, cell = _specks(across, along, .4, .16, px * 3)
+            paint = SPECKS[[3, 0, 1]][:, cell]
+            picture[:, rows] = picture[:, rows].lerp(paint, amount)
     _draw_sticker(picture, facts[:, 2:4], pose[:, 6:10], x, y, px)
     _draw_sticker(picture, facts[:, 4:6], pose[:, 10:14], x, y, px)
     # in place: pages of memory cost as much as the arithmetic
@@ -310,7 +324,7 @@ def draw_shots(facts, pose, size):
 
 def random_shots(n, generator):
     """-> facts (n,6) of n shots, and the pose (n,14) in which they are seen (`draw_shots`)."""
-    facts = [torch.randint(len(rows), (n,), generator=generator) for rows in FACTS.values()]
+    facts = [torch.randint(len(words), (n,), generator=generator) for words in WORDS]
     u = torch.rand(n, 14, generator=generator) * 2 - 1
     return torch.stack(facts, 1), MEAN + SPREAD * u
 
@@ -327,11 +341,14 @@ def _describe(facts, generator, forms, second):
     wordings = (v < second).long().tolist()
     texts = []
     for form, mentioned, wording in zip(chosen, says.tolist(), wordings):
-        words = {}
-        for (name, rows), fact, k in zip(FACTS.items(), mentioned, wording):
-            words[name] = rows[fact][k] if fact >= 0 else ""
-        text = " ".join(forms[form].format(**words).split())
-        text = text.replace(" ,", ",").strip(" ,")
+        words = []
+        for choices, fact, k in zip(WORDS, mentioned, wording):
+            words.append(choices[fact][k] if fact >= 0 else "")
+        sky, ground, shape, colour, shape2, colour2 = words
+        left = f"{colour} {shape}"
+        right = f"{colour2} {shape2}"
+        text = forms[form].format(left=left, right=right, sky=sky, ground=ground)
+        text = " ".join(text.split()).replace(" ,", ",").strip(" ,")
         texts.append(re.sub(r"\ba (?=[aeiou])", "an ", text))
     return texts, says
 
@@ -351,23 +368,23 @@ def _animate(pose, generator):
     shots = len(pose)
     extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
     lengths = 5 + extra.bincount(minlength=shots)
-    shot = torch.arange(shots).repeat_interleave(lengths)
-    middle = lengths.cumsum(0) - lengths / 2
-    t = (torch.arange(FRAMES) - middle[shot])[:, None] / RATE
     u = torch.rand(3, shots, 14, generator=generator) * 2 - 1
+    pose = pose.clone()
+    pose[:, 4] += .15 * u[0, :, 4] - .05  # light
+    pose[:, 5] = u[0, :, 5] > 0  # confetti or none
+    shot = torch.arange(shots).repeat_interleave(lengths)
+    seconds = [torch.arange(n) - n / 2 for n in lengths.tolist()]
+    t = torch.cat(seconds)[:, None] / RATE
     drift, sway, phase = u[:, shot]
     motion = drift * t + sway * (4 * t + 3 * phase).sin()
-    pose = pose[shot] + REACH * motion
-    pose[:, 4] += .15 * drift[:, 4] - .05  # light
-    pose[:, 5] = drift[:, 5] > 0  # confetti or none
-    return shot, pose
+    return shot, pose[shot] + REACH * motion
 
 
-class ShapesVideos:
+class ShapesVideos(Dataset):
     """All videos, by number. Item i -> captions, facts of the shots (S,6), facts mentioned (n,6).
 
     It is drawn by a generator of its own, and written to its file unless that is there. The facts
-    are lists.
+    are lists. The item is a DataError if a file can't be written: raising one ends a worker.
     """
 
     def __init__(self, folder, train, val, test, seed):
@@ -389,21 +406,28 @@ class ShapesVideos:
         captions = CAPTIONS[self.splits[i]]
         described = torch.randint(shots, (captions,), generator=generator)
         texts, says = _describe(facts[described], generator, FORMS, second=.2)
-        if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
-            shot, pose = _animate(pose, generator)
-            write_video(path, draw_shots(facts[shot], pose, SIDE), RATE)
+        try:
+            if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
+                shot, pose = _animate(pose, generator)
+                write_video(path, draw_shots(facts[shot], pose, SIDE), RATE)
+        except (OSError, av.FFmpegError) as e:
+            why = e.strerror or e
+            return DataError(f"{path} can't be written: {why}: make room or use another --root")
         return texts, facts.tolist(), says.tolist()
 
 
 def write_video(path, frames, rate):
-    """uint8 (T,3,H,W) -> an H.264 file."""
+    """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file."""
     H, W = frames.shape[2:]
-    # slower presets, and threads, write other bytes each time
-    options = {"preset": "superfast", "crf": "22", "threads": "1"}
+    options = {"preset": "superfast", "crf": "22"}  # slower presets write other bytes each time
     with written_whole(path, flush=False) as part, av.open(part, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate, options, width=W, height=H, pix_fmt="yuv420p")
-        for pixels in frames.permute(0, 2, 3, 1).numpy():
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+        stream.thread_type = "FRAME"
+        stream.thread_count = 1
+        for pixels in frames.permute(0, 2, 3, 1):
+            frame = av.VideoFrame(W, H, "rgb24")
+            plane = torch.frombuffer(frame.planes[0], dtype=torch.uint8)
+            plane.view(H, W, 3).copy_(pixels)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
@@ -411,18 +435,19 @@ def write_video(path, frames, rate):
 # ---- the folder ----
 
 
-def oracle_ceiling(shots, says):
+def oracle_ceiling(facts, owner, says, target):
     """The R@1, in percent, of a search that knows all facts.
 
-    A caption fits a video if it fits one of its shots, and of the videos that fit, its own among
-    them, the search picks one at random. shots: the facts (S,6) of each video's shots. says (N,6):
-    the facts that captions mention, -1 where they leave one out.
+    A caption fits a video if it fits one of its shots; among the videos that fit it picks one at
+    random. facts (S,6) and owner (S,): all shots and their videos. says (N,6), -1 where a caption
+    leaves a fact out, and target (N,): the captions and their videos.
     """
-    fitting = torch.zeros(len(says), dtype=torch.float64)  # videos
-    for facts in shots:
-        matches = (says[:, None] == -1) | (says[:, None] == facts)  # (N,S,6)
-        fitting += matches.all(2).any(1)
-    return (100 / fitting).mean().item()
+    total = 0
+    for said, video in zip(says, target.tolist()):
+        fits = ((said == -1) | (said == facts)).all(1)
+        found = set(owner[fits].tolist())
+        total += (video in found) / len(found)
+    return 100 * total / len(says)
 
 
 def _about(root):
@@ -436,7 +461,7 @@ def shapes_of(root):
     """
     root = Path(root)
     try:
-        if not root.exists() or not any(root.iterdir()):
+        if not root.exists() or root.is_dir() and not any(root.iterdir()):
             return {}, False
         settings = _about(root)["settings"]
         version = settings["version"]
@@ -456,61 +481,71 @@ def shapes_table(root):
     settings, whole = shapes_of(root)
     if not whole:
         missing = "no whole data set" if settings else "no data set"
-        numbers = "{train} {val} {test} --seed {seed}".format(**SETTINGS | settings)
+        numbers = "{train} {val} {test} --seed {seed}" if settings else "1500 100 500"
+        numbers = numbers.format(**settings)
         raise DataError(f"{root} holds {missing} shapes: `python train.py` renders it, or "
                         f"python -m lib.shapes --root {root} --videos {numbers}")
     return Path(root) / "captions.csv"
 
 
-def render_shapes(root, workers=min(8, os.cpu_count() or 1), **settings):
+def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
     """Make the data set unless one is there: shapes.json (settings, ceiling), videos, captions.csv.
 
-    settings: those that differ from SETTINGS. captions.csv is written last, and a rendering that
-    was stopped goes on with the next call. The files are the same for any number of workers.
+    captions.csv is written last, and a rendering that was stopped goes on with the next call. The
+    files are the same for any number of workers.
     """
     root = Path(root)
-    videos = ShapesVideos(root / "videos", **SETTINGS | settings)
-    settings = dict(version=SHAPES_VERSION, **SETTINGS | settings)
+    wanted = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
     begun, whole = shapes_of(root)
     if whole:
         return
-    if begun and begun != settings:
+    if begun and begun != wanted:
         raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose "
                         "another --root")
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    videos = ShapesVideos(root / "videos", train, val, test, seed)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        write_text(root / "shapes.json", json.dumps(dict(settings=settings)))
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
         videos.folder.mkdir(exist_ok=True)
         rows, ceiling = _render(videos, workers)
-        write_text(root / "shapes.json", json.dumps(dict(settings=settings, ceiling=ceiling)))
-        table = io.StringIO()
-        csv.writer(table).writerows(rows)
-        write_text(root / "captions.csv", table.getvalue())
+        write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
+        with written_whole(root / "captions.csv") as part, \
+                open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
     except OSError as e:
-        raise DataError(f"{root}: shapes can't be written there: {e}; make room, or choose another "
-                        "--root") from None
-    made = "shapes: {train}/{val}/{test} videos to train, validate and test in ".format(**settings)
-    best = f"; highest R@1 that the captions allow: {ceiling:.1f} %" if ceiling else ""
-    print(f"{made}{root}{best}")
+        why = e.strerror or e
+        raise DataError(f"{root}: shapes can't be written there: {why}; choose another --root") \
+            from None
+    best = f"; highest R@1 that the captions allow: {ceiling:.1f} %" if test else ""
+    print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}{best}")
 
 
 def _render(videos, workers):
     """Write all files. -> the rows of captions.csv, the test split's oracle_ceiling or None."""
     rows = [("video", "caption", "split")]
-    shots = []
-    says = []
+    facts, owner, says, target = [], [], [], []
     progress = Progress(f"rendering {videos.folder.parent}", len(videos))
     numbers = [[i] for i in range(len(videos))]
     with loading(videos, numbers, workers=min(workers, len(videos))) as items:
-        for i, [(captions, facts, mentioned)] in enumerate(items):
+        for i, [item] in enumerate(items):
+            if isinstance(item, DataError):
+                raise item
+            captions, shots, mentioned = item
             name = f"videos/{videos.path(i).name}"
             split = videos.splits[i]
             rows += [(name, caption, split) for caption in captions]
             if split == "test":
-                shots.append(torch.tensor(facts))
+                facts += shots
+                owner += [i] * len(shots)
                 says += mentioned
+                target += [i] * len(mentioned)
             progress.update(i + 1)
-    return rows, oracle_ceiling(shots, torch.tensor(says)) if says else None
+    if not target:
+        return rows, None
+    columns = map(torch.tensor, (facts, owner, says, target))
+    return rows, oracle_ceiling(*columns)
 
 
 def shapes_ceiling(root=None):
@@ -530,7 +565,7 @@ def main(argv=None):
     p.add_argument("--root", required=True, help="folder to write into")
     p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"),
                    required=True, help="number of videos per split")
-    p.add_argument("--seed", type=numeric(int, 0), default=SETTINGS["seed"],
+    p.add_argument("--seed", type=numeric(int, 0), default=24,
                    help="of everything random (default: %(default)s)")
     args = p.parse_args(argv)
     wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
