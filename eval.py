@@ -372,8 +372,8 @@ def parse_args(argv=None):
     add("--released-protocol", action="store_true",
         help="add what the released, LEAKING evaluation reports")
     add("--analyze", action="store_true",
-        help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
-             "complexity and caption length")
+        help="add 95%% intervals, relevant against irrelevant pairs, recall by "
+             "video complexity")
     add = add_common(p)
     add("--save",
         help="write similarities, ranks, embeddings, captions and segments there")
