@@ -331,8 +331,9 @@ def released_protocol(model, scored):
     videos = sorted(first)
     texts = [first[v] for v in videos]
     own = torch.arange(len(videos))
-    trials, seed, _ = scored.scoring.values()
-    leaking = released_scores(model, scored.t[texts], scored.f[videos], own, trials, seed)
+    scoring = scored.scoring
+    leaking = released_scores(model, scored.t[texts], scored.f[videos], own, scoring["trials"],
+                              scoring["seed"])
     rows = dict(measure(leaking, own), texts=len(texts), videos=len(videos))
     out = dict(released_protocol=rows)
     if scored.sims.shape != leaking.shape:

@@ -154,7 +154,9 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
-            checkpoint.bad_videos += bad
+            # A video has several captions, and an epoch follows the other: once is enough.
+            new = [line for line in dict.fromkeys(bad) if line not in checkpoint.bad_videos]
+            checkpoint.bad_videos += new
             factor = learning_rate(step, batches.total, args.warmup)
             for group in checkpoint.optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -259,9 +261,11 @@ def read_batches(args, job, checkpoint, batches, annotations):
 def build(args, captions, saved, job):
     """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
     if saved:
-        build_own(saved, args.out)  # raises where the result of the best epoch so far is damaged
-        # If the weights to go on from are others, they stand beside it.
-        return build_own(saved | saved.get("training", {}), args.out)[:2]
+        # Where the best weights are another epoch's, those to go on from stand beside them.
+        model, tokenizer, _ = build_own(saved, args.out)
+        if "training" in saved:
+            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
+        return model, tokenizer
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:

@@ -156,7 +156,8 @@ def analyze(model, scored, t2v, v2t):
     |R|₁. complexity: R@1 by third of the texts, with samples and without.
     """
     t, f, sims, ann, _, scoring = scored
-    trials, seed, _ = scoring.values()
+    trials = scoring["trials"]
+    seed = scoring["seed"]
     sims = sims.cpu()
     torch.manual_seed(seed)
     owner = torch.tensor(ann.owner)
