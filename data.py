@@ -531,18 +531,18 @@ def present(annotations, skip_bad=False):
 def main(argv=None):
     from lib.check import check
     p = Parser(__doc__)
-    add = p.add_argument
-    add("command", choices=["check"], help="say what of a data set is there, and what is missing")
-    add("--data", required=True, help=f"{', '.join(names())}, or a .csv")
-    add("--root", help="folder of the data set (default: data/NAME)")
-    add("--videos", help="folder of the videos, where it is another one")
-    add("--decode", action="store_true", help="read every video, and list which can't be read")
-    add("--cache", help="with --decode: keep the frames there, for other --cache")
-    add("--frames", type=numeric(int, 1, 1000),
-        help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
-    add("--list", help="write all missing and bad videos there, as a csv")
-    add("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
-        help="processes that decode (default: %(default)s)")
+    option = p.option
+    p.add_argument("command", choices=["check"],
+                   help="say what of a data set is there, and what is missing")
+    option("data NAME", f"{', '.join(names())}, or a .csv", required=True)
+    option("root DIR", "folder of the data set (default: data/NAME)")
+    option("videos DIR", "folder of the videos, where it is another one")
+    option("decode", "read every video, and list which can't be read", bool)
+    option("cache DIR", "with --decode: keep the frames there, for other --cache")
+    option("frames T", "with --cache: frames per video, as in training (default: 12; shapes: 6)",
+           numeric(int, 1, 1000))
+    option("list FILE", "write all missing and bad videos there, as a csv")
+    option("workers N", "processes that decode", numeric(int, 0), os.cpu_count() or 1)
     args = p.parse_args(argv)
     if (args.cache or args.frames) and not args.decode:
         p.error("--cache and --frames go with --decode")

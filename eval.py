@@ -352,37 +352,25 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    add = p.add_argument
-    add("--ckpt", default="model.pt",
-        help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
-             "ViT-B/32 or the like, or a file (default: %(default)s)")
-    add("--data",
-        help="name of a data set or path of a .csv (default: what --ckpt trained on)")
-    add("--root",
-        help="folder of the data set (default: as in training; for a .csv, its own)")
-    add("--videos",
-        help="folder of its videos (default: as in training, or within --root)")
-    add("--split", choices=(*data.SPLITS, "all"),
-        help="(default: test; all of a .csv without that column that --ckpt did not "
-             "train on)")
-    add("--features",
-        help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
-             "owner (N,), the number of each text's video, as --save writes them")
-    add("--dsl", action="store_true",
-        help="add rows with dual softmax, which uses all queries at once")
-    add("--released-protocol", action="store_true",
-        help="add what the released, LEAKING evaluation reports")
-    add("--analyze", action="store_true",
-        help="add 95%% intervals, relevant against irrelevant pairs, recall by "
-             "video complexity")
-    add = add_common(p)
-    add("--save",
-        help="write similarities, ranks, embeddings, captions and segments there")
-    add("--cache",
-        help="keep every video's sampled frames there as JPEG (default: where training "
-             "kept those of the same data set)")
-    add("--skip-bad", action="store_true",
-        help="leave unreadable videos out and count them (default: stop)")
+    option = p.option
+    option("ckpt NAME", "a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
+           "ViT-B/32 or the like, or a file", default="model.pt")
+    option("data NAME", "name of a data set or path of a .csv (default: what --ckpt trained on)")
+    option("root DIR", "folder of the data set (default: as in training; for a .csv, its own)")
+    option("videos DIR", "folder of its videos (default: as in training, or within --root)")
+    option("split", "(default: test; all of a .csv without that column that --ckpt did not "
+           "train on)", (*data.SPLITS, "all"))
+    option("features FILE", "score features made elsewhere, of torch.save: t (N,D), f (V,T,D) "
+           "and owner (N,), the number of each text's video, as --save writes them")
+    option("dsl", "add rows with dual softmax, which uses all queries at once", bool)
+    option("released-protocol", "add what the released, LEAKING evaluation reports", bool)
+    option("analyze", "add 95%% intervals, relevant against irrelevant pairs, recall by video "
+           "complexity", bool)
+    add_common(p)
+    option("save FILE", "write similarities, ranks, embeddings, captions and segments there")
+    option("cache DIR", "keep every video's sampled frames there as JPEG (default: where "
+           "training kept those of the same data set)")
+    option("skip-bad", "leave unreadable videos out and count them, instead of stopping", bool)
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")

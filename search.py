@@ -441,38 +441,34 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    add = p.add_argument
-    add("query", nargs="*", help="what to look for; none: asks, or reads one a line from a pipe")
-    add("--ckpt", default="ViT-B/32",
-        help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a "
-             "released T-MASS or X-Pool one (default: %(default)s)")
-    add("--videos", metavar="PATH", nargs="+", action="extend", required=True,
-        help="folders and files to search")
-    add("--window", type=numeric(float, 0, 1e6), default=10, metavar="SECONDS",
-        help="a video longer than 1.5 of these is searched by pieces of about this length; "
-             "0: whole videos (default: %(default)s)")
-    add("--pieces", action="store_true", help="list every piece, not each file once by its best")
-    add("--top", type=numeric(int, 1), default=5, help="results to show (default: %(default)s)")
-    add("--shortlist", type=numeric(int, 0), default=1000, metavar="K",
-        help="score exactly the best K pieces by mean-pooled frames; 0: all (default: %(default)s)")
-    add("-f", "--files", action="store_true", help="print file names alone, for other programs")
-    add("-0", "--null", dest="end", action="store_const", const="\0", default="\n",
-        help="the same, each name ended by a NUL byte, for xargs -0")
-    add("-n", "--no-new", action="store_true",
-        help="search what the index holds: don't look for new files")
-    add("--update", action="store_true", help="only bring the index up to date, for cron")
-    add("--index", metavar="DIR",
-        help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
-    add = p.add_argument_group("page").add_argument
-    add("--serve", type=numeric(int, 0, 65535), nargs="?", const=8000, metavar="PORT",
-        help="show a page to search and watch on (port 8000; 0: any that is free)")
-    add("--host", default="127.0.0.1",
-        help="the address or name to serve it at; 0.0.0.0: to all who can reach this machine "
-             "(default: %(default)s, for this machine alone)")
-    add("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
-        help="look for new videos again and again (default: at the start alone)")
+    option = p.option
+    p.add_argument("query", nargs="*",
+                   help="what to look for; none: asks, or reads one a line from a pipe")
+    option("ckpt NAME", "ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of "
+           "train.py, or a released T-MASS or X-Pool one", default="ViT-B/32")
+    option("videos PATH", "folders and files to search", nargs="+", action="extend",
+           required=True)
+    option("window SECONDS", "a video longer than 1.5 of these is searched by pieces of about "
+           "this length; 0: whole videos", numeric(float, 0, 1e6), 10)
+    option("pieces", "list every piece, not each file once by its best", bool)
+    option("top N", "results to show", numeric(int, 1), 5)
+    option("shortlist K", "score exactly the best K pieces by mean-pooled frames; 0: all",
+           numeric(int, 0), 1000)
+    option("files", "print file names alone, for other programs", bool, short="-f")
+    option("null", "the same, each name ended by a NUL byte, for xargs -0", short="-0",
+           dest="end", action="store_const", const="\0")
+    option("no-new", "search what the index holds: don't look for new files", bool, short="-n")
+    option("update", "only bring the index up to date, for cron", bool)
+    option("index DIR", f"keep embeddings there (default: {INDEX}/ in the searched folder)")
+    p.group("page")
+    option("serve PORT", "show a page to search and watch on (port 8000; 0: any that is free)",
+           numeric(int, 0, 65535), nargs="?", const=8000)
+    option("host", "the address or name to serve it at; 0.0.0.0: to all who can reach this "
+           "machine; by default for this machine alone", default="127.0.0.1")
+    option("every MINUTES", "look for new videos again and again (default: at the start alone)",
+           numeric(float, 0.01, 10 ** 6))
     add_common(p)
-    p.set_defaults(expected=True)
+    p.set_defaults(expected=True, end="\n")
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if 0 < args.window < 0.01:
         p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")

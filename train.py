@@ -28,6 +28,7 @@ from eval import AMP, autocast, evaluate, format_metrics
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
 from lib.processes import (
+    DEVICE,
     Gather,
     Stopped,
     loading,
@@ -109,7 +110,6 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def learning_rate(step, total, warmup):
@@ -341,7 +341,8 @@ def data_name(text):
 
 def parser():
     recipes = [f"  {name}: {listed(recipe)}" for name, recipe in RECIPES.items()]
-    p = Parser(__doc__, epilog="\n".join([RECIPES_ARE, *recipes]))
+    p = Parser(__doc__, later=BASE, epilog="\n".join([RECIPES_ARE, *recipes]))
+    option = p.option
     count = numeric(int, 1)
     folder = os.path.abspath
     rate = numeric(float, 0, 10)
@@ -349,71 +350,61 @@ def parser():
     weight = numeric(float, 0, 1e6)
     whole = numeric(int, 0, 10 ** 6)
 
-    def option(name, text, kind=None, default=None):
-        """kind: the type of the value, or the choices; bool: there is no value."""
-        more = {"type" if callable(kind) else "choices": kind, "default": default}
-        if kind is bool:  # what a run keeps is unknown until the recipe or that run says it
-            more = {"action": "store_true", "default": None if name in BASE else False}
-        shown = BASE.get(name, default)
-        if shown is not None:
-            text += f" (default: {shown})"
-        group.add_argument("--" + name.replace("_", "-"), help=text, **more)
-
-    group = p.add_argument_group("data")
-    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
-    option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
-    option("videos", "folder of the videos, where they lie apart from the annotations", folder)
-    option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
-           "has no validation split: 500 is plenty", whole)
-    option("cache", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
+    p.group("data")
+    option("data NAME", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
+    option("root DIR", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
+    option("videos DIR", "folder of the videos, where they lie apart from the annotations", folder)
+    option("val-videos N", "so many are held out of train to choose the checkpoint, where a data "
+           "set has no validation split: 500 is plenty", whole)
+    option("cache DIR", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
            "from the second epoch on (default: none; shapes: frames/ beside its videos)", folder)
     option("augment", "crop-flip: one random crop and flip per video; none: where captions say "
            "left and right", ("crop-flip", "none"))
-    option("workers", "processes that read videos: more, while the device waits for them",
+    option("workers N", "processes that read videos: more, while the device waits for them",
            numeric(int, 0, 1000), min(8, os.cpu_count() or 1))
-    option("skip_bad", "leave out videos that are missing or broken, and list them", bool)
+    option("skip-bad", "leave out videos that are missing or broken, and list them", bool)
 
-    group = p.add_argument_group("model")
-    option("clip", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of weights, or "
-           "tiny")
+    p.group("model")
+    option("clip NAME", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
+           "weights, or tiny")
     option("activation", "of --clip, where the guess that is printed is wrong",
            ("quickgelu", "gelu"))
-    option("init", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
-    option("frames", "T, frames sampled per video: time and memory grow with it", size)
+    option("init FILE", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
+    option("frames T", "T, frames sampled per video: time and memory grow with it", size)
     option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "
            "without a parameter; mean is the same for all texts", POOLINGS)
-    option("heads", "attention heads of xpool", size)
+    option("heads H", "attention heads of xpool", size)
     option("dropout", "in xpool", numeric(float, 0, 0.99))
     option("radius", "of the text mass: linear is the paper's, none the X-Pool baseline", RADII)
     option("prior", "distribution of the noise: normal in the paper, uniform as released", PRIORS)
-    option("prior_std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
-    option("support_weight", "weight of the support text's loss (radius none: 0)", weight)
-    option("support_video", "what the support text looks towards: its own video, or the mean over "
+    option("prior-std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
+    option("support-weight", "weight of the support text's loss (radius none: 0)", weight)
+    option("support-video", "what the support text looks towards: its own video, or the mean over "
            "the batch's texts, as released", SUPPORTS)
-    option("ce_weight", "weight of the point text's loss", weight)
+    option("ce-weight", "weight of the point text's loss", weight)
 
-    group = p.add_argument_group("optimisation")
-    option("epochs", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
-    option("batch", "pairs per step, over all processes: more are a harder contrast",
+    p.group("optimisation")
+    option("epochs N", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
+    option("batch B", "pairs per step, over all processes: more are a harder contrast",
            numeric(int, 2, 10 ** 6))
-    option("head_lr", "peak learning rate of pooling and radius", rate)
-    option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
-    option("freeze_clip", "leave CLIP as it is, and train pooling and radius alone", bool)
-    option("weight_decay", "of AdamW", rate)
+    option("head-lr", "peak learning rate of pooling and radius", rate)
+    option("clip-lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
+    option("freeze-clip", "leave CLIP as it is, and train pooling and radius alone", bool)
+    option("weight-decay", "of AdamW", rate)
     option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
            numeric(float, 0, 1))
-    option("pretrain", "shapes: steps of the tiny CLIP on single pictures before", whole)
+    option("pretrain STEPS", "shapes: steps of the tiny CLIP on single pictures before", whole)
     option("seed", "of everything random", numeric(int, 0, 2 ** 63 - 1))
 
-    group = p.add_argument_group("run")
-    option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
-    option("save_every", "steps between two saves; each epoch ends with one", count, 500)
-    option("log_every", "steps between two lines", count, 20)
-    option("tensorboard", "folder for TensorBoard: what the log has, as curves", board)
+    p.group("run")
+    option("out FILE", "the checkpoint; its log is NAME.log.csv", default="model.pt")
+    option("save-every STEPS", "steps between two saves; each epoch ends with one", count, 500)
+    option("log-every STEPS", "steps between two lines", count, 20)
+    option("tensorboard DIR", "folder for TensorBoard: what the log has, as curves", board)
     option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
            "it; or in float16 with a scaled loss (T4, V100)", AMP)
     option("device", "cpu, cuda or mps", default=DEVICE)
-    option("grad_checkpoint", "compute the towers twice: less memory, a third slower", bool)
+    option("grad-checkpoint", "compute the towers twice: less memory, a third slower", bool)
     option("overwrite", "replace a finished run in --out", bool)
     option("resume", "continue the run in --out, exactly, or start it", bool)
     return p

@@ -77,15 +77,43 @@ class Parser(argparse.ArgumentParser):
     """Options, described by the first two paragraphs of the program's docstring.
 
     A wrong one ends the program as every mistake does: one line, exit status 2.
+    later: {name: value} of settings that are None until the program fills them in.
     """
 
-    def __init__(self, doc=None, **settings):
+    def __init__(self, doc=None, later=(), **settings):
         paragraphs = (doc or "").split("\n\n")  # python -OO: there is none
         super().__init__(
             description="\n\n".join(paragraphs[:2]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **settings,
         )
+        self.later = dict(later)
+        self.section = self
+
+    def group(self, title):
+        """List the options that follow under a title."""
+        self.section = self.add_argument_group(title)
+
+    def option(self, name, text, kind=None, default=None, short=None, **more):
+        """Add --name. A second word in it stands for the value in the help: "save FILE".
+
+        kind: the type of the value, or its choices; bool: the option takes no value.
+        """
+        name, _, metavar = name.partition(" ")
+        shown = self.later.get(name.replace("-", "_"))
+        if shown is None and default is not None:
+            shown = "%(default)s"
+        if kind is bool:
+            more["action"] = "store_true"
+            default = None if shown is not None else False
+        elif kind:
+            more["type" if callable(kind) else "choices"] = kind
+        if metavar:
+            more["metavar"] = metavar
+        if shown is not None:
+            text += f" (default: {shown})"
+        flags = [short] if short else []
+        self.section.add_argument(*flags, f"--{name}", help=text, default=default, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         # Before Python 3.13, argparse makes an empty list of the value.

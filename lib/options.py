@@ -8,49 +8,40 @@ import torch
 
 import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
+from lib.processes import DEVICE
 from lib.validate import MISTAKES
 from lib.video import Segment
 from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
-def add_common(parser):
-    """Add the options that evaluation and search share. -> what adds another to the last group."""
-    add = parser.add_argument_group("scoring").add_argument
-    add("--trials", type=numeric(int, 0, 10 ** 5), default=20,
-        help="M, samples of the text mass; 0: the point text (default: %(default)s)")
-    add("--expected", action=argparse.BooleanOptionalAction, default=False,
-        help="score by the average best of M in closed form, without noise "
-             "(default: %(default)s)")
-    add("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
-        help="of the samples (default: %(default)s)")
-    add("--prior", choices=PRIORS,
-        help="of the samples (default: as trained; released code: uniform)")
-    add("--prior-std", type=numeric(float, 0, 1e6),
-        help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
-    add("--pooling", choices=POOLINGS,
-        help="how frames become a video; mean and query need no weights "
-             "(default: as trained; CLIP: query)")
-    add("--frames", type=numeric(int, 1, 1000), metavar="T",
-        help="frames sampled per video, where the radius is not tied to the number in "
-             "training, as linear is (default: as trained)")
-    add = parser.add_argument_group("run").add_argument
-    add("--activation", choices=("quickgelu", "gelu"),
-        help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
-             "LAION's gelu")
-    add("--amp", choices=("off", "bf16"), default="off",
-        help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
-             "scores move by about 3e-4 (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the result there too")
-    add("--report", metavar="FILE",
-        help="write a page to look at: one .html file with frames and settings")
-    add("--batch", type=numeric(int, 1, 10 ** 6), default=16,
-        help="videos encoded at once (default: %(default)s)")
-    add("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-        help="processes that decode videos (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)")
-    return add
+def add_common(p):
+    """Add the options that evaluation and search share; those added next are in the last group."""
+    option = p.option
+    p.group("scoring")
+    option("trials M", "samples of the text mass; 0: the point text", numeric(int, 0, 10 ** 5),
+           20)
+    option("expected", "score by the average best of M in closed form, without noise",
+           default=False, action=argparse.BooleanOptionalAction)
+    option("seed", "of the samples", numeric(int, 0, 2 ** 63 - 1), 24)
+    option("prior", "of the samples (default: as trained; released code: uniform)", PRIORS)
+    option("prior-std", "of the normal prior (default: as trained; released for LSMDC: 0.003)",
+           numeric(float, 0, 1e6))
+    option("pooling", "how frames become a video; mean and query need no weights (default: as "
+           "trained; CLIP: query)", POOLINGS)
+    option("frames T", "frames sampled per video, where the radius is not tied to the number in "
+           "training, as linear is (default: as trained)", numeric(int, 1, 1000))
+    p.group("run")
+    option("activation", "of CLIP, where the guess that is printed is wrong: OpenAI's is "
+           "quickgelu, LAION's gelu", ("quickgelu", "gelu"))
+    option("amp", "bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
+           "scores move by about 3e-4", ("off", "bf16"), "off")
+    option("json FILE", "write the result there too")
+    option("report FILE", "write a page to look at: one .html file with frames and settings")
+    option("batch N", "videos encoded at once", numeric(int, 1, 10 ** 6), 16)
+    option("workers N", "processes that decode videos", numeric(int, 0, 1000),
+           min(8, os.cpu_count() or 1))
+    option("device", "cpu, cuda or mps", default=DEVICE)
 
 
 # What stands at the start of the file that an option writes, and of no other.

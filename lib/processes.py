@@ -95,6 +95,7 @@ class Gather(torch.autograd.Function):
 
 
 ALONE = Job()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of --device, where it is not given
 # Processes wait for each other while one of them downloads, reads more videos than the others, or
 # while a person thinks at a prompt; torch's 10 minutes (NCCL) or 30 (gloo) would end such a job.
 PATIENCE = datetime.timedelta(days=7)

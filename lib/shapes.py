@@ -562,11 +562,10 @@ def shapes_ceiling(root=None):
 
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--root", required=True, help="folder to write into")
-    p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"),
-                   required=True, help="number of videos per split")
-    p.add_argument("--seed", type=numeric(int, 0), default=24,
-                   help="of everything random (default: %(default)s)")
+    p.option("root DIR", "folder to write into", required=True)
+    p.option("videos", "number of videos per split", numeric(int, 0), nargs=3,
+             metavar=("TRAIN", "VAL", "TEST"), required=True)
+    p.option("seed", "of everything random", numeric(int, 0), 24)
     args = p.parse_args(argv)
     wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
     render_shapes(args.root, **wanted)
