@@ -479,7 +479,7 @@ def test_the_warning_says_what_is_wrong_with_the_cache(film, tmp_path, monkeypat
     assert close(FrameCache(tmp_path / "file", 4).read(film), read_frames(film, 4))
     assert (tmp_path / "file").read_text() == "mine"
     assert capfd.readouterr().err == (
-        f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
+        f"warning: frame cache {tmp_path}/file can't be written (it is a file): "
         "videos are decoded each time\n"
     )
     monkeypatch.setattr(decode, "written_whole", on_a_full_disk)
@@ -1214,7 +1214,7 @@ def test_check_lists_everything(folder, tmp_path, capsys):
     ):
         assert program(lambda: data.main(["check", "--data", name, "--list", str(path)])) == 2
         err = capsys.readouterr().err
-        assert re.match(f"error: --list {path} (cannot be written|exists and is no file)", err)
+        assert re.match(f"error: --list {path} (cannot be written|exists and was not written)", err)
         assert err.count("\n") == 1
     assert open(name).read() == before and (tmp_path / "link.csv").is_symlink()
 
