@@ -292,7 +292,7 @@ def remove_parts(path):
 
 
 def check_output(option, path, mark=b""):
-    """Raise a DataError unless the result of an option can go to path. For before long work.
+    """Raise a DataError unless the result of an option can go to path. Call it before long work.
 
     Only an empty file, or one that the same option wrote, is replaced: one with `mark` in its first
     4 kB (by default, any file). A link, pipe or device is never replaced.
@@ -352,7 +352,7 @@ def program(main, *mistakes):
     """Run a program's main function. -> exit status.
 
     A user's mistake (UserError or one of `mistakes`) or an error of the system prints one line on
-    stderr and gives status 2. It is no error if standard output is not read to its end (| head).
+    stderr and gives status 2. Standard output need not be read to its end (| head).
     """
     with lasting_streams() as out:
         try:

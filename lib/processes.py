@@ -372,7 +372,7 @@ def _receive(pool, dataset, in_order):
                     batch = _received(pipe)
                     pipe.send(None)  # asks for the next one
         except (EOFError, ConnectionError) as e:
-            raise _death(pool[pipe], dataset) from e
+            raise _death(pool, pipe, dataset) from e
         at_work.remove(pipe)
         if message is True:
             at_work.append(pipe)  # behind the others
@@ -390,14 +390,15 @@ def _wait(pipes):
     return ready[0]
 
 
-def _death(process, dataset):
+def _death(pool, pipe, dataset):
     """The DataError for a worker that died."""
+    process = pool[pipe]
     process.join(GRACE)
     code = process.exitcode or 0
     why = signal.strsignal(-code) if code < 0 else f"exit status {code}"
     reading = ""
     if hasattr(dataset, "was_reading"):
-        reading = f" while it read {dataset.was_reading(process.pid)}"
+        reading = f" while it read {dataset.was_reading(list(pool).index(pipe))}"
     return DataError(f"a decoding process died{reading} ({why}): check that video, or the "
                      "machine's memory (fewer --workers)")
 

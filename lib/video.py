@@ -13,7 +13,7 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import av
 import torch
@@ -33,8 +33,8 @@ SUFFIXES = tuple((
 class Segment(NamedTuple):
     """A video file, or the seconds [start, end) of one. None: from its beginning, to its end."""
     path: str
-    start: Optional[float] = None
-    end: Optional[float] = None
+    start: float | None = None
+    end: float | None = None
 
 
 class Piece(NamedTuple):
@@ -187,10 +187,10 @@ def _read(path, T, cut):
     try:
         file, stream = _open(path)
         with file:
-            pieces = None
+            pieces = [None]
             if "mp4" in file.format.name or "matroska" in file.format.name:
                 pieces = _seek_frames(file, stream, T, cut)
-            for piece in pieces or [None]:
+            for piece in pieces:
                 if piece is None:
                     break
                 yield piece
