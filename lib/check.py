@@ -60,7 +60,7 @@ def _check_split(args, known, split, annotations, frames, cache):
     print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
     # A user's own csv may go without a validation split.
     if not annotations.captions and (split != "val" or known):
-        missing.append(("", f"{split}: no caption is of this split"))
+        missing.append(("", f"{split}: no caption belongs to this split"))
     _print_problems(missing)
     bad = []
     if args.decode:

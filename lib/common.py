@@ -54,7 +54,7 @@ def cure(error):
 
 
 def first_line(error):
-    """The first line of an error's message; torch appends a stack. Its type if there is none."""
+    """The first line of an error's message (torch appends a stack); its type if that is empty."""
     text = str(error) or type(error).__name__
     return text.splitlines()[0]
 
@@ -274,7 +274,7 @@ def _begun(path):
 
 def _lock(file, wait=False):
     """Lock a file until it is closed. -> False if another process has, or if locks don't work."""
-    # Process ids in the names would not do instead: different containers use the same few.
+    # Comparing process ids would not do: different containers use the same few.
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
@@ -359,7 +359,7 @@ def program(main, *mistakes):
             status = main()
             out.flush()
             if isinstance(out.error, BrokenPipeError):
-                return 0 if status == 1 else status  # 1 is a result, for a reader of all of it
+                return 0 if status == 1 else status  # 1 is a verdict: it counts only if it is read
             if out.error:
                 raise DataError(f"standard output cannot be written: {out.error.strerror}")
             return status

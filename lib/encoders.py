@@ -65,7 +65,7 @@ def wanted_by(name, tag):
     known = library.list_pretrained_tags_by_model(name)
     wanted = [library.get_pretrained_cfg(name, each) for each in ([tag] if tag else known)]
     if not all(wanted):
-        raise WeightsError(f"{PREFIX}{name}: open_clip has no weights {tag} of it; it has "
+        raise WeightsError(f"{PREFIX}{name}: open_clip has no weights {tag} for it; it has "
                            f"{', '.join(known) or 'none'}")
     agreed = {}
     differing = []

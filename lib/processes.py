@@ -36,9 +36,9 @@ class Job(NamedTuple):
             print(text, flush=True)
 
     def sum(self, x):
-        """Sum over all processes; each fills its own rows alone. (...) -> (...), on all."""
+        """Sum over all processes; each has filled its own rows only. (...) -> (...), on all."""
         if self.world > 1:
-            dist.all_reduce(x)  # the others are 0: exact for any number of processes
+            dist.all_reduce(x)  # plus zeros: exact for any number of processes
         return x
 
     def gather(self, value):
@@ -250,7 +250,7 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     batches: lists of the dataset's keys; their order is kept. None: the dataset is an iterable of
     finished batches, which it divides by worker_place(); they arrive as they are ready. A batch is
     a list or tuple. The workers end within seconds, however the block is left. If a worker dies
-    (out of memory, a crash in a codec), a DataError names the video that it `was_reading`.
+    (out of memory, a crash in a codec), a DataError names the video by the dataset's `was_reading`.
     """
     pool = {}  # pipe through which a worker hands over its batches -> its process
     ending = multiprocessing.RawValue("b", 0)

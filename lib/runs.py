@@ -18,7 +18,7 @@ from lib.validate import check_own, usable
 from lib.weights import read_weights, save_checkpoint
 from tmass import TMASS
 
-START_ONLY = ("resume", "overwrite", "tensorboard")  # not part of the run: for one start
+START_ONLY = ("resume", "overwrite", "tensorboard")  # for one start; not saved
 # Settings that may change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
@@ -36,7 +36,7 @@ def beside(out, ending):
 
 @contextlib.contextmanager
 def only_run(out):
-    """Let only one run at a time write --out, by a lock file that ends with the process."""
+    """Let only one run at a time write --out, by locking a file beside it."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         check_output("--out", out)

@@ -19,7 +19,7 @@ def settings_beside(path, sd):
     hf = any("text_model." in key for key in sd)
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
-    # Hugging Face has a separate file for the mean and std of pixels; open_clip has not.
+    # Hugging Face has a separate file for the mean and std of pixels; open_clip does not.
     pixels = read_settings(path.with_name("preprocessor_config.json")) if hf else {}
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
         found = pixel_settings(pixels, "image_")
@@ -52,7 +52,7 @@ def activation_by_origin(path, sd, hf):
 
 
 def hf_settings(content):
-    """Arguments of CLIP from a CLIPConfig, which leaves out what has transformers' default."""
+    """Arguments of CLIP from a CLIPConfig, which omits settings that have their default."""
     towers = [content["vision_config"], content.get("text_config", {})]
     vision, text = towers
     hidden_act = the_same("hidden_act", towers, "quick_gelu")
@@ -94,7 +94,7 @@ def open_clip_settings(content, sd):
 
 
 def pixel_settings(content, prefix=""):
-    """The mean and std that normalise pixels. -> those of the two arguments of CLIP that are set"""
+    """The mean and std that normalise pixels, as far as they are set. -> arguments of CLIP"""
     found = {}
     for key in content.keys() & {prefix + "mean", prefix + "std"}:
         try:

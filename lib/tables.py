@@ -37,7 +37,7 @@ def read_json(path, what, kind):
         raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(content, kind):
         expected = "object" if kind is dict else "list"
-        raise DataError(f"{path}: is not a JSON {expected}; fetch the file again")
+        raise DataError(f"{path} is not a JSON {expected}; fetch the file again")
     return content
 
 
@@ -75,7 +75,7 @@ def read_table(path, what, columns):
 def field_of(entry, key, where, kind=str):
     """The value of a key in a JSON object. Raises a DataError unless it has type `kind`."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        raise DataError(f"{where}: has no {key!r} as expected; fetch the file again")
+        raise DataError(f"{where}: {key!r} is missing or of another type; fetch the file again")
     return entry[key]
 
 

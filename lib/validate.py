@@ -69,7 +69,7 @@ def check_range(values, table, where=""):
     for names, (kinds, *ends) in table.items():
         for name in values.keys() & names.split():
             value = values[name]
-            known = type(value).__name__ in kinds.split()  # not isinstance: True is no int here
+            known = type(value).__name__ in kinds.split()  # isinstance would accept True as an int
             if not known or ends and not ends[0] <= value <= ends[1]:
                 wanted = kinds.replace(" ", " or ")
                 limits = f" from {ends[0]} to {ends[1]}" if ends else ""

@@ -83,8 +83,8 @@ def read_segment(segment, frames):
 def read_pieces(path, frames, window=0):
     """Cut a file into Pieces of about `window` seconds. -> iterator, in order
 
-    A file of at most 1.5 windows is one Piece, and so is any file if window is 0. The file is
-    opened, and its packet table read, only once.
+    A file of at most 1.5 windows is one Piece, and so is any file if window is 0. An mp4/mov or
+    matroska/webm file is opened, and its packet table read, only once.
     """
     return _read(path, frames, lambda times: _cut(times, window))
 
@@ -221,7 +221,7 @@ def _open(path):
     only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
     try:  # absolute: in "12:30.mp4", 12 would be a protocol
         file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
-    except av.ArgumentError:  # for FFmpeg, a format that is not listed
+    except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
@@ -253,7 +253,7 @@ def _damage_allowed():
 
 
 def _packets(file, stream):
-    """Yield the packets up to the end of the file, or up to damage that stops FFmpeg."""
+    """Yield the packets up to the end or to damage. Raises DataError if the disk fails."""
     position = 0
     with _damage_allowed():
         for packet in file.demux(stream):

@@ -1000,7 +1000,7 @@ def test_lists_whose_ids_fit_no_caption(tmp_path, capsys):
     assert err == "warning: train_list.txt: 2 of its 3 videos have no caption: c_5_6, d_7_8\n"
     rest = ["--root", str(tmp_path), "--list", str(tmp_path / "list.csv")]
     assert data.main(["check", "--data", "msvd", *rest]) == 1
-    assert "test: no caption is of this split" in (tmp_path / "list.csv").read_text()
+    assert "test: no caption belongs to this split" in (tmp_path / "list.csv").read_text()
     vatex = [dict(videoID="abcdefghijk_000001_000011", enCap=["x"])]
     (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(vatex))
     (tmp_path / "test_list.txt").write_text("abcdefghijk_000001_000011 bbcdefghijk_000001_000011")

@@ -141,7 +141,7 @@ def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeyp
     assert config["mean"] == (0.1, 0.1, 0.1) and "warning" not in out
     config, _ = load(dict(one=GREY, two=dark), f"{small}/two{file}", True)
     assert config["quick_gelu"]
-    with pytest.raises(WeightsError, match="has no weights tow of it; it has one, two"):
+    with pytest.raises(WeightsError, match="has no weights tow for it; it has one, two"):
         load(dict(one=GREY, two=dark), f"{small}/tow{file}")
     assert "by default" in load({}, small + file)[1]
 
