@@ -102,7 +102,7 @@ def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(decode, "_count_frames", None)  # would raise
         assert torch.equal(read_frames(Segment(path), 12), fast)
-    monkeypatch.setattr(decode, "_seek_frames", lambda *_: None)
+    monkeypatch.setattr(decode, "_seek_frames", lambda *_: [None])
     assert torch.equal(read_frames(Segment(path), 12), fast)
 
 
@@ -778,11 +778,11 @@ def test_missing_and_broken_annotation_files(tmp_path):
         ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1"),
         ("[]", "JSON object"),
         ("{}", "'sentences'"),
-        ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
+        ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: 'caption' is missing"),
         ('{"sentences": [{"video_id": "video1", "caption": ""}]}', "sentence 1: empty caption"),
         (
             '{"sentences": [{"video_id": "video1", "caption": "x"}, {}]}',
-            "sentence 2: has no 'video_id'",
+            "sentence 2: 'video_id' is missing",
         ),
     ):
         (root / "MSRVTT_data.json").unlink() if content is None else (
