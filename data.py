@@ -21,6 +21,7 @@ import torch
 from torchvision.transforms import v2
 
 from lib.common import DataError, Parser, first_few, mixed_seed, numeric, program
+from lib.processes import worker_place
 from lib.shapes import shapes_table
 from lib.tables import (
     field_of,
@@ -96,7 +97,7 @@ class VideoDataset:
         self.segments = segments
         self.transform = transform
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
-        # By process: the segment that it reads + 1. All workers and the main process see it.
+        # By worker: the segment that it reads + 1. Shared by the workers and the main process.
         self.reading = torch.zeros(1024, dtype=torch.int32).share_memory_()
 
     def __getitem__(self, key):
@@ -112,11 +113,12 @@ class VideoDataset:
 
     def note(self, v):
         """Leave word of what this process reads, for the message if that kills it."""
-        self.reading[os.getpid() % len(self.reading)] = v + 1
+        worker, _ = worker_place()
+        self.reading[worker % len(self.reading)] = v + 1
 
-    def was_reading(self, pid):
-        """The path that a process which died was reading."""
-        noted = self.reading[pid % len(self.reading)].item()
+    def was_reading(self, worker):
+        """The path that a worker was reading when it died."""
+        noted = self.reading[worker % len(self.reading)].item()
         return self.segments[noted - 1].path if noted else "an unknown video"
 
 

@@ -577,7 +577,7 @@ def test_out_replaces_nothing_but_a_run_that_may_go(here, call):
         reason = "model.pt is what --clip or --init starts from"
         refused(*call(*SMALL, *same_file), reason)
     Path("new.log.csv").write_text("step\n1\n")
-    refused(*call(*SMALL, "--out", "new.pt"), "new.log.csv is of another run, whose new.pt")
+    refused(*call(*SMALL, "--out", "new.pt"), "new.log.csv belongs to another run, whose new.pt")
     Path("new.log.csv").unlink()
     assert kept == {p: p.read_bytes() for p in here.iterdir() if p.is_file()}
     assert os.path.islink("link.pt")
