@@ -88,7 +88,7 @@ class Tokenizer:
         for merge in self.merges:
             pair = tuple(merge.split())
             if len(pair) != 2:
-                raise ValueError(f"{merge!r} is no merge: expected two symbols separated by a space")
+                raise ValueError(f"{merge!r} is no merge: expected two symbols and a space")
             self.rank[pair] = len(self.symbols)
             self.symbols.append("".join(pair))
         self.start = len(self.symbols)
@@ -308,8 +308,8 @@ class VisionTransformer(nn.Module):
 
 
 def heads_of(width):
-    """The usual number of heads, which is not in a state dict: almost all CLIPs use W/H = 64."""
-    if width == 1280:  # the image tower of ViT-H/14, with W/H = 80
+    """Number of heads of a tower. State dicts don't record it; heads are usually 64 wide."""
+    if width == 1280:  # the image tower of ViT-H/14, where they are 80 wide
         return 16
     return max(1, width // 64)
 
@@ -407,7 +407,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, **settings):
-        """State dict with OpenAI's names -> CLIP in float32, with sizes inferred from the shapes."""
+        """State dict with OpenAI's names -> CLIP in float32; its shapes give the sizes."""
         with torch.device("meta"):  # the weights are given: no memory or random numbers needed
             clip = cls(**sizes_of(sd), **settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
