@@ -286,8 +286,8 @@ def read_didemo(root, split, find):
         # The values look like "tensor([[31]])".
         numbers = [re.search(r"\d+", row[column]) for column in ("starts", "ends")]
         if not all(numbers):
-            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} must "
-                            "contain seconds")
+            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} contain "
+                            "no seconds")
         start, end = (float(number[0]) for number in numbers)
         if start >= end:
             swapped.append(where)

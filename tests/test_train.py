@@ -906,7 +906,7 @@ def test_what_of_the_data_counts_for_nothing_is_said(own_copy, call):
     status, out, err = call(*SMALL, "--epochs", 0, "--skip-bad")
     assert status == 0 and "val: all 5 videos are missing" in out, err
     assert "train: 1 captions are longer than the encoder's 48 tokens, and are cut" in out
-    assert "the first error: red red" in out
+    assert "the first: red red" in out
 
 
 def test_parts_of_a_killed_save_are_removed_by_the_next_run(here, call):
