@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Of the RGB values, in 0..1, of CLIP's training images.
+# RGB statistics of CLIP's training images, for values in 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,7 +46,7 @@ BYTE = {symbol: b for b, symbol in SYMBOL.items()}
 
 
 def split_words(text):
-    """Clean a text as CLIP does (fix Unicode, unescape HTML, lower-case) and split it. -> words"""
+    """Clean a text as CLIP does (fix Unicode, unescape HTML, lowercase) and split it. -> words"""
     text = ftfy.fix_text(text)
     text = html.unescape(html.unescape(text))
     text = " ".join(text.split())
@@ -88,7 +88,8 @@ class Tokenizer:
         for merge in self.merges:
             pair = tuple(merge.split())
             if len(pair) != 2:
-                raise ValueError(f"{merge!r} is no merge: expected two symbols and a space")
+                raise ValueError(f"{merge!r} is no merge: expected two symbols separated by "
+                                 "a space")
             self.rank[pair] = len(self.symbols)
             self.symbols.append("".join(pair))
         self.start = len(self.symbols)
@@ -201,7 +202,7 @@ def take(x, index):
 class Attention(nn.Module):
     """Multi-head self-attention. x (N,L,W) -> (N,L,W).
 
-    With index (N,), only the output of that token of each row is computed: (N,1,W).
+    With index (N,), only the output of one token per row is computed. -> (N,1,W)
     """
 
     def __init__(self, width, heads):
@@ -314,7 +315,7 @@ def heads_of(width):
     return max(1, width // 64)
 
 
-NO_SETTINGS = ("self", "unusual", "__class__")  # local names in CLIP.__init__ that are no settings
+NO_SETTINGS = ("self", "unusual", "__class__")  # locals of CLIP.__init__ that are not settings
 
 
 class CLIP(nn.Module):
@@ -391,14 +392,14 @@ class CLIP(nn.Module):
         self.register_buffer("mean_std", mean_std, persistent=False)
 
     def encode_image(self, images):
-        """images (N,3,P,P) -> (N,D). uint8 is normalised here; floats must already be."""
+        """images (N,3,P,P), uint8 or normalised float -> (N,D)."""
         if images.dtype == torch.uint8:
             mean, std = self.mean_std
             images = (images / 255 - mean) / std
         return self.visual(images, self.grad_checkpoint)
 
     def encode_text(self, ids):
-        """ids (N,L) -> (N,D), read at the end of text; tokens after it have no effect (causal)."""
+        """ids (N,L) -> (N,D), from the end-of-text token. Tokens after it have no effect."""
         x = self.token_embedding(ids)                                      # (N,L,W)
         x = x + self.positional_embedding[:ids.shape[1]]
         end = ids.argmax(-1)                                               # (N,)

@@ -105,7 +105,8 @@ POOLINGS = {"xpool": XPool, "mean": MeanPool, "query": QueryPool}
 #
 # Each class is constructed with (frames, width) and maps S_j = cos(t, f_j), (...,T) -> R (...,D),
 # or (...,1) if all dimensions share one value. `of_mean = True` declares that R depends on S only
-# through mean_j S_j, so that lib/exact.py can score faster. Without it, scores are still correct.
+# through mean_j S_j, so that lib/exact.py can score faster; without it, scoring is slower, but
+# still correct.
 
 
 class NoRadius(nn.Module):
@@ -188,7 +189,7 @@ def cosine(a, b):
 
 
 def symmetric_cross_entropy(sims, scale):
-    """The mean of text-to-video and video-to-text cross entropy. sims (B,B), scale () -> ().
+    """Mean of the text-to-video and video-to-text cross entropies. sims (B,B), scale () -> ().
 
     Text i and video i are a matched pair; all other pairs are negatives.
     """
@@ -297,7 +298,7 @@ class TMASS(nn.Module):
     # -- inference --
 
     def noise(self, trials, seed=24):
-        """Sample ε M = trials times, on the CPU so that all devices get the same. -> (M,D)."""
+        """M = trials samples of ε, drawn on the CPU so that all devices get the same. -> (M,D)."""
         generator = torch.Generator().manual_seed(seed)
         eps = self.sample_noise((trials, self.clip.embed_dim), generator=generator)
         return eps.to(self.clip.logit_scale.device)
