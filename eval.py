@@ -490,12 +490,11 @@ def main(argv=None):
         result[name] = getattr(args, name)
     result["missing"] = missing
     job.say(f"{args.data}, split {args.split}: {metrics_text(result)}")
-    ceiling = None
     if args.data == "shapes" and args.split == "test":
         ceiling = shapes_ceiling(args.root)
-    if ceiling is not None:
-        result["ceiling"] = ceiling
-        job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
+        if ceiling is not None:
+            result["ceiling"] = ceiling
+            job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
     # After the table, so that the numbers are shown even if a file can't be written.
     if job.rank == 0:
         write_results(args, model, scored, result, job)
