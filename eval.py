@@ -54,7 +54,7 @@ def refuse_lone(name, value, kinds, wanted):
 def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     """captions (N) -> t (N,D), float32, on the model's device.
 
-    With amp="bf16", the towers multiply in bfloat16.
+    With amp="bf16", the towers multiply in bfloat16, here and in `encode_videos`.
     """
     refuse_lone("captions", captions, str, "str")
     device = model.clip.logit_scale.device
@@ -155,12 +155,12 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     sims = t.new_empty(len(t), len(f))
     for videos in blocks(len(f), 4):
         f_j = f[videos]
-        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j))
-        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)  (V,N,D)
-        R = model.radius(exact.similarities(t, f_j, model.radius))   #                 (V,N,D)
-        honest = exact.sample_cosines(t, v, R, eps)                  #                 (V,N,M)
-        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)
-        best = honest.argmax(-1, keepdim=True)                       # m*              (V,N,1)
+        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j)) (D,V)
+        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)        (V,N,D)
+        R = model.radius(exact.similarities(t, f_j, model.radius))   #                       (V,N,D)
+        honest = exact.sample_cosines(t, v, R, eps)                  #                       (V,N,M)
+        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)    #                       (V,N,M)
+        best = honest.argmax(-1, keepdim=True)                       # m*                    (V,N,1)
         sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
     return sims
 

@@ -115,7 +115,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def learning_rate(step, total, warmup):
     """The learning rate as a factor of its peak. warmup: a fraction of the total steps.
 
-    It rises linearly during warm-up, then falls to 0 along a cosine.
+    It rises linearly during warm-up, then falls towards 0 along a cosine.
     """
     rise = max(1, round(warmup * total))
     if step < rise:
@@ -316,7 +316,7 @@ def make_optimizer(model, args):
 def draw(tokenizer, size, seed, steps):
     """Draw the pairs of one warm-up step. -> ids (128,L), pictures uint8 (128,3,P,P).
 
-    steps: a list of one, the step, by which every step gets new pairs.
+    steps: a list of one step number. Each step gets new pairs.
     """
     generator = torch.Generator().manual_seed(mixed_seed(seed, *steps))
     pictures, phrases = shapes_pictures(128, generator, size)
@@ -330,8 +330,8 @@ def pretrain(model, tokenizer, args, scaler, job):
         clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
     steps = range(args.pretrain)
-    pictures = functools.partial(draw, tokenizer, clip.image_size, args.seed)
-    with loading(steps, [[step] for step in steps], pictures, args.workers) as loader:
+    draw_pairs = functools.partial(draw, tokenizer, clip.image_size, args.seed)
+    with loading(steps, [[step] for step in steps], draw_pairs, args.workers) as loader:
         for step, (ids, pixels) in enumerate(loader):
             optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
             with autocast(job.device, args.amp):
@@ -540,7 +540,7 @@ def train(args, job):
 
 
 def load_splits(args, job):
-    """-> {train, val, test: Annotations}, a line about each missing video that is left out."""
+    """Load the splits. -> {train, val, test: Annotations}, a line per missing video left out."""
     if args.data == "shapes":
         with job.first_alone():
             render_shapes(args.root)  # on first use
@@ -548,10 +548,10 @@ def load_splits(args, job):
     missing = []
     for name in data.SPLITS:
         split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
-        splits[name], gone = data.present(split, args.skip_bad)
-        missing += gone
-        if gone and not splits[name].segments:
-            job.say(f"{name}: all {len(gone)} videos are missing")
+        splits[name], absent = data.present(split, args.skip_bad)
+        missing += absent
+        if absent and not splits[name].segments:
+            job.say(f"{name}: all {len(absent)} videos are missing")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
     pairs = len(splits["train"].captions)
