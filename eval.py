@@ -91,8 +91,8 @@ def encode_videos(
     cache: the folder of a FrameCache. A video that can't be read raises a DataError. If `bad` is a
     dict, the video's number and error message are added to it instead, and its row of f is zeros.
     """
-    wanted = "Segment, str or Path"
-    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike), wanted)
+    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike),
+                "Segment, str or Path")
     segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
@@ -149,9 +149,10 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     This differs from the released code only in the noise: all pairs share the same samples, while
     the released code draws new ones for each pair.
     """
-    eps = t.new_zeros(1, t.shape[1])  # the point text
+    model.pool.eval()  # dropout is for training
+    eps = torch.zeros_like(t[:1])  # the point text
     if trials:
-        eps = model.noise(trials, seed).to(t.device)
+        eps = model.noise(trials, seed).to(t)
     sims = t.new_empty(len(t), len(f))
     for videos in blocks(len(f), 4):
         f_j = f[videos]
@@ -162,6 +163,7 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
         leaking = exact.sample_cosines(t, own.T[:, None], R, eps)    #                       (V,N,M)
         best = honest.argmax(-1, keepdim=True)                       # m*                    (V,N,1)
         sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
+    model.pool.train(model.training)
     return sims
 
 
@@ -284,8 +286,8 @@ def score_split(
         t, f = features
         t, rows = t.unique(dim=0, return_inverse=True)
     else:
-        noted = bad if skip_bad else None
-        f = encode_videos(model, ann.segments, job, bad=noted, amp=amp, **reading)
+        f = encode_videos(
+            model, ann.segments, job, bad=bad if skip_bad else None, amp=amp, **reading)
         if bad:
             readable = [v for v in range(len(f)) if v not in bad]
             f = f[readable]
