@@ -167,8 +167,7 @@ def video_finder(root, videos=None):
     video is missing, the Segment has the path where the file belongs.
     """
     base = Path(videos or root)
-    folders = [base / name for name in UNPACKED]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders = [base / name for name in UNPACKED if (base / name).is_dir()]
     if not folders and not videos:
         folders = [base / "videos"]  # where they belong
     folders.append(base)
