@@ -505,7 +505,7 @@ def _divide_csv(path, root, split, videos):
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
-                        "or the column")
+                        "or a split column")
     return annotations
 
 
