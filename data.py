@@ -420,7 +420,7 @@ def names():
 
 
 def default_root(name):
-    """The default of --root: data/NAME for a data set, its own folder for a csv."""
+    """The default of --root: data/NAME (msrvtt-7k: data/msrvtt), or the folder of a csv."""
     return Path(name).parent if name.endswith(".csv") else Path("data", name.split("-")[0])
 
 
