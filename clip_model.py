@@ -310,8 +310,6 @@ class VisionTransformer(nn.Module):
 
 def heads_of(width):
     """Number of heads of a tower. State dicts don't record it; heads are usually 64 wide."""
-    if width == 1280:  # the image tower of ViT-H/14, where they are 80 wide
-        return 16
     return max(1, width // 64)
 
 
@@ -345,7 +343,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in NO_SETTINGS}
         usual = dict(
-            vision_heads=heads_of(vision_width),
+            # Image towers beyond ViT-L (H, g, bigG, e) have wider heads, not more of them.
+            vision_heads=min(16, heads_of(vision_width)),
             text_heads=heads_of(text_width),
             vision_mlp=4 * vision_width,
             text_mlp=4 * text_width,
