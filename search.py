@@ -142,7 +142,7 @@ def encode_files(
     # A file's pieces may span several batches, mixed with batches from other workers.
     begun = [[empty] for _ in files]  # the pieces of each file so far
     done = 0
-    encoded = []  # why they can't be read, None for those that can
+    encoded = 0
     reading = loading(dataset, workers=min(workers, len(files)), pin=device.type == "cuda")
     with contextlib.suppress(Stopped), reading as batches:
         for rows, pixels in batches:
@@ -169,7 +169,7 @@ def encode_files(
                     pieces = begun[v][:1] if entry.why else begun[v]
                     tensors = (torch.cat(x) for x in zip(*pieces))
                     writer.parts.append(store.file_shard(*tensors, entry))
-                    encoded.append(entry.why)
+                    encoded += entry.why is None
                 begun[v] = None
             progress.update(done * job.world)
             if writer.save_if_due():
@@ -177,7 +177,7 @@ def encode_files(
             if stopping:
                 break
     writer.save()
-    return encoded.count(None)
+    return encoded
 
 
 # ---- the index of each folder, and the gallery of all ----
