@@ -7,7 +7,7 @@ nearly all of the noise is, can't be seen in it.
 import torch
 
 from lib import exact
-from lib.page import BOTTOM, LEFT, RIGHT, TOP, Axes, key
+from lib.page import BOTTOM, LEFT, RIGHT, TOP, Axes, draw_legend
 from tmass import cosine, stochastic_text, support_text
 
 SAMPLES = 200  # that are drawn for each of the two videos
@@ -98,5 +98,5 @@ def draw_mass(points):
     """The points of measure_mass -> HTML: all of them, the samples from near by, and a key."""
     wide = view(points, MARKS, "along t → v of the right video")
     near = view(points, NEAR_T, "the same, near t")
-    legend = key(NAMES, {kind: "M13 7" + shape for kind, shape in MARKS.items()})
+    legend = draw_legend(NAMES, {kind: "M13 7" + shape for kind, shape in MARKS.items()})
     return f'<div class="mass">{wide}{near}{legend}</div>'
