@@ -64,7 +64,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
     or, at the end of a file, (file number, File). If the system refused to read a file, which says
     nothing about the file itself, its File has an empty `content`.
 
-    known: the set of `content_of` the files whose frames need not be read.
+    known: set of values of `content_of`. The frames of files with such content are not read.
     """
 
     def __init__(self, folder, files, frames, window, transform, batch, known):

@@ -51,8 +51,8 @@ def xpool_span(pool, t):
           = Σ_j (a_j/s/s') g3·z̃_j + g3·z̃_0/s' + b3      s'² = |Σ_j (a_j/s) z̃_j + z̃_0|²/D + eps
 
     so that Z = (g3·z̃_1, ..., g3·z̃_TH, g3·z̃_0, b3) and c = (a/s/s', 1/s', 1). Both s² and s'² are
-    quadratic forms plus eps: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and s'² is the same with z̃ in place
-    of ũ and (a/s, 1) in place of a.
+    quadratic forms plus eps: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and s'² is the same with z̃ for ũ
+    and (a/s, 1) for a.
     """
     H = pool.heads
     q = xpool_query(pool, t)                                # (H,N,D)

@@ -131,7 +131,7 @@ def spread(x):
 
 
 def histogram(pairs):
-    """Histograms of finite values in common bins. {kind: (P,)} -> {kind: counts, "edges": edges}."""
+    """Counts of finite values in common bins. {kind: (P,)} -> {kind: counts, "edges": edges}."""
     values = torch.cat(list(pairs.values()))
     values = values[values.isfinite()].tolist() or [0, 1]
     low = min(values)
@@ -213,9 +213,8 @@ PARTS = {
                        "caption per video, so it uses each video's first ({texts} texts); the "
                        "first rows use all captions."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
-                          "its own ground-truth caption, whatever the query. Use it only to "
-                          "compare with published numbers. (There, each pair has noise of its "
-                          "own.)"),
+                          "its own ground-truth caption, whatever the query. For comparison with "
+                          "published numbers only. (There, each pair has its own noise.)"),
 }
 PAIR_ROWS = {"point": ("cos(t, v), point text", 3), "best": ("cos(t_s, v), best sample", 3),
              "radius": ("|R|₁, radius of the text mass", 1)}
