@@ -459,7 +459,7 @@ samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a
 the average of the best of {a['trials']} samples.</p>
 {query_cards(model, scored, t2v, path)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
-<p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
+<p class="soft">{esc(about_pairs(a))}; percentages are of each kind's own pairs.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
