@@ -289,7 +289,8 @@ class ShardWriter:
 
     def save_if_due(self):
         """Save if the parts fill a shard, or the last save was long ago. -> whether it was due"""
-        waited = time.monotonic() - self.saved
+        # The first batch of a long video leaves nothing to save yet.
+        waited = time.monotonic() - self.saved if self.parts else 0
         due = sum(len(part.file) for part in self.parts) >= FULL or waited > OLD
         if due:
             self.save()
