@@ -518,9 +518,11 @@ def answer(model, tokenizer, index, args, job):
         t = encode_queries(model, tokenizer, queries, job, args.amp)
         results = search_present(model, t, index, args, job)
         for query, hits in zip(queries, results):
-            if not hits and (index.file < 0).all():
-                raise DataError("the videos of the index are gone: run without -n to find others")
             if not hits:
+                if (index.file < 0).all():
+                    raise DataError(
+                        "the videos of the index are gone: run without -n to find others"
+                    )
                 raise WeightsError(
                     f"{args.ckpt}: no score of {query!r} is a finite number, so nothing can be "
                     "ranked: its weights are damaged, or its training went wrong"
