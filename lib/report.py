@@ -209,9 +209,9 @@ COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # the order of eval.metr
 PARTS = {
     "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
             "the other rows."),
-    "first_captions": ("first captions, honest: ", "The released protocol is defined for one "
-                       "caption per video, so it uses each video's first ({texts} texts); the "
-                       "first rows use all captions."),
+    "first_captions": ("first captions, honest: ", "The released protocol uses each video's "
+                       "first ({texts} texts), because it is defined for one caption per video; "
+                       "the first rows use all captions."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
                           "its own ground-truth caption, whatever the query. For comparison with "
                           "published numbers only. (There, each pair has its own noise.)"),
