@@ -1,4 +1,4 @@
-"""What eval.py and search.py share: options, output files, and the model that --ckpt names."""
+"""Shared by eval.py and search.py: options, output files, and loading the model of --ckpt."""
 import argparse
 import json
 import os
@@ -44,29 +44,29 @@ def add_common(p):
     option("device", "cpu, cuda or mps", default=DEVICE)
 
 
-# What stands at the start of the file that an option writes, and of no other.
+# What the files that each option writes contain near their start, and no other files do.
 OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass scores"}
 
 
 def check_outputs(args):
-    """Before anything long starts: each output can be written, and no other option names it."""
+    """Check early that each output can be written, and that no two options name the same file."""
     named = {os.path.realpath(args.ckpt): "--ckpt"}
     for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
         # --json - is standard output.
         if path is None or (option, path) == ("--json", "-"):
             continue
-        # The file counts, not how it is spelled.
+        # Real paths are compared, because a file's path can be spelled in several ways.
         other = named.setdefault(os.path.realpath(path), option)
         if other != option:
-            raise DataError(f"{option} {path} is the file of {other} too: give each its own")
+            raise DataError(f"{option} {path} is also the file of {other}: give each its own")
         check_output(option, path, mark)
 
 
 def load_model(args, job):
-    """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
+    """Load the model of --ckpt, and apply the options to it. -> (model, tokenizer, config)."""
     check_outputs(args)
-    # The first process may download the weights; the others then find them.
+    # The first process may have to download the weights, which the others then find.
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:
@@ -86,20 +86,21 @@ def load_model(args, job):
     model.prior = args.prior or model.prior
     if args.prior_std is not None:
         model.prior_std = args.prior_std
-    said = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
-            f"{model.config['radius']}"]
-    if model.config["radius"] != "none" and args.trials:  # else nothing is sampled
+    settings = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
+                f"{model.config['radius']}"]
+    if model.config["radius"] != "none" and args.trials:  # otherwise nothing is sampled
         std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
-        drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
-        said += [f"{args.trials} samples", f"prior {model.prior}{std}", drawn]
-    job.say(f"{', '.join(said)}, on {job.device}")
+        noise = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+        settings += [f"{args.trials} samples", f"prior {model.prior}{std}", noise]
+    job.say(f"{', '.join(settings)}, on {job.device}")
     return model, tokenizer, config
 
 
 def read_features(path, model):
-    """Features made elsewhere. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
+    """Load --features. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
 
-    Where the file does not say captions and clips, as --save does, they have numbers for names.
+    A file of --save also holds captions and clips. If they are missing, texts and videos are named
+    by their numbers. Sets model.frames to T.
     """
     content = read_weights(path)
     device = model.clip.logit_scale.device
@@ -111,7 +112,7 @@ def read_features(path, model):
         V = len(f)
         model.frames = f.shape[1]
         model.config["frames"] = model.frames
-        # Fails where they do not fit each other, or the model.
+        # Raises an error if they don't fit each other or the model.
         model.score(t[:1], f[:1], 1)
         captions = content.get("captions", [f"text {i}" for i in range(N)])
         clips = content.get("clips", [(f"video {v}",) for v in range(V)])
@@ -121,12 +122,12 @@ def read_features(path, model):
             raise ValueError(f"it has N, N, V, V = {sizes}")
     except MISTAKES as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
-                        "numbers of the texts' videos, of the D, and the T if the radius is "
-                        f"linear, of --ckpt: {first_line(error)}") from None
+                        "number of each text's video, with the same D as --ckpt, and the same T "
+                        f"if its radius is linear: {first_line(error)}") from None
     return data.Annotations(segments, captions, owner.tolist()), (t, f)
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     with output("--json", path) as part:
         Path(part).write_text(json.dumps(content, indent=1))
