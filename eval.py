@@ -149,7 +149,7 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     This differs from the released code only in the noise: all pairs share the same samples, while
     the released code draws new ones for each pair.
     """
-    model.pool.eval()  # dropout is for training
+    head = torch.nn.ModuleList([model.pool, model.radius]).eval()  # dropout is for training
     eps = torch.zeros_like(t[:1])  # the point text
     if trials:
         eps = model.noise(trials, seed).to(t)
@@ -163,7 +163,7 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
         leaking = exact.sample_cosines(t, own.T[:, None], R, eps)    #                       (V,N,M)
         best = honest.argmax(-1, keepdim=True)                       # m*                    (V,N,1)
         sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
-    model.pool.train(model.training)
+    head.train(model.training)
     return sims
 
 
@@ -278,7 +278,7 @@ def score_split(
     batch, passed to `encode_videos`.
     """
     scoring = dict(trials=trials, seed=seed, expected=expected)
-    training = model.training
+    training = [part for part in model.modules() if part.training]
     model.eval()
     bad = {}
     # Equal texts are scored once, so that they tie exactly.
@@ -302,7 +302,8 @@ def score_split(
     if not sims.isfinite().all():
         raise WeightsError(f"{name}: some scores are not finite numbers, so nothing can be ranked: "
                            "its weights are damaged, or its training failed")
-    model.train(training)
+    for part in training:  # not all of it, where --freeze-clip leaves CLIP as it is
+        part.training = True
     return Scored(t[rows], f, sims[rows], ann, list(bad.values()), scoring)
 
 

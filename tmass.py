@@ -312,7 +312,7 @@ class TMASS(nn.Module):
         pair: each score has the same distribution, but here it does not depend on which other texts
         and videos are scored with it.
         """
-        self.pool.eval()  # dropout is for training
+        head = nn.ModuleList([self.pool, self.radius]).eval()  # dropout is for training
         eps = torch.zeros_like(t[:1])
         if trials > 0:
             eps = self.noise(trials, seed).to(t)                # (M,D)
@@ -323,5 +323,5 @@ class TMASS(nn.Module):
             R = self.radius(cosine(t[:, None], f_j))            # (N,D)
             t_s = stochastic_text(t[:, None], R[:, None], eps)  # (N,M,D)
             sims[:, j] = cosine(t_s, v).amax(-1)                # the maximum over samples
-        self.pool.train(self.training)
+        head.train(self.training)
         return sims

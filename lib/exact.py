@@ -289,7 +289,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         v = min(pairs // n, 64)
 
     sims = t.new_empty(N, V)
-    model.pool.eval()  # no dropout
+    head = torch.nn.ModuleList([model.pool, model.radius]).eval()  # no dropout
     with torch.autocast(t.device.type, enabled=False):
         noise = noise_of(model, trials, seed, expected)
         model.radius(t.new_zeros(1, T))  # raises an error if the radius needs another T
@@ -304,7 +304,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
                 else:
                     best = best_of_span(t_i, f_j, span, radius, noise, wide)
                 sims[texts, videos] = best.T
-    model.pool.train(model.training)
+    head.train(model.training)
     return sims
 
 

@@ -9,6 +9,7 @@ import torch
 import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
 from lib.processes import DEVICE
+from lib.report import segment_name
 from lib.validate import MISTAKES
 from lib.video import Segment
 from lib.weights import load_checkpoint, read_weights
@@ -117,8 +118,9 @@ def read_features(path, model):
         captions = content.get("captions", [f"text {i}" for i in range(N)])
         clips = content.get("clips", [(f"video {v}",) for v in range(V)])
         segments = [Segment(*clip) for clip in clips]
+        list(map(segment_name, segments))  # it fails where a report would
         sizes = len(owner), len(captions), len(segments), len(owner.bincount(minlength=V))
-        if sizes != (N, N, V, V):
+        if not N or sizes != (N, N, V, V):
             raise ValueError(f"it has N, N, V, V = {sizes}")
     except MISTAKES as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "

@@ -114,11 +114,14 @@ def check_merges(merges, vocab_size):
 
 
 def check_tensors(sd):
-    """Raise a WeightsError unless all values are plain float tensors, with data."""
+    """Raise a WeightsError unless all values are plain float tensors, with data.
+
+    Counters and masks are not weights: int64 and bool are taken too.
+    """
     wrong = []
     for key, x in sd.items():
         plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
-        if not plain or not (x.is_floating_point() or key.endswith("num_batches_tracked")):
+        if not plain or not (x.is_floating_point() or x.dtype in (torch.int64, torch.bool)):
             wrong.append(key)
     if wrong:
         raise WeightsError("expected a state dict, a dict of float tensors; these are not: "

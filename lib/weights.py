@@ -383,12 +383,13 @@ def build_own(content, path, **asked):
         settings = content["clip"] | asked
         if "open_clip" in settings:
             clip = OpenCLIP(**settings, files=content["merges"])
-            model = TMASS(clip, **content["tmass"])
             tokenizer = clip.tokenizer
         else:
             with torch.device("meta"):  # no memory or random numbers: the weights follow
-                model = TMASS(CLIP(**settings), **content["tmass"])
+                clip = CLIP(**settings)
             tokenizer = Tokenizer(content["merges"], content["context_length"])
+        # Not on meta: a radius may have tensors that are not among the weights.
+        model = TMASS(clip, **content["tmass"])
         # Users may have converted the file to half precision.
         weights = {name: x.float() if x.is_floating_point() else x
                    for name, x in content["model"].items()}

@@ -12,6 +12,7 @@ import train
 from clip_model import CLIP, Tokenizer
 from lib import exact
 from lib.video import Segment
+from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
 
 D = 64
@@ -26,6 +27,22 @@ class MaxRadius(nn.Module):
 
     def forward(self, S):
         return S.amax(-1, keepdim=True).exp()
+
+
+class CentralRadius(nn.Module):
+    """R = exp(S·c), c the larger, the nearer to the middle; it counts on tensors of its own."""
+
+    def __init__(self, frames, width):
+        super().__init__()
+        self.c = torch.hann_window(frames + 2)[1:-1]
+        self.register_buffer("most", torch.tensor(2.0), persistent=False)
+        self.register_buffer("calls", torch.tensor(3))
+        self.register_buffer("counts", torch.ones(frames, dtype=torch.bool))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, S):
+        R = (self.dropout(S)[..., self.counts] @ self.c / self.calls).exp()
+        return R.minimum(self.most)[..., None]
 
 
 class MaxPool(nn.Module):
@@ -53,14 +70,25 @@ def scores_right(model):
 
 
 @pytest.mark.parametrize("choices, name, added", [("RADII", "max", MaxRadius),
+                                                  ("RADII", "central", CentralRadius),
                                                   ("POOLINGS", "max", MaxPool)])
-def test_a_radius_or_a_pooling_is_a_class_and_an_entry(choices, name, added, monkeypatch, capsys):
+def test_a_radius_or_a_pooling_is_a_class_and_an_entry(choices, name, added, monkeypatch, tmp_path):
     monkeypatch.setitem(getattr(tmass, choices), name, added)
     option = dict(RADII="radius", POOLINGS="pooling")[choices]
     model = TMASS(small_clip(), frames=T, **{option: name}).eval()
     scores_right(model)
     losses = model.losses(torch.randn(3, D), torch.randn(3, T, D))
     losses["loss"].backward()
+    save_checkpoint(tmp_path / "m.pt", model, Tokenizer((), 16), {})
+    again, _, _ = load_checkpoint(tmp_path / "m.pt")
+    scores_right(again)
+    t, f = torch.randn(3, D), torch.randn(2, T, D)
+    scores = model.score(t, f)
+    assert torch.equal(again.score(t, f), scores)
+    again.train()  # and nothing is dropped while it scores
+    assert torch.equal(again.score(t, f), scores)
+    assert (exact.score(again, t, f) - scores).abs().max() < 2e-6
+    assert all(part.training for part in again.modules())
     assert train.parser().parse_args([f"--{option}", name])  # and the command line knows it
 
 

@@ -283,8 +283,10 @@ def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
     monkeypatch.setattr(data, "read_frames", lambda x, frames: seen.append(x) or read(x, frames))
     monkeypatch.setattr(model, "encode_text", lambda ids: texts.append(len(ids)) or encode(ids))
     model.train()
+    model.clip.eval()  # as --freeze-clip leaves it
+    modes = [part.training for part in model.modules()]
     split = ev.score_split(model, tokenizer, ann)
-    assert model.training  # left as it was
+    assert [part.training for part in model.modules()] == modes
     assert sorted(seen) == sorted(ann.segments)
     assert sum(texts) == len(set(ann.captions)) == len(ann.captions) - 1
     assert torch.equal(split.sims[-1], split.sims[-2]) and torch.equal(split.t[-1], split.t[-2])
@@ -519,10 +521,12 @@ def test_features_made_elsewhere(folder, tmp_path, call):
              dict(bare, f=f[..., 1:]), dict(bare, owner=owner[1:]), dict(bare, owner=owner - 1),
              dict(bare, owner=owner + 1), dict(bare, owner=owner / 1), dict(bare, t="t"),
              dict(bare, captions=["one"]), dict(bare, clips=[5] * 7), dict(bare, f=f[:0]),
-             dict(bare, t=t * math.nan))
+             dict(bare, t=t * math.nan), dict(bare, t=t[:0], owner=owner[:0]),
+             *(dict(bare, clips=[clip] * 7) for clip in ([5], [["v"]], ["v", "0"], ["v", 0, [1]])))
     for number, features in enumerate(wrong):
         torch.save(features, tmp_path / "wrong.pt")
-        status, out, err = call(*on(folder, "--features", tmp_path / "wrong.pt"))
+        options = "--features", tmp_path / "wrong.pt", "--report", tmp_path / "f.html"
+        status, out, err = call(*on(folder, *options))
         assert one_error(status, out, err, "wrong.pt"), (number, err)
     both = "--features", tmp_path / "s.pt", "--data", folder / "one.csv"
     assert one_error(*call(*on(folder, *both)), "--features takes the place of --data")

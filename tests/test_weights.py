@@ -244,6 +244,7 @@ DAMAGE = [
     weight(lambda x: x.to("meta")),
     weight(lambda x: x.to(torch.complex64)),
     weight(lambda x: x.int()),
+    weight(lambda x: x.long()),
     weight(lambda x: x[:1]),
     weight(lambda x: "x"),
 ]
