@@ -14,7 +14,7 @@ import torch
 
 from lib.common import WeightsError, check_output, clock, write_text
 from lib.processes import Job
-from lib.validate import check_own, usable
+from lib.validate import COUNT, WEIGHT, check_own, check_range, check_tensors, usable
 from lib.weights import read_weights, save_checkpoint
 from tmass import TMASS
 
@@ -22,6 +22,12 @@ START_ONLY = ("resume", "overwrite", "tensorboard")  # for one start; not saved
 # Settings that may change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
+
+SCALER = {
+    "scale": ((float,), 1e-30, 1e30),
+    "growth_factor backoff_factor": WEIGHT,
+    "growth_interval _growth_tracker": COUNT,
+}
 
 
 def option(name):
@@ -126,21 +132,24 @@ def check_settings(parser, config, path):
     def fault(message):
         raise ValueError(message)
 
+    # Old checkpoints may have others.
+    known = vars(parser.parse_args([])).keys() & config.keys()
     parser.error = fault
     words = []
     with usable(path):
-        for name, value in config.items():
+        for name in known:
+            value = config[name]
             if value is not None and value is not False:
                 words.append(option(name) if value is True else f"{option(name)}={value}")
-        settings, _ = parser.parse_known_args(words)  # old checkpoints may have others
-    return {name: x for name, x in vars(settings).items() if name in config}
+        settings = vars(parser.parse_args(words))
+    return {name: settings[name] for name in known if settings[name] is not None}
 
 
 def check_unchanged(args, content):
     """Refuse settings that differ from the resumed run's, unless they do not affect the result."""
     free = (*FREE, "data") if "splits" in content else FREE  # its checksum decides
     for name, before in content["config"].items():
-        now = getattr(args, name, None)
+        now = vars(args).get(name)
         if now is not None and now != before and name not in free:
             raise WeightsError(f"{option(name)} {now} differs from {before} in {args.out}: drop "
                                "it to resume, or start anew with another --out")
@@ -168,7 +177,9 @@ def check_run(content, path):
         check_own(content)
         if not all(isinstance(line, str) for line in content["bad_videos"]):
             raise ValueError("bad_videos is not a list of lines")
-        step, R1 = content["best"] or (0, 0)
+        check_range(content.get("scaler", {}), SCALER, "scaler.")
+        content.get("training", content)["model"]  # the weights to go on from
+        step, R1 = (0, 0) if content["best"] is None else content["best"]
         if not 0 <= step <= content["step"] or not 0 <= R1 <= 100:
             raise ValueError(f"best is {content['best']!r:.60}")
 
@@ -178,12 +189,13 @@ def load_optimizer(optimizer, saved):
     # The learning rates come from the settings, whatever the file says.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(dict(saved, param_groups=groups))
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            # load_state_dict does not compare shapes.
-            for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
-                if optimizer.state[p][name].shape != p.shape:
-                    raise ValueError(f"the optimizer's {name} has another size")
+    # load_state_dict compares nothing. What the loss does not depend on, such as SigLIP's bias,
+    # has no gradient and no moments.
+    for p, moments in optimizer.state.items():
+        check_tensors(moments)
+        for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
+            if moments[name].shape != shape or not moments[name].isfinite().all():
+                raise ValueError(f"the optimizer's {name} has another size, or is not finite")
 
 
 def board(folder):
@@ -217,14 +229,20 @@ class Log:
     def __post_init__(self):
         start = self.batches.start
         path = os.devnull if self.job.rank else beside(self.args.out, ".log.csv")
-        rows = []
+        kept = []
         if start and os.path.isfile(path):
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            with open(path, newline="", errors="replace") as file:
+                for row in file:
+                    step, *others = row.split(",")
+                    # Not what another version or a full disk has left.
+                    whole = row.endswith("\n") and len(others) == len(self.FIELDS) - 1
+                    if whole and step.isdecimal() and float(step) <= start:
+                        kept.append(row)
         # Line buffering: the file can be followed while training runs.
-        self.writer = csv.DictWriter(open(path, "w", buffering=1, newline=""), self.FIELDS)
+        file = open(path, "w", buffering=1, newline="")
+        self.writer = csv.DictWriter(file, self.FIELDS)
         self.writer.writeheader()
-        self.writer.writerows(rows)
+        file.writelines(kept)
         self.board = None
         if self.args.tensorboard and self.job.rank == 0:
             self.board = self.args.tensorboard(purge_step=start + 1)
@@ -315,6 +333,8 @@ class Checkpoint:
         if saved:
             with usable(self.args.out):
                 load_optimizer(self.optimizer, saved["optimizer"])
+                if saved["step"] and not self.optimizer.state:
+                    raise ValueError("the optimizer has no moments")
                 self.scaler.load_state_dict(saved.get("scaler", {}))
             self.step = saved["step"]
             self.best = saved["best"]

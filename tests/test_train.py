@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port
-from test_weights import DAMAGE, soon  # noqa: F401
+from test_weights import DAMAGE, setting, soon  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from videos import write_video
 
@@ -592,6 +592,10 @@ def test_a_name_that_cannot_be_written_is_refused_before_anything_long(here, cal
     assert not out and os.listdir(here) == ["set"]
 
 
+SCALER = dict(scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
+              _growth_tracker=2)
+
+
 def unfinished(**values):
     return lambda content: content.update(values)
 
@@ -600,13 +604,30 @@ def moments(content):
     content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
+def state_of(**values):
+    """A change of what the optimizer keeps of each parameter."""
+    def change(content):
+        for state in content["optimizer"]["state"].values():
+            state.update({name: change_of(state[name]) for name, change_of in values.items()})
+    return change
+
+
 RUN_DAMAGE = [
     lambda c: c.pop("optimizer"),
     unfinished(optimizer=5),
     lambda c: c["optimizer"].pop("state"),
+    lambda c: c["optimizer"].update(state={}),
     moments,
     *(unfinished(step=x) for x in ("1", 1.5, -1, None, True)),
-    *(unfinished(best=x) for x in (5, ["x", 1], [1, "x"], [1, math.nan])),
+    *(unfinished(best=x) for x in (5, ["x", 1], [1, "x"], [1, math.nan], [], {}, "", 0, False)),
+    *(state_of(step=lambda x, value=value: torch.tensor(value)) for value in ([1.0, 2.0], math.nan)),
+    *(state_of(exp_avg=change) for change in (torch.Tensor.to_sparse, lambda x: x * math.nan)),
+    *(unfinished(scaler=dict(SCALER, **{name: value})) for name in SCALER for value in ("x", None)),
+    *(unfinished(scaler=dict(SCALER, scale=x)) for x in (0.0, -1.0, math.nan, torch.ones(2))),
+    unfinished(training={}),
+    setting("config", help=True, epochs="x"),
+    setting("config", **{"": True, "epochs": "x"}),
+    lambda c: c["config"].update({5: True, "epochs": "x"}),
     *(unfinished(bad_videos=x) for x in (5, None, [5])),
     unfinished(training=5),
     unfinished(scaler=5),
@@ -656,7 +677,8 @@ def test_settings_of_a_run_are_those_that_options_take(here, call, one_step):
     for name, value in wrong.items():
         resumable(one_step, **{name: value})
         refused(*call("--resume", "--device", "cpu"), str(value))
-    resumable(one_step, gone="a setting of an older version", frames=9)  # the model has 2
+    # The model has 2 frames. What is not said is as if it were not there.
+    resumable(one_step, gone="a setting of an older version", frames=9, warmup=None, head_lr=None)
     assert call("--resume", "--device", "cpu")[0] == 0
 
 
@@ -747,6 +769,20 @@ def test_each_run_has_its_own_log(here, call):
     assert call(*SMALL, "--epochs", 1, "--out", "b.pt", "--seed", 5)[0] == 0
     assert first == Path("a.log.csv").read_text() != Path("b.log.csv").read_text()
     assert len(first.splitlines()) == 1 + 6 + 1  # a head, six steps, one validation
+
+
+def test_a_run_goes_on_with_what_is_whole_of_its_log(here, call, one_step):
+    whole = one_step.with_name("model.log.csv").read_bytes()
+    row = whole.splitlines()[1]
+    others = [b"step,gone\n", b"x" + row + b"\n", b",\n", b"1," * 20 + b"\n", b"\0\xff\n\n", row]
+    for before, after in ((whole, b"".join(others)), (b"", b"other,columns\n1,2\n"), (b"", b"")):
+        resumable(one_step)
+        Path("model.log.csv").write_bytes(before + after)
+        assert call("--resume", "--device", "cpu")[0] == 0
+        lines = Path("model.log.csv").read_bytes().splitlines()
+        assert lines[:len(before.splitlines())] == before.splitlines()
+        assert lines[0] == whole.splitlines()[0] and steps(here)
+        assert not any(line in lines for line in after.splitlines() if line != row)
 
 
 def test_one_run_per_out_at_a_time(here, start, call):
