@@ -156,7 +156,10 @@ def fit(args, job, checkpoint, batches, splits, noted):
     On a signal, the current step is finished and the checkpoint saved.
     """
     model = checkpoint.model
-    parallel = DistributedDataParallel(model) if job.world > 1 else model
+    parallel = model
+    if job.world > 1:
+        # Static: every step uses the same parameters, but not all, as of SigLIP.
+        parallel = DistributedDataParallel(model, static_graph=True)
     gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
     model.train()

@@ -277,7 +277,7 @@ for method in (dict(), dict(radius="scaled", support_video="batch", ce_weight=0.
         model = TMASS(clip, frames=3, dropout=0.2, prior_std=0.1, **method).train()
         alone = copy.deepcopy(model)
         rows = slice(0, cut) if rank == 0 else slice(cut, 8)
-        ddp = DistributedDataParallel(model)
+        ddp = DistributedDataParallel(model, static_graph=True)
         torch.manual_seed(5)  # noise and dropout
         gather = functools.partial(train.Gather.apply, Job(rank, 2), cut != 4)
         out = ddp(ids[rows], video[rows], gather=gather)
@@ -317,13 +317,28 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert out.count("equal") == 24
 
 
+BIASED = """
+import sys, torch, train
+
+class Biased(train.CLIP):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+
+train.CLIP = Biased
+sys.exit(train.run(train.main))
+"""
+
+
 def test_two_processes_train_as_one(here, start):
+    """Also where an encoder, as SigLIP does, has a parameter that no score depends on."""
     for name in ("one", "two"):
         (here / name).mkdir()
+    (here / "biased.py").write_text(BIASED)
     settings = [*SMALL[2:], "--data", here / "set/my.csv", "--clip-lr", 1e-5, "--head-lr", 1e-4,
                 "--batch", 6]
     one = start(here / "one", *settings)
-    job = torchrun(ROOT / "train.py", *settings, cwd=here / "two")
+    job = torchrun(here / "biased.py", *settings, cwd=here / "two")
     out, err = job.communicate(timeout=150)
     assert job.returncode == 0, err[-3000:]
     one.finish()
