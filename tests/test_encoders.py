@@ -19,9 +19,11 @@ from lib.index import fingerprint
 from lib.weights import load_checkpoint, load_clip, save_checkpoint
 
 open_clip = pytest.importorskip("open_clip")
-# A small model of the kind that clip_model.CLIP is not: timm's tower, text without a mask.
+# A small model of the kind that clip_model.CLIP is not: timm's tower, text without a mask, and as
+# in SigLIP a parameter that no cosine depends on.
 SMALL = dict(
     embed_dim=32,
+    init_logit_bias=-10,
     custom_text=True,
     vision_cfg=dict(timm_model_name="fastvit_t8", timm_model_pretrained=False, timm_pool="avg",
                     timm_proj=None, image_size=64),
