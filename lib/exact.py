@@ -276,7 +276,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
 
     # Pairs at a time: `wide` if each needs vectors of width D, `pairs` if only coefficients.
     floats = int(chunk_mb * 2 ** 18)
-    wide = floats // (4 * (H + 5) * D)
+    wide = floats // (4 * ((H + 5) * D + trials))
     pairs = floats // (16 * (H * T + trials))
     if t.device.type == "cpu":  # twice as fast, because blocks fit into the cache
         wide = min(wide, 256)
@@ -285,7 +285,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         n = max(1, min(N, wide))
         v = wide // n
     else:
-        n = max(1, min(N, 2048))
+        n = max(1, min(N, 2048, pairs))
         v = min(pairs // n, 64)
 
     sims = t.new_empty(N, V)
