@@ -293,6 +293,9 @@ def build(args, captions, saved, job):
         if args.radius != start.config["radius"]:
             start.radius = model.radius
             new = [f"radius.{name}" for name in model.radius.state_dict()]
+        heads = start.config["heads"]
+        if heads != args.heads and list(model.pool.parameters()):
+            raise WeightsError(f"--init {args.init} has {heads} heads: give --heads {heads}")
         load_strictly(model, start.state_dict(), "the model asked for with --pooling and --frames")
         job.say(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
     return model, tokenizer
@@ -436,12 +439,18 @@ def settle(args, world):
         chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
         if args.data not in (None, chosen.get("data")):  # the same data in another place
             chosen.update(root=None, videos=None)
+        # Its frames lie in its folder, and nothing may come to lie in the old one.
+        if chosen.get("data") == "shapes" and args.root not in (None, chosen.get("root")):
+            chosen.update(cache=None)
     chosen |= {name: value for name, value in vars(args).items() if value is not None}
     name = chosen.setdefault("data", "shapes")
     vars(args).update(BASE | RECIPES.get(name, {}) | chosen)
     # With R = 0, the support text is the text itself: without its loss, this is X-Pool.
     if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
+    # The warm-up is for random weights: to those that are loaded it does harm.
+    if (args.init or args.clip != "tiny") and "pretrain" not in chosen:
+        args.pretrain = 0
     args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")

@@ -242,6 +242,26 @@ def test_a_data_set_without_a_recipe_trains_with_the_default_one(here, monkeypat
         assert args.root == str(here / "data" / name)
 
 
+@pytest.mark.parametrize("words, steps", [
+    ("", 300), ("--clip tiny", 300), ("--clip any.pt", 0), ("--init any.pt", 0),
+    ("--init any.pt --pretrain 7", 7)])
+def test_loaded_weights_are_not_warmed_up_unasked(words, steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.parser().parse_args(words.split())
+    assert train.settle(args, 1) is None
+    assert args.pretrain == steps
+
+
+def test_moved_shapes_are_resumed_with_frames_beside_them(here, one_step):
+    """What lies in the old place would be a folder that is no data set."""
+    resumable(one_step, data="shapes", root=str(here / "old"), cache=str(here / "old/frames"))
+    for words, cache in (("", "old/frames"), ("--root old", "old/frames"),
+                         ("--root new", "new/frames"), ("--root new --cache c", "c")):
+        args = train.parser().parse_args(["--resume", *words.split()])
+        train.settle(args, 1)
+        assert args.cache == str(here / cache), words
+
+
 def test_help_has_each_setting_with_its_default_and_all_recipes(capsys):
     with pytest.raises(SystemExit):
         train.parser().parse_args(["--help"])
@@ -1187,6 +1207,7 @@ def test_init_and_the_baseline(here, call):
     assert status == 0 and "starting anew" not in out and same(grown, weights("again.pt"))
     grown_to = "--init", "grown.pt", "--out", "x.pt"
     refused(*call(*SMALL, *grown_to, "--pooling", "mean"), "don't fit the model asked for")
+    refused(*call(*SMALL, *grown_to, "--heads", 4), "grown.pt has 1 heads", "--heads 1")
     refused(*call(*SMALL, *grown_to, "--frames", 3), "radius.linear.weight", "--frames")
     assert not os.path.exists("x.pt")
     clip_of = "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt"  # its CLIP and tokenizer only
