@@ -5,6 +5,7 @@ import csv
 import functools
 import hashlib
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from lib.common import WeightsError, check_output, clock, write_text
 from lib.processes import Job
-from lib.validate import COUNT, WEIGHT, check_own, check_range, check_tensors, usable
+from lib.validate import check_own, usable
 from lib.weights import read_weights, save_checkpoint
 from tmass import TMASS
 
@@ -22,12 +23,6 @@ START_ONLY = ("resume", "overwrite", "tensorboard")  # for one start; not saved
 # Settings that may change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
-
-SCALER = {
-    "scale": ((float,), 1e-30, 1e30),
-    "growth_factor backoff_factor": WEIGHT,
-    "growth_interval _growth_tracker": COUNT,
-}
 
 
 def option(name):
@@ -118,15 +113,6 @@ def checksum(annotations):
     return digest.hexdigest()
 
 
-def check_data(saved, sums, out):
-    """Raise a WeightsError unless the splits are the run's. Old checkpoints don't record them."""
-    for split, now in sums.items():
-        if saved.get("splits", {}).get(split, now) != now:
-            raise WeightsError(f"{out} was trained with another {split} split than this: --resume "
-                               "needs its data, wherever it is now (--data, --root, --videos), "
-                               "and with --skip-bad the same videos missing")
-
-
 def check_settings(parser, config, path):
     """Parse a run's settings as its options would. -> dict. WeightsError if one is refused."""
     def fault(message):
@@ -177,7 +163,6 @@ def check_run(content, path):
         check_own(content)
         if not all(isinstance(line, str) for line in content["bad_videos"]):
             raise ValueError("bad_videos is not a list of lines")
-        check_range(content.get("scaler", {}), SCALER, "scaler.")
         content.get("training", content)["model"]  # the weights to go on from
         step, R1 = (0, 0) if content["best"] is None else content["best"]
         if not 0 <= step <= content["step"] or not 0 <= R1 <= 100:
@@ -192,7 +177,6 @@ def load_optimizer(optimizer, saved):
     # load_state_dict compares nothing. What the loss does not depend on, such as SigLIP's bias,
     # has no gradient and no moments.
     for p, moments in optimizer.state.items():
-        check_tensors(moments)
         for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
             if moments[name].shape != shape or not moments[name].isfinite().all():
                 raise ValueError(f"the optimizer's {name} has another size, or is not finite")
@@ -225,6 +209,8 @@ class Log:
     TERMS = ("loss", "stochastic", "support", "ce")
     FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s",
               "val_R1")
+    # A whole one: a full disk, an editor or another version may have left others.
+    ROW = r"(\d+)(,[^,\n]*){11}\n"
 
     def __post_init__(self):
         start = self.batches.start
@@ -233,10 +219,8 @@ class Log:
         if start and os.path.isfile(path):
             with open(path, newline="", errors="replace") as file:
                 for row in file:
-                    step, *others = row.split(",")
-                    # Not what another version or a full disk has left.
-                    whole = row.endswith("\n") and len(others) == len(self.FIELDS) - 1
-                    if whole and step.isdecimal() and float(step) <= start:
+                    step = re.match(self.ROW, row)
+                    if step and float(step[1]) <= start:
                         kept.append(row)
         # Line buffering: the file can be followed while training runs.
         file = open(path, "w", buffering=1, newline="")
@@ -339,7 +323,13 @@ class Checkpoint:
             self.step = saved["step"]
             self.best = saved["best"]
             self.bad_videos = saved["bad_videos"]
-            check_data(saved, self.sums, self.args.out)
+            # Old checkpoints don't record their splits.
+            for split, before in saved.get("splits", {}).items():
+                if self.sums.get(split) != before:
+                    raise WeightsError(f"{self.args.out} was trained with another {split} split "
+                                       "than this: --resume needs its data, wherever it is now "
+                                       "(--data, --root, --videos), and with --skip-bad the same "
+                                       "videos missing")
             if "training" in saved:
                 self.best_weights = saved["model"]
 

@@ -55,6 +55,10 @@ SETTINGS = {
     },
     # Only what evaluation reads. Before a run is resumed, train.py's options check the rest.
     "config": {"data": TEXT, "val_videos seed": COUNT},
+    "scaler": {
+        "scale growth_factor backoff_factor": (float, 1e-30, 1e30),
+        "growth_interval _growth_tracker": COUNT,
+    },
 }
 STATE = {
     "version step": COUNT,
@@ -86,7 +90,7 @@ def check_own(content):
         raise WeightsError(f"it has version {content['version']}, but this program reads "
                            "version 1")
     for section, table in SETTINGS.items():
-        check_range(content[section], table, f"{section}.")
+        check_range(({"scaler": {}} | content)[section], table, f"{section}.")
     check_tensors(content["model"])
     if "open_clip" in content["clip"]:
         return
