@@ -487,7 +487,8 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
         return _divide_csv(name, root, split, videos)
-    if split in ("test", "all") or name not in DATASETS or DATASETS[name].has_val:
+    whole = split in ("test", "all") or not val_videos
+    if whole or load_annotations(name, root, "val", videos).segments:
         return load_annotations(name, root, split, videos)
     annotations = load_annotations(name, root, "train", videos)
     V = len(annotations.segments)

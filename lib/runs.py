@@ -317,8 +317,6 @@ class Checkpoint:
         if saved:
             with usable(self.args.out):
                 load_optimizer(self.optimizer, saved["optimizer"])
-                if saved["step"] and not self.optimizer.state:
-                    raise ValueError("the optimizer has no moments")
                 self.scaler.load_state_dict(saved.get("scaler", {}))
             self.step = saved["step"]
             self.best = saved["best"]

@@ -56,7 +56,7 @@ SETTINGS = {
     # Only what evaluation reads. Before a run is resumed, train.py's options check the rest.
     "config": {"data": TEXT, "val_videos seed": COUNT},
     "scaler": {
-        "scale growth_factor backoff_factor": (float, 1e-30, 1e30),
+        "scale growth_factor backoff_factor": ("float", 1e-30, 1e30),
         "growth_interval _growth_tracker": COUNT,
     },
 }

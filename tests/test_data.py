@@ -637,6 +637,20 @@ def test_csv_files_that_are_none(tmp_path):
         load_annotations("mrsvtt")
 
 
+def test_videos_are_held_out_of_a_csv_without_validation(tmp_path):
+    rows = [(f"v{i // 2}.mp4", "x", "test" if i > 15 else "train") for i in range(20)]
+    name = table(tmp_path / "my.csv", ["video", "caption", "split"], *rows)
+    train, val, test = (load_split(name, None, split, 3) for split in ("train", "val", "test"))
+    assert (len(train.segments), len(val.segments), len(test.segments)) == (5, 3, 2)
+    assert not set(val.segments) & set(train.segments + test.segments)
+    assert len(load_split(name).segments) == 8 and not load_split(name, None, "val").segments
+    with pytest.raises(DataError, match="--val-videos 8: .*my.csv has 8 training videos"):
+        load_split(name, None, "train", 8)
+    name = table(tmp_path / "own.csv", ["video", "caption", "split"], *rows, ("v.mp4", "x", "val"))
+    assert len(load_split(name, None, "train", 3).segments) == 8
+    assert len(load_split(name, None, "val", 3).segments) == 1
+
+
 def test_csv_without_split_column_is_divided_by_name(tmp_path):
     rows = [[f"v{i // 2}.mp4", f"caption {i}"] for i in range(400)]
     name = table(tmp_path / "my.csv", ["video", "caption"], *rows)
