@@ -158,7 +158,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model = checkpoint.model
     parallel = model
     if job.world > 1:
-        # Static: every step uses the same parameters, but not all, as of SigLIP.
+        # Static: each step uses the same parameters, perhaps not all (SigLIP's bias is unused).
         parallel = DistributedDataParallel(model, static_graph=True)
     gather = functools.partial(Gather.apply, job, args.skip_bad)
     log = Log(args, job, checkpoint, batches)
@@ -439,7 +439,7 @@ def settle(args, world):
         chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
         if args.data not in (None, chosen.get("data")):  # the same data in another place
             chosen.update(root=None, videos=None)
-        # Its frames lie in its folder, and nothing may come to lie in the old one.
+        # Frames are kept beside the videos, not in the place where these were before.
         if chosen.get("data") == "shapes" and args.root not in (None, chosen.get("root")):
             chosen.update(cache=None)
     chosen |= {name: value for name, value in vars(args).items() if value is not None}
@@ -448,7 +448,7 @@ def settle(args, world):
     # With R = 0, the support text is the text itself: without its loss, this is X-Pool.
     if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
-    # The warm-up is for random weights: to those that are loaded it does harm.
+    # The warm-up is for random weights, and would harm those that are loaded.
     if (args.init or args.clip != "tiny") and "pretrain" not in chosen:
         args.pretrain = 0
     args.root = args.root or os.path.abspath(data.default_root(name))

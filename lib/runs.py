@@ -209,7 +209,7 @@ class Log:
     TERMS = ("loss", "stochastic", "support", "ce")
     FIELDS = ("step", "epoch", *TERMS, "head_lr", "clip_lr", "scale", "grad_norm", "pairs_per_s",
               "val_R1")
-    # A whole one: a full disk, an editor or another version may have left others.
+    # A complete row: a full disk, an editor or another version may have left other lines.
     ROW = r"(\d+)(,[^,\n]*){11}\n"
 
     def __post_init__(self):
