@@ -181,6 +181,7 @@ WRAPPED = {
                         for key, x in put("_fsdp_wrapped_module.")(sd).items()},
     "model_state_dict": lambda sd: dict(model_state_dict=sd, optimizer_state_dict={}),
     "in each other": lambda sd: dict(model=dict(state_dict=put("module.")(sd))),
+    "averaged": lambda sd: dict(put("module.")(sd), n_averaged=torch.tensor(3)),
     "logit_scale": lambda sd: sd | dict(logit_scale=sd["logit_scale"].view(1)),
 }
 
@@ -197,7 +198,8 @@ def test_wrappers_come_off(tmp_path, wrapper):
 def test_numbers_of_numpy_beside_weights(tmp_path):
     numpy = pytest.importorskip("numpy")
     sd = make().clip.state_dict()
-    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2))
+    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2),
+                  name=numpy.str_("run"), day=numpy.datetime64("2024-02-29"))
     torch.save(dict(state_dict=sd, **beside), tmp_path / "w.pt")
     assert load_clip(tmp_path / "w.pt").state_dict().keys() == sd.keys()
     assert read_weights(tmp_path / "w.pt")["loss"] == 1.5

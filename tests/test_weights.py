@@ -311,6 +311,19 @@ def test_too_little_memory_is_called_that(tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def test_a_file_that_the_system_can_not_read_is_not_called_truncated():
+    path = "/proc/self/mem"  # its beginning is no memory of any process
+    if not os.path.exists(path):
+        pytest.skip(f"needs {path}")
+    refuses(path, f"{path}: no readable weights: Input/output error")
+
+
+@pytest.mark.parametrize("scale", [torch.zeros(2), torch.zeros(0)])
+def test_a_temperature_of_another_size(tmp_path, scale):
+    torch.save(make().clip.state_dict() | dict(logit_scale=scale), tmp_path / "m.pt")
+    refuses(tmp_path / "m.pt", "m.pt: .*size mismatch for logit_scale")
+
+
 @pytest.mark.parametrize("make_file, message", [
     (os.mkfifo, "m.pt: a pipe or a device; give the name of a plain file"),
     (os.mkdir, "m.pt: a folder; name the weights file in it"),
