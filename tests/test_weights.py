@@ -220,6 +220,7 @@ DAMAGE = [
     setting("clip", patch_size=-8),
     setting("clip", quick_gelu=1),
     setting("clip", vocab_size=10 ** 15),
+    setting("clip", resize=("shortest", "x")),
     *(setting("tmass", heads=x) for x in (1.0, "1", True, -1)),
     *(setting("tmass", prior_std=x) for x in (None, -1.0, math.nan, math.inf, "1")),
     *(setting("tmass", frames=x) for x in (2.0, "2", None, 0, 10 ** 12)),
