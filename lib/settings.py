@@ -55,11 +55,9 @@ def activation_by_origin(path, sd, hf):
         return True, "OpenAI's"
     # Any other file is from open_clip, whose own models use GELU.
     name = path.name.lower().replace("_", "")
-    if "quickgelu" in name or "openai" in name:
-        return True, ("an open_clip file with quickgelu or openai in its name; to change: "
-                      "--activation gelu")
-    return False, ("an open_clip file without quickgelu or openai in its name; to change: "
-                   "--activation quickgelu")
+    quick = "quickgelu" in name or "openai" in name
+    return quick, (f"an open_clip file with{'' if quick else 'out'} quickgelu or openai in its "
+                   f"name; to change: --activation {'gelu' if quick else 'quickgelu'}")
 
 
 def hf_settings(content):

@@ -410,12 +410,11 @@ def _load_foreign(content, path, **asked):
     sd = state_dict_in(content)
     released = any(key.startswith("pool_frames.") for key in sd)
     clip = clip_from(content, path, **asked)
-    head = {}
     # In a released file, all entries outside of CLIP belong to pooling or radius.
-    if released:
-        head = {renamed(k, RELEASED_NAMES): x for k, x in sd.items() if k[:5] != "clip."}
-        head.pop("radius.learnable_scalar", None)  # the released code never reads it
-    model = TMASS(clip, **method_of(head))
+    head = {renamed(k, RELEASED_NAMES): x for k, x in sd.items() if released and k[:5] != "clip."}
+    head.pop("radius.learnable_scalar", None)  # the released code never reads it
+    with explained(path, "not a checkpoint of the released code", f"found {listed(head)}"):
+        model = TMASS(clip, **method_of(head))
     own = {f"clip.{key}": x for key, x in clip.state_dict().items()}
     load_strictly(model, own | head, f"the model of {path}")
     kind = "released" if released else "zero_shot"
