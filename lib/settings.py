@@ -111,7 +111,7 @@ def open_clip_settings(content, sd):
 def as_open_clip(images):
     """The settings of Hugging Face's CLIPImageProcessor -> those of open_clip's preprocess_cfg"""
     size = images.get("size") or 224
-    crop = images.get("crop_size") or 224
+    crop = images.get("crop_size") or size
     if images.get("do_center_crop", True) and sides(size) != sides(crop):
         raise WeightsError(f"size is {size} and crop_size {crop}, expected the same")
     normalised = images.get("do_normalize", True)

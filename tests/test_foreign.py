@@ -125,6 +125,7 @@ def test_the_side_of_images_need_be_no_multiple_of_the_patch(tmp_path):
 @pytest.mark.parametrize("settings, resize, mean", [
     (dict(resample=2), ("shortest", "bilinear"), None),
     (dict(size=dict(height=16, width=16), do_center_crop=False), ("squash", "bicubic"), None),
+    (dict(size=dict(height=16, width=16)), ("squash", "bicubic"), None),  # as other processors
     (dict(size=16, crop_size=dict(height=16, width=16)), ("shortest", "bicubic"), None),
     (dict(do_normalize=False, image_mean=[0.5] * 3), ("shortest", "bicubic"), (0, 0, 0)),
     (dict(image_mean=None, image_std=None), ("shortest", "bicubic"), None)])
