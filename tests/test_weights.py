@@ -319,7 +319,7 @@ def test_a_file_that_the_system_can_not_read_is_not_called_truncated():
     refuses(path, f"{path}: no readable weights: Input/output error")
 
 
-@pytest.mark.parametrize("scale", [torch.zeros(2), torch.zeros(0)])
+@pytest.mark.parametrize("scale", [torch.zeros(2, 2), torch.zeros(0, 2)])
 def test_a_temperature_of_another_size(tmp_path, scale):
     torch.save(make().clip.state_dict() | dict(logit_scale=scale), tmp_path / "m.pt")
     refuses(tmp_path / "m.pt", "m.pt: .*size mismatch for logit_scale")
