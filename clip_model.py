@@ -321,7 +321,8 @@ class CLIP(nn.Module):
 
     quick_gelu: whether the activation is QuickGELU (OpenAI's) or GELU (most others').
     unusual: settings that default to OpenAI's values: vision_heads and text_heads; vision_mlp and
-    text_mlp, the widths inside the MLPs; norm_eps; mean and std, which normalise the pixels.
+    text_mlp, the widths inside the MLPs; norm_eps; mean and std, which normalise the pixels;
+    resize, the mode and interpolation of data.test_transform.
     Set the attribute grad_checkpoint to True to save memory in training, which is then about a
     third slower.
     """
@@ -351,6 +352,7 @@ class CLIP(nn.Module):
             norm_eps=1e-5,
             mean=MEAN,
             std=STD,
+            resize=("shortest", "bicubic"),
         )
         if unknown := unusual.keys() - usual.keys():
             raise TypeError(f"CLIP has no setting {', '.join(unknown)}")
@@ -358,6 +360,7 @@ class CLIP(nn.Module):
         settings = usual | unusual
         self.embed_dim = embed_dim
         self.image_size = image_size
+        self.resize = settings["resize"]
         self.grad_checkpoint = False
         activation = QuickGELU if quick_gelu else nn.GELU
         self.visual = VisionTransformer(
@@ -409,7 +412,7 @@ class CLIP(nn.Module):
     def from_state_dict(cls, sd, **settings):
         """State dict with OpenAI's names -> CLIP in float32; its shapes give the sizes."""
         with torch.device("meta"):  # the weights are given: no memory or random numbers needed
-            clip = cls(**sizes_of(sd), **settings)
+            clip = cls(**sizes_of(sd) | settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
         clip.load_state_dict(sd, assign=True)
         return clip

@@ -152,7 +152,7 @@ class OpenCLIP(nn.Module):
             self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
         self.embed_dim = model_cfg["embed_dim"]
         pixels = library.transform.PreprocessCfg(**library.get_model_preprocess_cfg(self.model))
-        _, height, width = pixels.input_size
+        height, width = library.utils.to_2tuple(pixels.size)
         if height != width or pixels.resize_mode == "longest":
             raise WeightsError(f"{PREFIX}{open_clip}: images of {height} x {width}, resized by "
                                f"{pixels.resize_mode}, are not supported")

@@ -1,12 +1,17 @@
 """Settings in the files beside other projects' weights: heads, norms, activation, pixels."""
+import re
+
 from lib.common import WeightsError
 from lib.tables import read_json
-from lib.validate import explained
+from lib.validate import SETTINGS, check_range, explained
 
 # The settings of a tower in open_clip_config.json that may be set. Sizes follow from the weights,
-# and patch dropout matters in training only. Any other setting changes what is computed.
-OPEN_CLIP = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
-             "patch_dropout", "context_length", "vocab_size", "heads"}
+# patch dropout matters in training only, and the others where another one is set.
+OPEN_CLIP = re.compile(
+    "(image_size|layers|width|patch_size|head_width|mlp_ratio|patch_dropout|context_length|heads"
+    "|vocab_size|eos_id|pad_id|attn_pooler_.*|timm_(?!model_name).*|hf_(pr|pool|model_pre).*)$")
+# The usual values of other settings. Any other value changes what is computed.
+USUAL = ("tok", "argmax", "learnable", "linear", "default")
 
 
 def settings_beside(path, sd):
@@ -19,16 +24,22 @@ def settings_beside(path, sd):
     hf = any("text_model." in key for key in sd)
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
-    # Hugging Face has a separate file for the mean and std of pixels; open_clip does not.
-    pixels = read_settings(path.with_name("preprocessor_config.json")) if hf else {}
+    # Hugging Face has a separate file for what is done to images; open_clip does not.
+    images = read_settings(path.with_name("preprocessor_config.json")) if hf else content
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
-        found = pixel_settings(pixels, "image_")
+        found = pixel_settings(as_open_clip(images) if hf else images.get("preprocess_cfg") or {})
         section = "vision_config" if hf else "model_cfg"
-        if section not in content:
+        if any(name.startswith(section) for name in content):
+            vision, more = hf_settings(content) if hf else open_clip_settings(content, sd)
+            found |= more
+            if "image_size" in vision:
+                found["image_size"] = max(sides(vision["image_size"]))
+            why, heads_by = f"by {file}", f"by {file.name}"
+        else:
             found["quick_gelu"], why = activation_by_origin(path, sd, hf)
-            return found, why, "guessed: usual width"
-        found |= hf_settings(content) if hf else open_clip_settings(content, sd)
-    return found, f"by {file}", f"by {file.name}"
+            heads_by = "guessed: usual width"
+        check_range(found, SETTINGS["clip"], f"{file.name}: ")
+    return found, why, heads_by
 
 
 def read_settings(file):
@@ -44,21 +55,21 @@ def activation_by_origin(path, sd, hf):
         return True, "OpenAI's"
     # Any other file is from open_clip, whose own models use GELU.
     name = path.name.lower().replace("_", "")
-    if "quickgelu" in name or "openai" in name:
-        return True, ("an open_clip file with quickgelu or openai in its name; to change: "
-                      "--activation gelu")
-    return False, ("an open_clip file without quickgelu or openai in its name; to change: "
-                   "--activation quickgelu")
+    quick = "quickgelu" in name or "openai" in name
+    return quick, (f"an open_clip file with{'' if quick else 'out'} quickgelu or openai in its "
+                   f"name; to change: --activation {'gelu' if quick else 'quickgelu'}")
 
 
 def hf_settings(content):
-    """Arguments of CLIP from a CLIPConfig, which omits settings that have their default."""
-    towers = [content["vision_config"], content.get("text_config", {})]
+    """A CLIPConfig, which omits settings that have their default. -> as `open_clip_settings`"""
+    # In older files that have both, vision_config_dict counts.
+    towers = [content.get(f"{name}_config_dict") or content.get(f"{name}_config") or {}
+              for name in ("vision", "text")]
     vision, text = towers
     hidden_act = the_same("hidden_act", towers, "quick_gelu")
     if hidden_act not in ("quick_gelu", "gelu"):
         raise WeightsError(f"hidden_act is {hidden_act!r}, expected quick_gelu or gelu")
-    return dict(
+    return vision, dict(
         vision_heads=vision.get("num_attention_heads", 12),
         text_heads=text.get("num_attention_heads", 8),
         norm_eps=the_same("layer_norm_eps", towers, 1e-5),
@@ -75,33 +86,56 @@ def the_same(name, towers, default):
     return images
 
 
+def sides(size):
+    """The different numbers in a size: a number, or a list or dict of two. -> set"""
+    return set(map(int, re.findall("[0-9.]+", str(size))))
+
+
 def open_clip_settings(content, sd):
-    """Arguments of CLIP from an open_clip_config.json."""
+    """An open_clip_config.json -> (settings of its image tower, arguments of CLIP)"""
     model = content["model_cfg"]
-    vision = model.get("vision_cfg", {})
-    text = model.get("text_cfg", {})
+    vision = model.get("vision_cfg") or {}
+    text = model.get("text_cfg") or {}
     for key, value in [*vision.items(), *text.items()]:
-        if value and key not in OPEN_CLIP:
+        if value and value not in USUAL and not OPEN_CLIP.match(key):
             raise WeightsError(f"{key} is {value!r}, which clip_model.CLIP does not compute: use "
-                               "--clip open_clip:NAME=FILE")
+                               "--clip open_clip:local-dir:FOLDER")
     width = len(sd["visual.conv1.weight"])
-    found = dict(
+    return vision, dict(
         vision_heads=width // vision.get("head_width", 64),
         text_heads=text.get("heads", 8),
-        quick_gelu=bool(model.get("quick_gelu", False)),
+        quick_gelu=model.get("quick_gelu") or False,
     )
-    return found | pixel_settings(content.get("preprocess_cfg", {}))
 
 
-def pixel_settings(content, prefix=""):
-    """The mean and std that normalise pixels, as far as they are set. -> arguments of CLIP"""
-    found = {}
-    for key in content.keys() & {prefix + "mean", prefix + "std"}:
+def as_open_clip(images):
+    """The settings of Hugging Face's CLIPImageProcessor -> those of open_clip's preprocess_cfg"""
+    size = images.get("size") or 224
+    crop = images.get("crop_size") or size
+    if images.get("do_center_crop", True) and sides(size) != sides(crop):
+        raise WeightsError(f"size is {size} and crop_size {crop}, expected the same")
+    normalised = images.get("do_normalize", True)
+    return dict(
+        mean=images.get("image_mean") if normalised else [0, 0, 0],
+        std=images.get("image_std") if normalised else [1, 1, 1],
+        resize_mode="squash" if "height" in str(size) else "shortest",
+        interpolation={2: "bilinear", 3: "bicubic"}.get(images.get("resample", 3), "another"),
+    )
+
+
+def pixel_settings(content):
+    """How images are resized and pixels normalised, as far as it is set. -> arguments of CLIP"""
+    mode = content.get("resize_mode") or "shortest"
+    found = dict(resize=(mode, content.get("interpolation") or "bicubic"))
+    for key in ("mean", "std"):
+        numbers = content.get(key)
+        if numbers is None:
+            continue
         try:
-            red, green, blue = map(float, content[key])
+            red, green, blue = map(float, numbers)
         except (TypeError, ValueError):
-            raise WeightsError(f"{key} is {content[key]!r:.60}, expected three numbers") from None
-        found[key.removeprefix(prefix)] = (red, green, blue)
+            raise WeightsError(f"image_{key} is {numbers!r:.60}, expected three numbers") from None
+        found[key] = (red, green, blue)
     return found
 
 
@@ -113,6 +147,7 @@ def described(clip, why, heads_by):
     name = "QuickGELU" if config["quick_gelu"] else "GELU"
     line = (f"{millions:.1f} M parameters, {clip.image_size} px images in patches of "
             f"{config['patch_size']}, {heads[0]} and {heads[1]} heads ({heads_by}), {name} ({why})")
-    if "mean" in config or "std" in config:
-        line += f", pixels normalised by {clip.mean_std.flatten(1).tolist()}"
+    if config.keys() & {"mean", "std", "resize"}:
+        line += (f", pixels normalised by {clip.mean_std.flatten(1).tolist()}, resized by "
+                 f"{' '.join(clip.resize)}")
     return line

@@ -39,13 +39,17 @@ WEIGHT = ("int float", 0, 1e6)
 SHARE = ("int float", 0, 1)
 FLAG = ("bool",)
 TEXT = ("str",)
-# The settings in our checkpoints: name or names -> (type or types, least, most).
+RESIZE = ("('shortest','bicubic') ('shortest','bilinear') ('squash','bicubic') "
+          "('squash','bilinear')")
+# The settings in our checkpoints: name or names -> (type or types, least, most), or its values.
 SETTINGS = {
     "clip": {
         "quick_gelu": FLAG,
         "vision_heads text_heads": AMOUNT,
+        "image_size": COUNT,
         "norm_eps": SHARE,
-        "mean std resize": ("list tuple",),
+        "mean std": ("list tuple",),
+        "resize": (RESIZE,),
         "open_clip": TEXT,
     },
     "tmass": {
@@ -73,7 +77,8 @@ def check_range(values, table, where=""):
     for names, (kinds, *ends) in table.items():
         for name in values.keys() & names.split():
             value = values[name]
-            known = type(value).__name__ in kinds.split()  # isinstance would accept True as an int
+            # isinstance would accept True as an int.
+            known = {type(value).__name__, repr(value).replace(" ", "")} & set(kinds.split())
             if not known or ends and not ends[0] <= value <= ends[1]:
                 wanted = kinds.replace(" ", " or ")
                 limits = f" from {ends[0]} to {ends[1]}" if ends else ""
@@ -95,6 +100,8 @@ def check_own(content):
     if "open_clip" in content["clip"]:
         return
     sizes = sizes_of({name.removeprefix("clip."): x for name, x in content["model"].items()})
+    # Less than a patch may be left over.
+    sizes["image_size"] += content["clip"]["image_size"] % sizes["patch_size"]
     for recorded in (content, content["clip"]):
         for name in recorded.keys() & sizes.keys():
             # Compare as text: 16.0 == 16 and True == 1, but neither is a size.

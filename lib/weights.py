@@ -121,10 +121,11 @@ def read_weights(path):
         except Exception as error:
             if cure(error):
                 raise
-            why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
+            why = getattr(error, "strerror", None) or (
+                "truncated, or not a TorchScript archive, torch.save or .safetensors file")
             if "GLOBAL" in str(error):
                 why = ("it holds Python objects beside tensors, and loading those could run any "
-                       "code; if you trust the file, write a clean file: python -c \"import torch; "
+                       "code; if you trust it, write a clean file: python -c \"import torch; "
                        f"c = torch.load({str(path)!r}, weights_only=False); "
                        f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict "
                        "else c; torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, "
@@ -177,7 +178,7 @@ def numpy_scalars():
     import numpy  # which torchvision requires
     scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    types = {type(numpy.dtype(code)) for code in "?bhilqBHILQefd"}
+    types = {type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFDGSUMm"}
     return [numpy.dtype, *types, *((scalar, name) for name in names)]
 
 
@@ -195,7 +196,7 @@ def state_dict_in(weights):
     for key, x in weights.items():
         key = WRAPPERS.sub("", str(key))
         # In some files, the temperature has shape (1,).
-        sd[key] = x.reshape(()) if key.endswith("logit_scale") and torch.is_tensor(x) else x
+        sd[key] = x.squeeze() if key.endswith("logit_scale") and torch.is_tensor(x) else x
     return sd
 
 
@@ -217,9 +218,9 @@ HF_NAMES = {  # part of a name in transformers' CLIPModel -> in OpenAI's CLIP; i
     "mlp.fc2": "mlp.c_proj",
 }
 TRANSPOSED = ("visual.proj", "text_projection")
-# Entries that are not weights, in OpenAI's archives and in HF's files.
+# Entries that are not weights, in OpenAI's archives, HF's files and torch's AveragedModel.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids",
-               "num_batches_tracked")
+               "num_batches_tracked", "n_averaged")
 
 
 def to_openai_names(sd):
@@ -276,7 +277,9 @@ def load_open_clip(name, quick_gelu=None):
     clip = OpenCLIP(model, tag, load, quick_gelu)
     origin = ""
     if file:
-        load_strictly(clip.model, state_dict_in(read_weights(file)), f"open_clip's {model}")
+        sd = state_dict_in(read_weights(file))
+        sd = {name: x for name, x in sd.items() if name not in NOT_WEIGHTS}
+        load_strictly(clip.model, sd, f"open_clip's {model}")
         origin = ", as for open_clip's own weights" if clip.agreed else ", by default"
         if clip.differing:
             print(f"warning: {name}: open_clip's own weights differ in "
@@ -390,10 +393,7 @@ def build_own(content, path, **asked):
             tokenizer = Tokenizer(content["merges"], content["context_length"])
         # Not on meta: a radius may have tensors that are not among the weights.
         model = TMASS(clip, **content["tmass"])
-        # Users may have converted the file to half precision.
-        weights = {name: x.float() if x.is_floating_point() else x
-                   for name, x in content["model"].items()}
-        load_strictly(model, weights, "its own settings")
+        load_strictly(model, content["model"], "its own settings")
         return model, tokenizer, content["config"]
 
 
@@ -411,12 +411,11 @@ def _load_foreign(content, path, **asked):
     sd = state_dict_in(content)
     released = any(key.startswith("pool_frames.") for key in sd)
     clip = clip_from(content, path, **asked)
-    head = {}
     # In a released file, all entries outside of CLIP belong to pooling or radius.
-    if released:
-        head = {renamed(k, RELEASED_NAMES): x.float() for k, x in sd.items() if k[:5] != "clip."}
-        head.pop("radius.learnable_scalar", None)  # the released code never reads it
-    model = TMASS(clip, **method_of(head))
+    head = {renamed(k, RELEASED_NAMES): x for k, x in sd.items() if released and k[:5] != "clip."}
+    head.pop("radius.learnable_scalar", None)  # the released code never reads it
+    with explained(path, "not a checkpoint of the released code", f"found {listed(head)}"):
+        model = TMASS(clip, **method_of(head))
     own = {f"clip.{key}": x for key, x in clip.state_dict().items()}
     load_strictly(model, own | head, f"the model of {path}")
     kind = "released" if released else "zero_shot"
@@ -447,7 +446,10 @@ def vocabulary_of(clip, path):
 def load_strictly(module, sd, what):
     """Make the tensors of sd the module's own. A WeightsError names those that don't fit."""
     try:
+        check_tensors(sd)
+        # Users may have converted the file to half precision.
+        sd = {name: x.float() if x.is_floating_point() else x for name, x in sd.items()}
         module.load_state_dict(sd, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, WeightsError) as error:
         # torch's message has many lines: `shorten` makes one of them.
         raise WeightsError(f"weights that don't fit {what}: {shorten(str(error), 500)}") from None

@@ -164,6 +164,39 @@ def test_grad_checkpoint_changes_no_gradient(small):
         assert all(the_same(*pair) for pair in zip(other, gradients[0]))
 
 
+def test_files_of_other_kinds(small, tmp_path):
+    """In half precision and with OpenAI's three sizes, as its archives are; averaged by torch."""
+    torch.manual_seed(3)
+    theirs = open_clip.create_model(small)
+    name = f"open_clip:{small}={tmp_path / 'w.pt'}"
+    plain = theirs.state_dict()
+    sizes = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(9))
+    halves = {key: x.half() if x.is_floating_point() else x for key, x in plain.items()}
+    averaged = {f"module.{key}": x for key, x in plain.items()}
+    for sd in (halves | sizes, averaged | dict(n_averaged=torch.tensor(2))):
+        torch.save(sd, tmp_path / "w.pt")
+        model, tokenizer, _ = load_checkpoint(name)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        fingerprint(model, 10)
+        theirs.load_state_dict({key: model.clip.model.state_dict()[key] for key in plain})
+        compare(model.clip, tokenizer, theirs, small)
+    for wrong in (torch.zeros(1).to_sparse(), torch.zeros((), dtype=torch.complex64), "x"):
+        torch.save(plain | {"text.ln_final.bias": wrong}, tmp_path / "w.pt")
+        with pytest.raises(WeightsError, match="don't fit open_clip's small: .*text.ln_final.bias"):
+            load_clip(name)
+
+
+def test_a_side_of_images_that_is_written_twice(small, tmp_path):
+    """As JSON has it, in a list."""
+    for name, side in (("square", [64, 64]), ("wide", [64, 96])):
+        vision = SMALL["vision_cfg"] | dict(image_size=side)
+        (tmp_path / f"{name}.json").write_text(json.dumps(SMALL | dict(vision_cfg=vision)))
+    open_clip.add_model_config(tmp_path)
+    assert load_clip("open_clip:square").image_size == 64
+    with pytest.raises(WeightsError, match="images of 64 x 96, resized by shortest, are not supp"):
+        load_clip("open_clip:wide")
+
+
 @pytest.mark.parametrize("name, parts", [
     ("a", ("a", None, None)),
     ("a/b", ("a", "b", None)),

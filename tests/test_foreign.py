@@ -3,6 +3,7 @@
 transformers and open_clip are the yardstick, on random weights.
 """
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from test_clip import TINY, assert_same_features, batch, shaken
 from test_weights import make
 
+import data
 from clip_model import CLIP, Tokenizer
 from lib import weights
 from lib.common import WeightsError
@@ -58,6 +60,97 @@ def test_a_folder_of_save_pretrained_is_read_whole(tmp_path, capsys, heads, eps,
         pixels = (raw / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1))
         pixels /= torch.tensor([0.5, 0.5, 0.6]).view(3, 1, 1)
         torch.testing.assert_close(clip.encode_image(raw), clip.encode_image(pixels))
+
+
+def edit(file, **values):
+    """Change values in a file of JSON, section__name=value; makes the file where there is none."""
+    content = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in values.items():
+        *sections, last = name.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    file.write_text(json.dumps(content))
+
+
+def test_settings_that_older_files_have_twice(tmp_path):
+    """Those of vision_config_dict count for transformers; some files have nothing else."""
+    unusual = dict(num_attention_heads=4, layer_norm_eps=1e-2, hidden_act="gelu")
+    hf = hf_with(tmp_path, unusual, unusual)
+    content = json.loads((tmp_path / "config.json").read_text())
+    twice = {f"{name}_dict": content.pop(name) for name in ("vision_config", "text_config")}
+    images, ids = batch(TINY)
+    for other in ({}, dict(vision_config={}, text_config=dict(num_attention_heads=1)),
+                  dict(vision_config=None, text_config=None)):
+        (tmp_path / "config.json").write_text(json.dumps(content | twice | other))
+        clip = load_clip(tmp_path)
+        with torch.no_grad():
+            assert_same_features(
+                clip, TINY, hf.get_image_features(images), hf.get_text_features(ids))
+
+
+@pytest.mark.parametrize("name, values", [
+    ("num_attention_heads", (2.0, True, -2, 0, "2", None)),
+    ("layer_norm_eps", ("1e-5", None, -1.0, True))])
+def test_settings_of_other_types_are_refused(tmp_path, name, values):
+    hf_with(tmp_path)
+    for value in values:
+        both = {f"{tower}__{name}": value for tower in ("vision_config", "text_config")}
+        edit(tmp_path / "config.json", **both)
+        with pytest.raises(WeightsError, match=r"(heads|norm_eps) is .*, expected") as error:
+            load_clip(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_the_side_of_images_need_be_no_multiple_of_the_patch(tmp_path):
+    """The convolution leaves out what is over, but images are resized to all of it."""
+    hf = hf_with(tmp_path)
+    hf.config.vision_config.image_size = TINY["image_size"] + 3
+    hf.config.save_pretrained(tmp_path)
+    hf = type(hf).from_pretrained(tmp_path).eval()
+    clip = load_clip(tmp_path)
+    images, _ = batch(TINY | dict(image_size=TINY["image_size"] + 3))
+    assert clip.image_size == images.shape[-1]
+    with torch.no_grad():
+        torch.testing.assert_close(clip.encode_image(images), hf.get_image_features(images))
+    small = CLIP(**make().clip.config | dict(image_size=19))
+    save_checkpoint(tmp_path / "m.pt", TMASS(small, frames=4), Tokenizer((), 16), {})
+    assert load_checkpoint(tmp_path / "m.pt")[0].clip.image_size == 19
+    edit(tmp_path / "config.json", vision_config__image_size=32)
+    with pytest.raises(WeightsError, match="size mismatch for visual.positional_embedding"):
+        load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("settings, resize, mean", [
+    (dict(resample=2), ("shortest", "bilinear"), None),
+    (dict(size=dict(height=16, width=16), do_center_crop=False), ("squash", "bicubic"), None),
+    (dict(size=dict(height=16, width=16)), ("squash", "bicubic"), None),  # as other processors
+    (dict(size=16, crop_size=dict(height=16, width=16)), ("shortest", "bicubic"), None),
+    (dict(do_normalize=False, image_mean=[0.5] * 3), ("shortest", "bicubic"), (0, 0, 0)),
+    (dict(image_mean=None, image_std=None), ("shortest", "bicubic"), None)])
+def test_what_is_done_to_images_of_hugging_face(tmp_path, capsys, settings, resize, mean):
+    hf_with(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", **settings)
+    clip = load_clip(tmp_path)
+    assert clip.resize == resize and clip.config.get("mean") == mean
+    unusual = mean or resize != ("shortest", "bicubic")
+    assert (f"resized by {' '.join(resize)}" in capsys.readouterr().out) == bool(unusual)
+    frames = torch.randint(0, 256, (1, 3, 20, 30), dtype=torch.uint8)
+    wanted = data.test_transform(16, *resize)(frames)
+    assert torch.equal(data.transform_for(clip)(frames), wanted)
+    again = CLIP(**clip.config)
+    assert again.resize == resize and again.config == clip.config
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(size=dict(shortest_edge=256), crop_size=224), "size is .*256.* and crop_size 224"),
+    (dict(resample=0), "resize is .'shortest', 'another'., expected .'shortest','bicubic'. or")])
+def test_what_can_not_be_done_to_images_is_refused(tmp_path, settings, message):
+    hf_with(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", **settings)
+    with pytest.raises(WeightsError, match=message):
+        load_clip(tmp_path)
 
 
 def test_a_guess_is_called_one(tmp_path, capsys):
@@ -127,6 +220,38 @@ def test_settings_of_open_clip(tmp_path, capsys):
     assert "(by open_clip_config.json)" in capsys.readouterr().out
 
 
+def test_all_settings_of_open_clip_written_out(tmp_path):
+    """Most of them as open_clip has them by itself; null is as if it were not there."""
+    theirs = open_clip_with(tmp_path, dict(image_size=[16, 16]), dict(heads=4))
+    model = pytest.importorskip("open_clip.model")
+    content = json.loads((tmp_path / "open_clip_config.json").read_text())
+    towers = content["model_cfg"]
+    towers["vision_cfg"] = dataclasses.asdict(model.CLIPVisionCfg(**towers["vision_cfg"]))
+    towers["text_cfg"] = dataclasses.asdict(model.CLIPTextCfg(**towers["text_cfg"]))
+    towers["quick_gelu"] = None
+    content["preprocess_cfg"] = dict(mean=None, resize_mode="squash", interpolation="bilinear")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    clip = load_clip(tmp_path)
+    images, ids = batch(TINY)
+    with torch.no_grad():
+        assert_same_features(clip, TINY, theirs.encode_image(images), theirs.encode_text(ids))
+    assert clip.resize == ("squash", "bilinear") and "mean" not in clip.config
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(preprocess_cfg__resize_mode="longest"), "resize is .'longest', 'bicubic'., expected"),
+    (dict(model_cfg__quick_gelu="false"), "quick_gelu is 'false', expected bool"),
+    (dict(model_cfg__text_cfg__heads=1.0), "text_heads is 1.0, expected int"),
+    (dict(model_cfg__vision_cfg__head_width=-64), "vision_heads is -1, expected int"),
+    (dict(model_cfg__vision_cfg__image_size=[8, 32]), "size mismatch for visual.positional"),
+    (dict(model_cfg__text_cfg__pool_type="last"), "pool_type is 'last'.*open_clip:local-dir")])
+def test_settings_of_open_clip_that_are_refused(tmp_path, values, message):
+    open_clip_with(tmp_path, {}, dict(heads=1))
+    edit(tmp_path / "open_clip_config.json", **values)
+    with pytest.raises(WeightsError, match=message):
+        load_clip(tmp_path)
+
+
 def test_a_setting_of_open_clip_that_is_not_computed(tmp_path):
     open_clip_with(tmp_path, dict(no_ln_pre=True), dict(heads=1))
     with pytest.raises(WeightsError, match="no_ln_pre is True"):
@@ -181,6 +306,7 @@ WRAPPED = {
                         for key, x in put("_fsdp_wrapped_module.")(sd).items()},
     "model_state_dict": lambda sd: dict(model_state_dict=sd, optimizer_state_dict={}),
     "in each other": lambda sd: dict(model=dict(state_dict=put("module.")(sd))),
+    "averaged": lambda sd: dict(put("module.")(sd), n_averaged=torch.tensor(3)),
     "logit_scale": lambda sd: sd | dict(logit_scale=sd["logit_scale"].view(1)),
 }
 
@@ -197,7 +323,8 @@ def test_wrappers_come_off(tmp_path, wrapper):
 def test_numbers_of_numpy_beside_weights(tmp_path):
     numpy = pytest.importorskip("numpy")
     sd = make().clip.state_dict()
-    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2))
+    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2),
+                  name=numpy.str_("run"), day=numpy.datetime64("2024-02-29"))
     torch.save(dict(state_dict=sd, **beside), tmp_path / "w.pt")
     assert load_clip(tmp_path / "w.pt").state_dict().keys() == sd.keys()
     assert read_weights(tmp_path / "w.pt")["loss"] == 1.5

@@ -178,6 +178,10 @@ def test_xpool_checkpoint_has_no_radius(released, cache, monkeypatch, tmp_path):
         (lambda s: s.pop("pool_frames.layer_norm3.bias"), "pool.ln3.bias"),
         (lambda s: s.update({"pool_frames.extra": torch.ones(1)}), "pool.extra"),
         (lambda s: s.update({"stochastic.other": torch.ones(1)}), "stochastic.other"),
+        (
+            lambda s: s.update({"stochastic.std_branch.linear_proj.weight": torch.ones(5)}),
+            "odd.pth: not a checkpoint of the released code: .*pool.k.bias",
+        ),
     ],
 )
 def test_anything_else_names_the_keys(released, cache, monkeypatch, tmp_path, change, named):

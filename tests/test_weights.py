@@ -220,6 +220,7 @@ DAMAGE = [
     setting("clip", patch_size=-8),
     setting("clip", quick_gelu=1),
     setting("clip", vocab_size=10 ** 15),
+    setting("clip", resize=("shortest", "x")),
     *(setting("tmass", heads=x) for x in (1.0, "1", True, -1)),
     *(setting("tmass", prior_std=x) for x in (None, -1.0, math.nan, math.inf, "1")),
     *(setting("tmass", frames=x) for x in (2.0, "2", None, 0, 10 ** 12)),
@@ -310,6 +311,19 @@ def test_too_little_memory_is_called_that(tmp_path):
             weights.read_weights(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_file_that_the_system_can_not_read_is_not_called_truncated():
+    path = "/proc/self/mem"  # its beginning is no memory of any process
+    if not os.path.exists(path):
+        pytest.skip(f"needs {path}")
+    refuses(path, f"{path}: no readable weights: Input/output error")
+
+
+@pytest.mark.parametrize("scale", [torch.zeros(2, 2), torch.zeros(0, 2)])
+def test_a_temperature_of_another_size(tmp_path, scale):
+    torch.save(make().clip.state_dict() | dict(logit_scale=scale), tmp_path / "m.pt")
+    refuses(tmp_path / "m.pt", "m.pt: .*size mismatch for logit_scale")
 
 
 @pytest.mark.parametrize("make_file, message", [
