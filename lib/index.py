@@ -394,8 +394,9 @@ def newest_with_missed(folder, where, mark, shards, newest):
     """
     path = os.path.join(where, f"{mark}.missed")
     since = {}  # name: seconds since 1970
-    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-        since = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    with contextlib.suppress(Exception):  # there is none, or it is damaged in one of many ways
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        since = {name: float(when) for name, when in saved.items()}
     both = newest_shards(shards, None) | newest
     times = {name: since.get(name, time.time()) for name in both if name not in newest}
     if times != since:

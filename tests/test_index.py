@@ -137,9 +137,12 @@ def test_what_is_away_for_a_while_costs_nothing(tmp_path, ask):  # noqa: F811
     age(days=8)
     found(ask, tmp_path)
     assert sorted(files_in_shards(tmp_path)) == ["disk/5.mp4", "rest/a.mp4"]
-    for damage in ("[1]", "{", "5", '{"x": []}'):
+    (tmp_path / "disk" / "5.mp4").unlink()
+    for damage in ("[1]", "{", "5", '{"x": []}', 10 ** 5 * "[", '{"disk/5.mp4": null}',
+                   '{"disk/5.mp4": "x"}', '{"disk/5.mp4": 1' + 400 * "0" + "}"):
         missed.write_text(damage)
-        assert "encoded 0 videos, 2 in the index" in found(ask, tmp_path)[0]
+        assert "encoded 0 videos, 1 in the index" in found(ask, tmp_path)[0]
+        assert list(json.loads(missed.read_text())) == ["disk/5.mp4"]
 
 
 def test_nothing_that_is_gone_is_shown(tmp_path, ask):  # noqa: F811
