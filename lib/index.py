@@ -22,6 +22,8 @@ import torch.nn.functional as F
 
 from lib.common import (
     DataError,
+    curable,
+    cure,
     escaped,
     first_few,
     first_line,
@@ -237,19 +239,23 @@ def write_shard(folder, name, shard):
 
 
 def read_shard(path, size):
-    """-> Shard, memory-mapped; None where the file is damaged. Raises FileNotFoundError.
+    """-> Shard, memory-mapped; None where the file is damaged.
 
-    size: (T,D) of the model. No checksums: a shard may have gigabytes.
+    size: (T,D) of the model. No checksums: a shard may have gigabytes. Raises OSError, and
+    DataError where there is too little memory.
     """
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        shard = Shard(*(content[name] for name in Shard._fields))
-        shard = shard._replace(files=[File(*file) for file in shard.files])
-        return shard if fits_together(shard, *size) else None
-    except FileNotFoundError:
-        raise
-    except Exception:  # a damaged file fails in zip, pickle or torch, each with errors of its own
-        return None
+    with curable(f"{path} can't be opened"), open(path, "rb") as file:
+        # torch maps a file by its name, which has to be Unicode.
+        name = path if str(path).isprintable() else f"/dev/fd/{file.fileno()}"
+        try:
+            content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
+            shard = Shard(*(content[field] for field in Shard._fields))
+            shard = shard._replace(files=[File(*file) for file in shard.files])
+            return shard if fits_together(shard, *size) else None
+        except Exception as error:  # a damaged file fails in zip, pickle or torch, as each does
+            if isinstance(error, OSError) or cure(error):
+                raise
+            return None
 
 
 def fits_together(shard, T, D):
@@ -336,23 +342,27 @@ def open_shards(folder, mark, known, job, size):
     for attempt in range(100):
         names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # the oldest first
         names = job.gather(names)[0]
-        complete = False
-        with contextlib.suppress(FileNotFoundError):  # repacked a moment ago: look again
-            for name in names:
-                if name in known:
-                    continue
-                path = os.path.join(folder, name)
+        complete = True
+        for name in names:
+            if name in known:
+                continue
+            path = os.path.join(folder, name)
+            try:
                 known[name] = read_shard(path, size)
-                if known[name] is None:
-                    job.say(
-                        f"{escaped(path)} is damaged and left out: its files are encoded again; "
-                        "it may be deleted"
-                    )
-            complete = True
+                why = "is damaged and left out, and may be deleted"
+            except OSError as error:
+                if not os.path.lexists(path):  # repacked a moment ago: look again
+                    complete = False
+                    continue
+                known[name] = None
+                why = f"can't be read ({error.strerror})"
+            if known[name] is None:
+                job.say(f"{escaped(path)} {why}: its files are encoded again")
         if all(job.gather(complete)):
             break
         time.sleep(0.1)
-    return {name: known[name] for name in names if known.get(name)}
+    missing = job.join([name for name in names if not known.get(name)])
+    return {name: known[name] for name in names if name not in missing}
 
 
 def newest_shards(shards, stamps):

@@ -2,6 +2,7 @@
 and what can be asked: pictures, videos, several at once."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import search as se
 from lib import exact
 from lib import index as store
 from lib.common import DataError, written_whole
+from lib.index import File
 from lib.video import read_frames
 from lib.weights import load_checkpoint
 
@@ -210,6 +212,48 @@ def test_content_of_long_files(tmp_path):
     body[store.MEGABYTE + 5] = 1
     path.write_bytes(body)
     assert store.content_of(path) in seen
+
+
+def test_a_folder_may_have_any_name(tmp_path, ask):  # noqa: F811
+    """Also one that is no Unicode: its index is read back."""
+    videos = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m")
+    videos.mkdir()
+    noise_video(tmp_path / "v.mp4", 0)
+    (tmp_path / "v.mp4").rename(videos / "v.mp4")
+    for times in (1, 0):
+        err, names = found(ask, videos)
+        assert f"encoded {times} videos, 1 in the index" in err and names == ["v.mp4"]
+
+
+def test_shards_that_the_system_refuses_hide_no_others(tmp_path, ask):  # noqa: F811
+    noise_video(tmp_path / "v.mp4", 0)
+    found(ask, tmp_path)
+    [name] = shards(tmp_path)
+    for other in ("0", "z"):
+        link = tmp_path / se.INDEX / f"{name[:17]}{other}.shard"
+        link.symlink_to("missing" if other == "0" else link)
+    began = time.monotonic()
+    err, names = found(ask, tmp_path)
+    assert names == ["v.mp4"] and "encoded 0 videos, 1 in the index" in err
+    assert "(No such file or directory)" in err and "(Too many levels of symbolic links)" in err
+    assert "damaged" not in err and time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its limit of memory")
+def test_too_little_memory_is_no_damage(tmp_path):
+    P = 40_000
+    times = torch.zeros(P, 4)
+    shard = store.file_shard(torch.zeros(P, 4, 16), times, times[:, :2], File("a", (1, 2), None))
+    store.write_shard(tmp_path, "x.shard", shard)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 ** 21, limits[1]))
+        with pytest.raises(DataError, match="x.shard can't be opened .*memory"):
+            store.read_shard(str(tmp_path / "x.shard"), (4, 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert len(store.read_shard(str(tmp_path / "x.shard"), (4, 16)).file) == P
 
 
 def test_parts_that_killed_searches_left_are_removed(tmp_path, ask):  # noqa: F811
