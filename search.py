@@ -186,11 +186,11 @@ class Index(NamedTuple):
     names: list           # of the files as results print them
 
 
-def update_index(model, folder, where, mark, job, stopped, **encoding):
+def update_index(model, folder, where, mark, new, job, stopped, **encoding):
     """Encode what is new or changed in a Folder, all processes together.
 
-    where: the folder of its shards. mark: the fingerprint. stopped: the signals that have ended the
-    encoding, to be added to. encoding: as encode_files takes it.
+    where: the folder of its shards. mark: the fingerprint. new=False: nothing is encoded. stopped:
+    the signals that have ended the encoding, to be added to. encoding: as encode_files takes it.
     -> ({name: Shard}, newest_shards of them, how many files were encoded)
     """
     writer = ShardWriter(where, mark)
@@ -201,7 +201,7 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
     stamps = folder.stamps or {}
     files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
     encoded = 0
-    if files and not stopped:
+    if files and new and not stopped:
         noting = contextlib.nullcontext([])
         if threading.current_thread() is threading.main_thread():  # others are not told of signals
             noting = noting_signals()
@@ -235,16 +235,16 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     mark = store.fingerprint(model, window)
     shards = []
     file = []
-    found = {}  # absolute path: path
+    found = {}  # what tells files apart: path
+    real_folder = functools.cache(os.path.realpath)
     names = []
     reasons = []  # why files can't be read
     encoded = 0
     stopped = []
     for folder in folders:
-        base = os.path.abspath(folder.path)
         where = store.shard_folder(folder.path, index_dir)
         parts, newest, count = update_index(
-            model, folder, where, mark, job, stopped, window=window, **encoding
+            model, folder, where, mark, new, job, stopped, window=window, **encoding
         )
         encoded += count
         shards += parts.values()
@@ -252,16 +252,18 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
             for name, _, why, _ in shard.files:
                 path = os.path.join(folder.path, name)
-                real = os.path.join(base, name)
                 number = -1
-                # A file may be in two of `paths`; it counts once.
+                real = path
+                if len(folders) > 1:  # a file may be in two of `paths`; it counts once
+                    base, last = os.path.split(path)
+                    real = real_folder(base), last
                 if newest.get(name) == key and real not in found:
                     if why is None:
                         number = len(found)
                         found[real] = path
                         names.append(name if len(folders) == 1 else path)
-                    else:
-                        reasons.append(why)
+                    else:  # it may have been elsewhere when it was read
+                        reasons.append(f"video {path}{why.rpartition(name)[2]}")
                 numbers.append(number)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
         reasons += folder.refused

@@ -231,7 +231,10 @@ def new_name(mark):
 
 def write_shard(folder, name, shard):
     """Save a shard. Raises OSError or, as torch does where a disk is full, RuntimeError."""
-    os.makedirs(folder, exist_ok=True)
+    # A folder of videos is not made anew: it is on a disk that went away, or was renamed.
+    make = os.mkdir if os.path.basename(folder) == INDEX else os.makedirs
+    with contextlib.suppress(FileExistsError):
+        make(folder)
     files = list(map(tuple, shard.files))  # torch reads back no other class
     content = dict(shard._asdict(), files=files, format=FORMAT)
     with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
@@ -271,7 +274,8 @@ def fits_together(shard, T, D):
             return False
     for name, stamp, why, content in shard.files:
         types = [type(part) for part in (name, *stamp, why or "", content)]
-        if types != [str, int, int, str, str]:
+        # The page lets out what a name leads to: nothing above the folder.
+        if types != [str, int, int, str, str] or {"", ".."} & {*name.split(os.sep)}:
             return False
     known = (shard.file >= 0) & (shard.file < len(shard.files))
     good = known, shard.times.isfinite(), shard.spans.isfinite()

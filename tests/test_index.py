@@ -247,13 +247,74 @@ def test_too_little_memory_is_no_damage(tmp_path):
     store.write_shard(tmp_path, "x.shard", shard)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(open("/proc/self/statm").read().split()[0])
+    bytes_ = pages * resource.getpagesize() + 2 ** 21
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 ** 21, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (bytes_, limits[1]))
         with pytest.raises(DataError, match="x.shard can't be opened .*memory"):
             store.read_shard(str(tmp_path / "x.shard"), (4, 16))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert len(store.read_shard(str(tmp_path / "x.shard"), (4, 16)).file) == P
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../a.mp4", "b/../../a.mp4", "..", ""])
+def test_an_index_leads_to_nothing_outside_its_folder(tmp_path, name):
+    """Whoever may write to it could have the page let out any file."""
+    times = torch.zeros(1, 4)
+    for other, sound in (("..b..mp4", True), ("a/b.mp4", True), (name, False)):
+        file = File(other, (1, 2), None)
+        shard = store.file_shard(torch.zeros(1, 4, 16), times, times[:, :2], file)
+        store.write_shard(tmp_path, "x.shard", shard)
+        assert (store.read_shard(tmp_path / "x.shard", (4, 16)) is not None) == sound
+
+
+def test_without_new_files_no_named_one_is_encoded(tmp_path, ask):  # noqa: F811
+    for v in range(2):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    paths = tmp_path / "0.mp4", tmp_path / "1.mp4"
+    err = ask("x", "-n", "--videos", *paths, expect=2)[1]
+    assert "encoded 0" in err and "without -n" in err and not (tmp_path / se.INDEX).exists()
+    found(ask, paths[0])
+    out, err = ask("x", "-n", "--videos", *paths)
+    assert "encoded 0 videos, 1 in the index" in err and "1.mp4" not in out
+
+
+def test_a_folder_that_went_away_is_not_made_anew(tmp_path, folder, monkeypatch, ask):  # noqa: F811
+    """A disk may be mounted there again; what was encoded is searched, and said to be unsaved."""
+    videos = tmp_path / "disk"
+    videos.mkdir()
+    noise_video(videos / "a.mp4", 0)
+    reading = se.read_pieces
+
+    def read_and_lose(*arguments, **options):
+        yield from reading(*arguments, **options)
+        videos.rename(tmp_path / "away")
+    monkeypatch.setattr(se, "read_pieces", read_and_lose)
+    err = ask("x", "--videos", videos, expect=2)[1]
+    assert "searching without saving" in err and "are gone" in err
+    assert os.listdir(tmp_path) == ["away"]
+
+
+def test_a_bad_file_is_named_where_it_is_now(tmp_path, ask):  # noqa: F811
+    (tmp_path / "old").mkdir()
+    noise_video(tmp_path / "old" / "a.mp4", 0)
+    (tmp_path / "old" / "bad.mp4").write_text("nothing")
+    first = found(ask, tmp_path / "old")[0].splitlines()[-1]
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = found(ask, tmp_path / "new")[0]
+    assert "encoded 0" in again and "can't be decoded" in first
+    assert again.splitlines()[-1] == first.replace("/old/", "/new/")
+
+
+def test_linked_folders_beside_each_other_count_once(tmp_path, ask):  # noqa: F811
+    (tmp_path / "v" / "below").mkdir(parents=True)
+    noise_video(tmp_path / "v" / "a.mp4", 0)
+    noise_video(tmp_path / "v" / "below" / "b.mp4", 1)
+    (tmp_path / "link").symlink_to("v")
+    for more in ("link", "link/below", "v/../link/below", "v/below"):
+        out, err = ask("-f", "x", "--videos", tmp_path / "v", tmp_path / more)
+        assert len(out.splitlines()) == 2, (more, out)
+        assert "2 in the index, 2 pieces" in err
 
 
 def test_parts_that_killed_searches_left_are_removed(tmp_path, ask):  # noqa: F811
