@@ -493,10 +493,8 @@ def search_present(model, t, index, args, job=ALONE):
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     while True:
         found = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
-        numbers = {hit.file for hits in found for hit in hits}
-        gone = [number for number in numbers if not os.path.exists(index.paths[number])]
-        gone = job.gather(gone)[0]
-        if not gone:
+        shown = [index.paths[hit.file] for hits in found for hit in hits]
+        if job.gather(all(map(os.path.exists, shown)))[0]:
             return found
         index.file[torch.isin(index.file, torch.tensor(gone))] = -1
 

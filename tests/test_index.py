@@ -162,6 +162,20 @@ def test_nothing_that_is_gone_is_shown(tmp_path, ask):  # noqa: F811
     assert "gone" in err.splitlines()[-1]
 
 
+def test_many_that_are_gone_are_looked_for_once(tmp_path, ask, monkeypatch):  # noqa: F811
+    noise_video(tmp_path / "00.mp4", 0)
+    for v in range(1, 30):
+        shutil.copy(tmp_path / "00.mp4", tmp_path / f"{v:02d}.mp4")
+    found(ask, tmp_path)
+    for v in range(29):
+        (tmp_path / f"{v:02d}.mp4").unlink()
+    searched = []
+    searching = se.search
+    monkeypatch.setattr(se, "search", lambda *a, **k: searched.append(1) or searching(*a, **k))
+    assert "29.mp4" in ask("noise", "--videos", tmp_path, "-n", "--top", 1)[0]
+    assert len(searched) == 2
+
+
 def test_copies_are_encoded_once(tmp_path, ask):  # noqa: F811
     """A new name, a new time, a copy; not what has the same size alone."""
     for v in range(3):
