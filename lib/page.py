@@ -164,7 +164,10 @@ def read_picture(path):
     """A picture file, upright. -> uint8 (1,3,H,W). Raises DataError."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits of grey, which convert would cut off
+                picture = picture.convert("I").point(lambda x: x / 256)
+            picture = picture.convert("RGB")
     except Exception as error:  # a damaged file fails in its format's own ways
         raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
     return pil_to_tensor(picture)[None]

@@ -423,6 +423,11 @@ def test_upright_pictures_and_damaged_ones(tmp_path, folder, ask):  # noqa: F811
     for mode in ("L", "1", "P", "RGBA", "CMYK", "I;16"):
         Image.new(mode, (5, 4)).save(tmp_path / "b.tiff")
         assert se.read_picture(str(tmp_path / "b.tiff")).shape == (1, 3, 4, 5)
+    grey = torch.arange(0, 2 ** 16, 2 ** 8).to(torch.uint16).numpy()[None]
+    for order, mode in (("<", "I;16"), (">", "I;16B")):  # of bytes
+        deep = Image.frombytes(mode, (256, 1), grey.astype(f"{order}u2").tobytes())
+        deep.save(tmp_path / "b.tiff")
+        assert se.read_picture(str(tmp_path / "b.tiff"))[0, 2, 0].tolist() == list(range(256))
     body = (tmp_path / "a.png").read_bytes()
     for name, damaged in (("c.jpg", b""), ("c.png", body[:60]), ("c.heic", b"x" * 99)):
         (tmp_path / name).write_bytes(damaged)
