@@ -62,7 +62,9 @@ def questions(args, job):
         # Nobody reads the answers any more (| head), and no file is to have them.
         unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
         if job.rank == 0 and not unread:
-            with contextlib.suppress(EOFError):
+            # Standard output may be a file, which is for results.
+            out = sys.stdout if sys.stdout.isatty() else sys.stderr
+            with contextlib.suppress(EOFError), contextlib.redirect_stdout(out):
                 line = input("query> " if terminal else "")
         line = job.gather(line)[0]
     if not asked and not terminal:

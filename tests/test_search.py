@@ -520,13 +520,16 @@ def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # 
     assert list(json.loads((tmp_path / "x.json").read_text())) == queries
 
 
-def test_a_terminal_is_asked(folder):  # noqa: F811
+@pytest.mark.parametrize("to_file", [False, True])
+def test_a_terminal_is_asked(folder, tmp_path, to_file):  # noqa: F811
     pid, terminal = pty.fork()
     if pid == 0:
         status = 99
         try:
             torch.set_num_threads(1)
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            if to_file:  # results alone go there: the terminal still asks
+                sys.stdout = open(tmp_path / "results", "w")
             sys.argv = ["search.py", "--videos", str(folder / "videos")]
             sys.argv += ["--ckpt", str(folder / "model.pt")]
             sys.argv += ["--device", "cpu"]
@@ -549,7 +552,10 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         with contextlib.suppress(OSError):  # its end
             while part := os.read(terminal, 4096):
                 seen += part
-    assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
+    assert ended(pid) == 0
+    results = (tmp_path / "results").read_bytes() if to_file else seen
+    assert results.count(b" rank   score  at       file") == 1
+    assert (b"query> " in results) != to_file
 
 
 @pytest.mark.parametrize("form", ["HF", "OpenAI"])
