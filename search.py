@@ -496,7 +496,9 @@ def search_present(model, t, index, args, job=ALONE):
         shown = [index.paths[hit.file] for hits in found for hit in hits]
         if job.gather(all(map(os.path.exists, shown)))[0]:
             return found
-        index.file[torch.isin(index.file, torch.tensor(gone))] = -1
+        # Where one is gone many may be, as a disk is away.
+        there = job.gather([*map(os.path.exists, index.paths)])[0]
+        index.file[~torch.tensor([*there, True])[index.file]] = -1
 
 
 def answer(model, tokenizer, index, args, job):

@@ -5,6 +5,7 @@ has the index, `Handler` answers a request.
 """
 import contextlib
 import functools
+import html
 import mimetypes
 import os
 import re
@@ -113,7 +114,7 @@ class SearchPage(ThreadingHTTPServer):
     """Serves the page, a thread for each request, at a host and port."""
 
     def __init__(self, host, port):
-        self.host = host
+        self.host = host.lower()  # as browsers name it
         self.index = None
         self.numbers = {}  # path: its number, for as long as the page is served
         self.paths = {}    # number, as text: path, of the index's files
@@ -164,6 +165,7 @@ class SearchPage(ThreadingHTTPServer):
         self.paths = {str(self.numbers[path]): path for path in index.paths}
         first = self.index is None
         self.index = index
+        self.pictures.cache_clear()  # files may have been replaced
         if first:
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
@@ -255,9 +257,10 @@ class Handler(BaseHTTPRequestHandler):
             focus = ""
             for rank, hit in enumerate(hits, 1):
                 cards += self.card(rank, hit, index, pieces)
+        typed = html.escape(query)  # not as esc shows it: it may be sent again
         body = f"""{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>
 <form action="/" role="search"><label for="q">What is to be seen?</label>
-<input id="q" name="q" type="search" required {focus} value="{esc(query)}">
+<input id="q" name="q" type="search" required {focus} value="{typed}">
 <button>Search</button></form><p class="soft">{found}</p>
 <ol class="cards">{cards}</ol></main>"""
         text = document(title, body, POLICY)
@@ -284,7 +287,8 @@ score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
     def send_video(self, path, values):
         """A file, or the part of it that is asked for: browsers need that to jump."""
         kind = mimetypes.guess_type(path)[0] or "video/mp4"
-        asked = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
+        asked = self.headers.get("Range", "")
+        asked = re.fullmatch("bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})", asked)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             part = byte_range(*asked.groups(), size) if asked else range(size)
