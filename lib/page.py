@@ -20,7 +20,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from lib.common import DataError, clock, escaped, first_line, output
-from lib.video import read_segment
+from lib.video import Segment, read_segment
 
 # Colours by name, so that the dark scheme changes only these; charts have classes of their own.
 STYLE = """
@@ -213,6 +213,12 @@ def images(times, at, attributes, name=""):
         css = "nearest" if k == nearest else ""
         found += f'<img class="{css}" {attributes(k)} alt="{esc(name)}at {clock(times[k])}">'
     return f'<div class="strip">{found}</div>'
+
+
+def found_segment(path, start, end):
+    """The Segment of a piece, whose bounds are rounded in an index, and in what is printed."""
+    # A bound that was rounded up would come after the frame that it is of.
+    return Segment(path, start - 0.004, end - 0.004)
 
 
 def strip(segment, frames=6, at=None):

@@ -16,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from lib.common import DataError, clock, escaped
-from lib.page import document, esc, images, jpeg, nearest_of, shrunk
-from lib.video import Segment, read_segment
+from lib.page import document, esc, found_segment, images, jpeg, nearest_of, shrunk
+from lib.video import read_segment
 
 PAUSE = 30  # seconds at least between two looks at what is saved while more is encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
@@ -176,7 +176,7 @@ class SearchPage(ThreadingHTTPServer):
     @functools.lru_cache(maxsize=200)
     def pictures(self, path, start, end):
         """The frames that are taken of a piece. -> (their times, JPEGs)"""
-        piece = read_segment(Segment(path, start, end), self.frames)
+        piece = read_segment(found_segment(path, start, end), self.frames)
         return piece.times, [jpeg(shrunk(frame, 240)) for frame in piece.frames]
 
     def handle_error(self, request, address):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from lib import exact, processes, weights
 from lib import index as store
 from lib import video as decode
 from lib.common import Progress
+from lib.page import found_segment
 from lib.video import DataError, read_pieces, sample_indices
 from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
@@ -189,6 +191,18 @@ def test_a_video_opens_nothing_but_itself(tmp_path, name):
     with pytest.raises(DataError, match=name):
         decode.read_frames(decode.Segment(tmp_path / name), 4)
     assert os.stat(tmp_path / "other.ts").st_atime_ns == before
+
+
+@pytest.mark.parametrize("fps, window, n", [(Fraction(3, 10), 3, 40), (25, 7, 1300)])
+def test_what_is_shown_of_a_piece_is_what_was_encoded(tmp_path, fps, window, n):
+    """Though its bounds are float32 in an index, and in milliseconds in a report."""
+    path = tmp_path / "x.mp4"
+    write_video(path, numbered(n, 16), fps=fps, g=50)
+    for piece in read_pieces(path, 4, window):
+        bounds = piece.start, piece.end
+        for start, end in (torch.tensor(bounds).tolist(), [round(x, 3) for x in bounds]):
+            shown = decode.read_segment(found_segment(str(path), start, end), 4)
+            assert shown.times == piece.times
 
 
 # ---- the command line ----

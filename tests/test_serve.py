@@ -146,7 +146,8 @@ def test_videos_and_parts_of_them(site, videos):
     for asked in (f"{n}-", f"{n + 9}-{n + 10}", "-0", "9-3"):
         status, headers, part = site.ask(number, Range=f"bytes={asked}")
         assert (status, headers["Content-Range"], part) == (416, f"bytes */{n}", b"")
-    for asked in ("bytes=a-", "bytes=-", "bytes=0-1,4-5", "frames=0-1", "bytes=" + "9" * 5000 + "-"):
+    huge = "bytes=" + "9" * 5000 + "-"
+    for asked in ("bytes=a-", "bytes=-", "bytes=0-1,4-5", "frames=0-1", huge):
         assert site.ask(number, Range=asked)[::2] == (200, body)
     assert byte_range("0", "5", 0) == byte_range("", "5", 0) == range(0)
 
