@@ -184,6 +184,7 @@ class Index(NamedTuple):
     file: torch.Tensor    # (P,) int64: which of `paths` a row belongs to; -1: it doesn't count
     paths: list           # of the files
     names: list           # of the files as results print them
+    unsaved: bool = False  # this process could not write some of it
 
 
 def update_index(model, folder, where, mark, new, job, stopped, **encoding):
@@ -191,7 +192,7 @@ def update_index(model, folder, where, mark, new, job, stopped, **encoding):
 
     where: the folder of its shards. mark: the fingerprint. new=False: nothing is encoded. stopped:
     the signals that have ended the encoding, to be added to. encoding: as encode_files takes it.
-    -> ({name: Shard}, newest_shards of them, how many files were encoded)
+    -> ({name: Shard}, newest_shards of them, how many files were encoded, what could not be saved)
     """
     writer = ShardWriter(where, mark)
     size = model.frames, model.clip.embed_dim
@@ -218,7 +219,7 @@ def update_index(model, folder, where, mark, new, job, stopped, **encoding):
         with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
             kept = store.newest_with_missed(folder.path, where, mark, shards, newest)
             store.repack(where, mark, shards, kept)
-    return shards, newest, encoded
+    return shards, newest, encoded, writer.unsaved
 
 
 def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **encoding):
@@ -241,12 +242,14 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     reasons = []  # why files can't be read
     encoded = 0
     stopped = []
+    unsaved = {}
     for folder in folders:
         where = store.shard_folder(folder.path, index_dir)
-        parts, newest, count = update_index(
+        parts, newest, count, lost = update_index(
             model, folder, where, mark, new, job, stopped, window=window, **encoding
         )
         encoded += count
+        unsaved |= lost
         shards += parts.values()
         for key, shard in parts.items():
             numbers = []  # of the shard's files in `found`; -1: its rows don't count
@@ -278,7 +281,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
         raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
     starts = torch.tensor([0, *map(len, file)]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
-    return Index(shards, starts, torch.cat(file), list(found.values()), names)
+    return Index(shards, starts, torch.cat(file), list(found.values()), names, bool(unsaved))
 
 
 # ---- queries ----
@@ -574,7 +577,7 @@ def main(argv=None):
             return page.run(build, find, model.frames, args.every)
         index = build()
     if args.update:
-        return 0
+        return 2 if index.unsaved else 0
     found = answer(model, tokenizer, index, args, job)
     if job.rank == 0:
         write_results(model, found, args)

@@ -455,6 +455,7 @@ def test_where_the_index_goes(ask, tmp_path):
     out, err = ask("x", "--videos", tmp_path / "v")
     assert "cannot write" in err and "searching without saving" in err and "--index" in err
     assert "a.mp4" in out
+    assert "cannot write" in ask("--update", "--videos", tmp_path / "v", expect=2)[1]  # for cron
     for _ in range(2):
         out, err = ask("x", "--videos", tmp_path / "v", "--index", tmp_path / "index")
     assert "encoded 0 videos, 1 in the index" in err and "cannot" not in err
