@@ -243,6 +243,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     encoded = 0
     stopped = []
     unsaved = {}
+    several = len(folders) > 1
     for folder in folders:
         where = store.shard_folder(folder.path, index_dir)
         parts, newest, count, lost = update_index(
@@ -257,14 +258,14 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
                 path = os.path.join(folder.path, name)
                 number = -1
                 real = path
-                if len(folders) > 1:  # a file may be in two of `paths`; it counts once
+                if several:  # a file may be in two of `paths`; it counts once
                     base, last = os.path.split(path)
                     real = real_folder(base), last
                 if newest.get(name) == key and real not in found:
                     if why is None:
                         number = len(found)
                         found[real] = path
-                        names.append(name if len(folders) == 1 else path)
+                        names.append(path if several else name)
                     else:  # it may have been elsewhere when it was read
                         reasons.append(f"video {path}{why.rpartition(name)[2]}")
                 numbers.append(number)

@@ -79,8 +79,8 @@ def list_videos(paths, new=True):
     folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
-        refused = [reason for folder in folders for reason in folder.refused]
-        why = refused[0] if refused else ", ".join(SUFFIXES)
+        reasons = (reason for folder in folders for reason in folder.refused)
+        why = next(reasons, ", ".join(SUFFIXES))
         raise DataError(f"--videos {searched}: no videos in it ({why})")
     return folders
 
@@ -96,7 +96,6 @@ def videos_below(folder, refused):
 
     Links to folders are followed, each folder once. refused: gets what can't be looked into.
     """
-    folder = os.fspath(folder)
     found = {}
     seen = set()
 
@@ -232,12 +231,11 @@ def new_name(mark):
 def write_shard(folder, name, shard):
     """Save a shard. Raises OSError or, as torch does where a disk is full, RuntimeError."""
     # A folder of videos is not made anew: it is on a disk that went away, or was renamed.
-    make = os.mkdir if os.path.basename(folder) == INDEX else os.makedirs
-    with contextlib.suppress(FileExistsError):
-        make(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=folder.name != INDEX, exist_ok=True)
     files = list(map(tuple, shard.files))  # torch reads back no other class
     content = dict(shard._asdict(), files=files, format=FORMAT)
-    with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
+    with written_whole(folder / name) as part, open(part, "wb") as file:
         torch.save(content, file)
 
 
