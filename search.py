@@ -190,14 +190,16 @@ class Index(NamedTuple):
     file: torch.Tensor    # (P,) int64: each row's file, as an index into `paths`; -1: not searched
     paths: list           # of the files
     names: list           # of the files, as shown in results
+    unsaved: bool = False  # some of it could not be saved by this process
 
 
-def update_index(model, folder, where, mark, job, stopped, **encoding):
+def update_index(model, folder, where, mark, new, job, stopped, **encoding):
     """Encode the new and changed files of a Folder, in all processes together.
 
-    where: the folder of its shards. mark: the fingerprint. stopped: list of the signals that
-    interrupted the encoding; new ones are added. encoding: arguments of encode_files.
-    -> ({name: Shard}, their newest_shards, number of videos encoded)
+    where: the folder of its shards. mark: the fingerprint. new=False: nothing is encoded. stopped:
+    list of the signals that interrupted the encoding; new ones are added. encoding: arguments of
+    encode_files. -> ({name: Shard}, their newest_shards, number of videos encoded, what could not
+    be saved)
     """
     writer = ShardWriter(where, mark)
     size = model.frames, model.clip.embed_dim
@@ -207,7 +209,7 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
     stamps = folder.stamps or {}
     files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
     encoded = 0
-    if files and not stopped:
+    if files and new and not stopped:
         noting = contextlib.nullcontext([])
         # Python handles signals in the main thread only.
         if threading.current_thread() is threading.main_thread():
@@ -225,7 +227,7 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
         with contextlib.suppress(OSError, RuntimeError):  # can't be written: the old shards stay
             kept = store.newest_with_missed(folder.path, where, mark, shards, newest)
             store.repack(where, mark, shards, kept)
-    return shards, newest, encoded
+    return shards, newest, encoded, writer.unsaved
 
 
 def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **encoding):
@@ -245,33 +247,38 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     mark = store.fingerprint(model, window)
     shards = []
     file = []
-    found = {}  # absolute path: path as given
+    found = {}  # what identifies a file: path as given
+    real_folder = functools.cache(os.path.realpath)
     names = []
     reasons = []  # error messages of unreadable files
     encoded = 0
     stopped = []
+    unsaved = {}
+    several = len(folders) > 1
     for folder in folders:
-        base = os.path.abspath(folder.path)
         where = store.shard_folder(folder.path, index_dir)
-        parts, newest, count = update_index(
-            model, folder, where, mark, job, stopped, window=window, **encoding
+        parts, newest, count, lost = update_index(
+            model, folder, where, mark, new, job, stopped, window=window, **encoding
         )
         encoded += count
+        unsaved |= lost
         shards += parts.values()
         for key, shard in parts.items():
             numbers = []  # the position in `found` of each of the shard's files; -1: not searched
             for name, _, why, _ in shard.files:
                 path = os.path.join(folder.path, name)
-                real = os.path.join(base, name)
                 number = -1
-                # A file that lies in two of `paths` is searched once.
+                real = path
+                if several:  # a file that lies in two of `paths` is searched once
+                    base, last = os.path.split(path)
+                    real = real_folder(base), last
                 if newest.get(name) == key and real not in found:
                     if why is None:
                         number = len(found)
                         found[real] = path
-                        names.append(name if len(folders) == 1 else path)
-                    else:
-                        reasons.append(why)
+                        names.append(path if several else name)
+                    else:  # it may have been elsewhere when it was read
+                        reasons.append(f"video {path}{why.rpartition(name)[2]}")
                 numbers.append(number)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
         reasons += folder.refused
@@ -287,7 +294,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
         raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
     starts = torch.tensor([0, *map(len, file)]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
-    return Index(shards, starts, torch.cat(file), list(found.values()), names)
+    return Index(shards, starts, torch.cat(file), list(found.values()), names, bool(unsaved))
 
 
 # ---- queries ----
@@ -499,12 +506,12 @@ def search_present(model, t, index, args, job=ALONE):
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     while True:
         found = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
-        numbers = {hit.file for hits in found for hit in hits}
-        gone = [number for number in numbers if not os.path.exists(index.paths[number])]
-        gone = job.gather(gone)[0]
-        if not gone:
+        shown = [index.paths[hit.file] for hits in found for hit in hits]
+        if job.gather(all(map(os.path.exists, shown)))[0]:
             return found
-        index.file[torch.isin(index.file, torch.tensor(gone))] = -1
+        # Where one is gone many may be, as a disk is away.
+        there = job.gather([*map(os.path.exists, index.paths)])[0]
+        index.file[~torch.tensor([*there, True])[index.file]] = -1
 
 
 def answer(model, tokenizer, index, args, job):
@@ -582,7 +589,7 @@ def main(argv=None):
             return page.run(build, find, model.frames, args.every)
         index = build()
     if args.update:
-        return 0
+        return 2 if index.unsaved else 0
     found = answer(model, tokenizer, index, args, job)
     if job.rank == 0:
         write_results(model, found, args)

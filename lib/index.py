@@ -22,6 +22,8 @@ import torch.nn.functional as F
 
 from lib.common import (
     DataError,
+    curable,
+    cure,
     escaped,
     first_few,
     first_line,
@@ -77,8 +79,8 @@ def list_videos(paths, new=True):
     folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
-        refused = [reason for folder in folders for reason in folder.refused]
-        why = refused[0] if refused else ", ".join(SUFFIXES)
+        reasons = (reason for folder in folders for reason in folder.refused)
+        why = next(reasons, ", ".join(SUFFIXES))
         raise DataError(f"--videos {searched}: no videos found ({why})")
     return folders
 
@@ -95,7 +97,6 @@ def videos_below(folder, refused):
     Links to folders are followed, but each folder is visited once. refused: list to which error
     messages are added.
     """
-    folder = os.fspath(folder)
     found = {}
     seen = set()
 
@@ -230,27 +231,33 @@ def new_name(mark):
 
 def write_shard(folder, name, shard):
     """Save a shard. Raises OSError, or RuntimeError (by torch, if the disk is full)."""
-    os.makedirs(folder, exist_ok=True)
+    # The folder of the videos is not created: it was renamed, or its disk is no longer mounted.
+    folder = Path(folder)
+    folder.mkdir(parents=folder.name != INDEX, exist_ok=True)
     files = list(map(tuple, shard.files))  # torch.load with weights_only refuses other classes
     content = dict(shard._asdict(), files=files, format=FORMAT)
-    with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
+    with written_whole(folder / name) as part, open(part, "wb") as file:
         torch.save(content, file)
 
 
 def read_shard(path, size):
-    """Open a shard, memory-mapped. -> Shard, or None if it is damaged. Raises FileNotFoundError.
+    """Open a shard, memory-mapped. -> Shard, or None if it is damaged.
 
-    size: (T,D) of the model. There are no checksums, because a shard may be gigabytes long.
+    size: (T,D) of the model. There are no checksums, because a shard may be gigabytes long. Raises
+    OSError, and DataError if there is too little memory.
     """
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        shard = Shard(*(content[name] for name in Shard._fields))
-        shard = shard._replace(files=[File(*file) for file in shard.files])
-        return shard if is_valid(shard, *size) else None
-    except FileNotFoundError:
-        raise
-    except Exception:  # a damaged file may raise nearly any error of zipfile, pickle or torch
-        return None
+    with curable(f"{path} can't be opened"), open(path, "rb") as file:
+        # torch maps a file by its name, which must be valid Unicode.
+        name = path if str(path).isprintable() else f"/dev/fd/{file.fileno()}"
+        try:
+            content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
+            shard = Shard(*(content[field] for field in Shard._fields))
+            shard = shard._replace(files=[File(*file) for file in shard.files])
+            return shard if is_valid(shard, *size) else None
+        except Exception as error:  # a damaged file may raise nearly any error
+            if isinstance(error, OSError) or cure(error):
+                raise
+            return None
 
 
 def is_valid(shard, T, D):
@@ -266,7 +273,8 @@ def is_valid(shard, T, D):
             return False
     for name, stamp, why, content in shard.files:
         types = [type(part) for part in (name, *stamp, why or "", content)]
-        if types != [str, int, int, str, str]:
+        # The page lets out what a name leads to: nothing above the folder.
+        if types != [str, int, int, str, str] or {"", ".."} & {*name.split(os.sep)}:
             return False
     valid = (shard.file >= 0) & (shard.file < len(shard.files))
     good = valid, shard.times.isfinite(), shard.spans.isfinite()
@@ -338,23 +346,27 @@ def open_shards(folder, mark, known, job, size):
     for attempt in range(100):
         names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # oldest first
         names = job.gather(names)[0]
-        complete = False
-        with contextlib.suppress(FileNotFoundError):  # removed by another search's repack
-            for name in names:
-                if name in known:
-                    continue
-                path = os.path.join(folder, name)
+        complete = True
+        for name in names:
+            if name in known:
+                continue
+            path = os.path.join(folder, name)
+            try:
                 known[name] = read_shard(path, size)
-                if known[name] is None:
-                    job.say(
-                        f"{escaped(path)} is damaged and left out: its files are encoded again; "
-                        "you can delete it"
-                    )
-            complete = True
+                why = "is damaged and left out (you can delete it)"
+            except OSError as error:
+                if not os.path.lexists(path):  # removed by another search's repack
+                    complete = False
+                    continue
+                known[name] = None
+                why = f"can't be read ({error.strerror})"
+            if known[name] is None:
+                job.say(f"{escaped(path)} {why}: its files are encoded again")
         if all(job.gather(complete)):
             break
         time.sleep(0.1)
-    return {name: known[name] for name in names if known.get(name)}
+    missing = job.join([name for name in names if not known.get(name)])
+    return {name: known[name] for name in names if name not in missing}
 
 
 def newest_shards(shards, stamps):
@@ -397,8 +409,9 @@ def newest_with_missed(folder, where, mark, shards, newest):
     """
     path = os.path.join(where, f"{mark}.missed")
     since = {}  # name: when it was first missed, in seconds since 1970
-    with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or it is damaged
-        since = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    with contextlib.suppress(Exception):  # no such file, or it is damaged in one of many ways
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        since = {name: float(when) for name, when in saved.items()}
     both = newest_shards(shards, None) | newest
     times = {name: since.get(name, time.time()) for name in both if name not in newest}
     if times != since:

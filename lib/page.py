@@ -20,7 +20,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from lib.common import DataError, clock, escaped, first_line, output
-from lib.video import read_segment
+from lib.video import Segment, read_segment
 
 # Colours are variables, so that the dark scheme only redefines these. Charts use their own classes.
 STYLE = """
@@ -166,7 +166,10 @@ def read_picture(path):
     """Read a picture, rotated as its EXIF data says. -> uint8 (1,3,H,W). Raises DataError."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip
+                picture = picture.convert("I").point(lambda x: x / 256)
+            picture = picture.convert("RGB")
     except Exception as error:  # each format's decoder raises its own errors
         raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
     return pil_to_tensor(picture)[None]
@@ -213,6 +216,12 @@ def images(times, at, attributes, name=""):
         css = "nearest" if k == nearest else ""
         found += f'<img class="{css}" {attributes(k)} alt="{esc(name)}at {clock(times[k])}">'
     return f'<div class="strip">{found}</div>'
+
+
+def found_segment(path, start, end):
+    """The Segment of a piece, whose bounds are rounded in an index, and in what is printed."""
+    # A bound that was rounded up would come after the frame that it is of.
+    return Segment(path, start - 0.004, end - 0.004)
 
 
 def strip(segment, frames=6, at=None):

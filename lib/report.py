@@ -18,6 +18,7 @@ from lib.common import clock
 from lib.mass import draw_mass, measure_mass
 from lib.page import (
     esc,
+    found_segment,
     histogram_chart,
     hit,
     html_table,
@@ -478,7 +479,7 @@ def write_search_report(path, found, settings):
     for query, results in found.items():
         rows = ""
         for x in results:
-            segment = Segment(x["file"], x["start"], x["end"])
+            segment = found_segment(x["file"], x["start"], x["end"])
             images = strip(segment, settings.get("frames", 12), x["at"])
             label = f"{x['file']} at {clock(x['at'])}"
             name = moment(x["file"], path, x["at"], label)

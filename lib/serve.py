@@ -5,6 +5,7 @@ access to the files of the index, by number, and to no other file of this machin
 """
 import contextlib
 import functools
+import html
 import mimetypes
 import os
 import re
@@ -15,8 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from lib.common import DataError, clock, escaped
-from lib.page import document, esc, images, jpeg, nearest_of, shrunk
-from lib.video import Segment, read_segment
+from lib.page import document, esc, found_segment, images, jpeg, nearest_of, shrunk
+from lib.video import read_segment
 
 PAUSE = 30  # least seconds between updates of the page while videos are being encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
@@ -62,7 +63,9 @@ def questions(args, job):
         # Stop if the reader of the results has gone (| head) and no file is to be written.
         unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
         if job.rank == 0 and not unread:
-            with contextlib.suppress(EOFError):
+            # Standard output may be a file, which is for results.
+            out = sys.stdout if sys.stdout.isatty() else sys.stderr
+            with contextlib.suppress(EOFError), contextlib.redirect_stdout(out):
                 line = input("query> " if terminal else "")
         line = job.gather(line)[0]
     if not asked and not terminal:
@@ -110,7 +113,7 @@ class SearchPage(ThreadingHTTPServer):
     """Serves the page at a host and port, with one thread per request."""
 
     def __init__(self, host, port):
-        self.host = host
+        self.host = host.lower()  # as browsers name it
         self.index = None
         self.numbers = {}  # path: its number, which never changes while the server runs
         self.paths = {}    # number as str: path, for the files of the current index
@@ -161,6 +164,7 @@ class SearchPage(ThreadingHTTPServer):
         self.paths = {str(self.numbers[path]): path for path in index.paths}
         first = self.index is None
         self.index = index
+        self.pictures.cache_clear()  # files may have been replaced
         if first:
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
@@ -171,7 +175,7 @@ class SearchPage(ThreadingHTTPServer):
     @functools.lru_cache(maxsize=200)
     def pictures(self, path, start, end):
         """The sampled frames of a piece. -> (their times, their JPEGs)"""
-        piece = read_segment(Segment(path, start, end), self.frames)
+        piece = read_segment(found_segment(path, start, end), self.frames)
         return piece.times, [jpeg(shrunk(frame, 240)) for frame in piece.frames]
 
     def handle_error(self, request, address):
@@ -255,9 +259,10 @@ class Handler(BaseHTTPRequestHandler):
             focus = ""
             for rank, hit in enumerate(hits, 1):
                 cards += self.card(rank, hit, index, pieces)
+        typed = html.escape(query)  # not as esc shows it: it may be sent again
         body = f"""{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>
 <form action="/" role="search"><label for="q">What do you want to see?</label>
-<input id="q" name="q" type="search" required {focus} value="{esc(query)}">
+<input id="q" name="q" type="search" required {focus} value="{typed}">
 <button>Search</button></form><p class="soft">{found}</p>
 <ol class="cards">{cards}</ol></main>"""
         text = document(title, body, POLICY)
@@ -284,7 +289,8 @@ score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
     def send_video(self, path, values):
         """Send a file, or the requested range of its bytes, which browsers need for seeking."""
         kind = mimetypes.guess_type(path)[0] or "video/mp4"
-        asked = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
+        asked = self.headers.get("Range", "")
+        asked = re.fullmatch("bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})", asked)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             part = byte_range(*asked.groups(), size) if asked else range(size)

@@ -2,6 +2,7 @@
 and what can be asked: pictures, videos, several at once."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import search as se
 from lib import exact
 from lib import index as store
 from lib.common import DataError, written_whole
+from lib.index import File
 from lib.video import read_frames
 from lib.weights import load_checkpoint
 
@@ -137,9 +139,12 @@ def test_what_is_away_for_a_while_costs_nothing(tmp_path, ask):  # noqa: F811
     age(days=8)
     found(ask, tmp_path)
     assert sorted(files_in_shards(tmp_path)) == ["disk/5.mp4", "rest/a.mp4"]
-    for damage in ("[1]", "{", "5", '{"x": []}'):
+    (tmp_path / "disk" / "5.mp4").unlink()
+    for damage in ("[1]", "{", "5", '{"x": []}', 10 ** 5 * "[", '{"disk/5.mp4": null}',
+                   '{"disk/5.mp4": "x"}', '{"disk/5.mp4": 1' + 400 * "0" + "}"):
         missed.write_text(damage)
-        assert "encoded 0 videos, 2 in the index" in found(ask, tmp_path)[0]
+        assert "encoded 0 videos, 1 in the index" in found(ask, tmp_path)[0]
+        assert list(json.loads(missed.read_text())) == ["disk/5.mp4"]
 
 
 def test_nothing_that_is_gone_is_shown(tmp_path, ask):  # noqa: F811
@@ -155,6 +160,20 @@ def test_nothing_that_is_gone_is_shown(tmp_path, ask):  # noqa: F811
         (tmp_path / name).unlink()
     err = ask("noise", "--videos", tmp_path, "-n", expect=2)[1]
     assert "gone" in err.splitlines()[-1]
+
+
+def test_many_that_are_gone_are_looked_for_once(tmp_path, ask, monkeypatch):  # noqa: F811
+    noise_video(tmp_path / "00.mp4", 0)
+    for v in range(1, 30):
+        shutil.copy(tmp_path / "00.mp4", tmp_path / f"{v:02d}.mp4")
+    found(ask, tmp_path)
+    for v in range(29):
+        (tmp_path / f"{v:02d}.mp4").unlink()
+    searched = []
+    searching = se.search
+    monkeypatch.setattr(se, "search", lambda *a, **k: searched.append(1) or searching(*a, **k))
+    assert "29.mp4" in ask("noise", "--videos", tmp_path, "-n", "--top", 1)[0]
+    assert len(searched) == 2
 
 
 def test_copies_are_encoded_once(tmp_path, ask):  # noqa: F811
@@ -207,6 +226,109 @@ def test_content_of_long_files(tmp_path):
     body[store.MEGABYTE + 5] = 1
     path.write_bytes(body)
     assert store.content_of(path) in seen
+
+
+def test_a_folder_may_have_any_name(tmp_path, ask):  # noqa: F811
+    """Also one that is no Unicode: its index is read back."""
+    videos = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m")
+    videos.mkdir()
+    noise_video(tmp_path / "v.mp4", 0)
+    (tmp_path / "v.mp4").rename(videos / "v.mp4")
+    for times in (1, 0):
+        err, names = found(ask, videos)
+        assert f"encoded {times} videos, 1 in the index" in err and names == ["v.mp4"]
+
+
+def test_shards_that_the_system_refuses_hide_no_others(tmp_path, ask):  # noqa: F811
+    noise_video(tmp_path / "v.mp4", 0)
+    found(ask, tmp_path)
+    [name] = shards(tmp_path)
+    for other in ("0", "z"):
+        link = tmp_path / se.INDEX / f"{name[:17]}{other}.shard"
+        link.symlink_to("missing" if other == "0" else link)
+    began = time.monotonic()
+    err, names = found(ask, tmp_path)
+    assert names == ["v.mp4"] and "encoded 0 videos, 1 in the index" in err
+    assert "(No such file or directory)" in err and "(Too many levels of symbolic links)" in err
+    assert "damaged" not in err and time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its limit of memory")
+def test_too_little_memory_is_no_damage(tmp_path):
+    P = 40_000
+    times = torch.zeros(P, 4)
+    shard = store.file_shard(torch.zeros(P, 4, 16), times, times[:, :2], File("a", (1, 2), None))
+    store.write_shard(tmp_path, "x.shard", shard)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    bytes_ = pages * resource.getpagesize() + 2 ** 21
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (bytes_, limits[1]))
+        with pytest.raises(DataError, match="x.shard can't be opened .*memory"):
+            store.read_shard(str(tmp_path / "x.shard"), (4, 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert len(store.read_shard(str(tmp_path / "x.shard"), (4, 16)).file) == P
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../a.mp4", "b/../../a.mp4", "..", ""])
+def test_an_index_leads_to_nothing_outside_its_folder(tmp_path, name):
+    """Whoever may write to it could have the page let out any file."""
+    times = torch.zeros(1, 4)
+    for other, sound in (("..b..mp4", True), ("a/b.mp4", True), (name, False)):
+        file = File(other, (1, 2), None)
+        shard = store.file_shard(torch.zeros(1, 4, 16), times, times[:, :2], file)
+        store.write_shard(tmp_path, "x.shard", shard)
+        assert (store.read_shard(tmp_path / "x.shard", (4, 16)) is not None) == sound
+
+
+def test_without_new_files_no_named_one_is_encoded(tmp_path, ask):  # noqa: F811
+    for v in range(2):
+        noise_video(tmp_path / f"{v}.mp4", v)
+    paths = tmp_path / "0.mp4", tmp_path / "1.mp4"
+    err = ask("x", "-n", "--videos", *paths, expect=2)[1]
+    assert "encoded 0" in err and "without -n" in err and not (tmp_path / se.INDEX).exists()
+    found(ask, paths[0])
+    out, err = ask("x", "-n", "--videos", *paths)
+    assert "encoded 0 videos, 1 in the index" in err and "1.mp4" not in out
+
+
+def test_a_folder_that_went_away_is_not_made_anew(tmp_path, folder, monkeypatch, ask):  # noqa: F811
+    """A disk may be mounted there again; what was encoded is searched, and said to be unsaved."""
+    videos = tmp_path / "disk"
+    videos.mkdir()
+    noise_video(videos / "a.mp4", 0)
+    reading = se.read_pieces
+
+    def read_and_lose(*arguments, **options):
+        yield from reading(*arguments, **options)
+        videos.rename(tmp_path / "away")
+    monkeypatch.setattr(se, "read_pieces", read_and_lose)
+    err = ask("x", "--videos", videos, expect=2)[1]
+    assert "searching without saving" in err and "are gone" in err
+    assert os.listdir(tmp_path) == ["away"]
+
+
+def test_a_bad_file_is_named_where_it_is_now(tmp_path, ask):  # noqa: F811
+    (tmp_path / "old").mkdir()
+    noise_video(tmp_path / "old" / "a.mp4", 0)
+    (tmp_path / "old" / "bad.mp4").write_text("nothing")
+    first = found(ask, tmp_path / "old")[0].splitlines()[-1]
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = found(ask, tmp_path / "new")[0]
+    assert "encoded 0" in again and "can't be decoded" in first
+    assert again.splitlines()[-1] == first.replace("/old/", "/new/")
+
+
+def test_linked_folders_beside_each_other_count_once(tmp_path, ask):  # noqa: F811
+    (tmp_path / "v" / "below").mkdir(parents=True)
+    noise_video(tmp_path / "v" / "a.mp4", 0)
+    noise_video(tmp_path / "v" / "below" / "b.mp4", 1)
+    (tmp_path / "link").symlink_to("v")
+    for more in ("link", "link/below", "v/../link/below", "v/below"):
+        out, err = ask("-f", "x", "--videos", tmp_path / "v", tmp_path / more)
+        assert len(out.splitlines()) == 2, (more, out)
+        assert "2 in the index, 2 pieces" in err
 
 
 def test_parts_that_killed_searches_left_are_removed(tmp_path, ask):  # noqa: F811
@@ -314,6 +436,11 @@ def test_upright_pictures_and_damaged_ones(tmp_path, folder, ask):  # noqa: F811
     for mode in ("L", "1", "P", "RGBA", "CMYK", "I;16"):
         Image.new(mode, (5, 4)).save(tmp_path / "b.tiff")
         assert se.read_picture(str(tmp_path / "b.tiff")).shape == (1, 3, 4, 5)
+    grey = torch.arange(0, 2 ** 16, 2 ** 8).to(torch.uint16).numpy()[None]
+    for order, mode in (("<", "I;16"), (">", "I;16B")):  # of bytes
+        deep = Image.frombytes(mode, (256, 1), grey.astype(f"{order}u2").tobytes())
+        deep.save(tmp_path / "b.tiff")
+        assert se.read_picture(str(tmp_path / "b.tiff"))[0, 2, 0].tolist() == list(range(256))
     body = (tmp_path / "a.png").read_bytes()
     for name, damaged in (("c.jpg", b""), ("c.png", body[:60]), ("c.heic", b"x" * 99)):
         (tmp_path / name).write_bytes(damaged)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from lib import exact, processes, weights
 from lib import index as store
 from lib import video as decode
 from lib.common import Progress
+from lib.page import found_segment
 from lib.video import DataError, read_pieces, sample_indices
 from lib.weights import load_checkpoint, save_checkpoint
 from tmass import TMASS
@@ -189,6 +191,18 @@ def test_a_video_opens_nothing_but_itself(tmp_path, name):
     with pytest.raises(DataError, match=name):
         decode.read_frames(decode.Segment(tmp_path / name), 4)
     assert os.stat(tmp_path / "other.ts").st_atime_ns == before
+
+
+@pytest.mark.parametrize("fps, window, n", [(Fraction(3, 10), 3, 40), (25, 7, 1300)])
+def test_what_is_shown_of_a_piece_is_what_was_encoded(tmp_path, fps, window, n):
+    """Though its bounds are float32 in an index, and in milliseconds in a report."""
+    path = tmp_path / "x.mp4"
+    write_video(path, numbered(n, 16), fps=fps, g=50)
+    for piece in read_pieces(path, 4, window):
+        bounds = piece.start, piece.end
+        for start, end in (torch.tensor(bounds).tolist(), [round(x, 3) for x in bounds]):
+            shown = decode.read_segment(found_segment(str(path), start, end), 4)
+            assert shown.times == piece.times
 
 
 # ---- the command line ----
@@ -441,6 +455,7 @@ def test_where_the_index_goes(ask, tmp_path):
     out, err = ask("x", "--videos", tmp_path / "v")
     assert "cannot write" in err and "searching without saving" in err and "--index" in err
     assert "a.mp4" in out
+    assert "cannot write" in ask("--update", "--videos", tmp_path / "v", expect=2)[1]  # for cron
     for _ in range(2):
         out, err = ask("x", "--videos", tmp_path / "v", "--index", tmp_path / "index")
     assert "encoded 0 videos, 1 in the index" in err and "cannot" not in err
@@ -520,13 +535,16 @@ def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # 
     assert list(json.loads((tmp_path / "x.json").read_text())) == queries
 
 
-def test_a_terminal_is_asked(folder):  # noqa: F811
+@pytest.mark.parametrize("to_file", [False, True])
+def test_a_terminal_is_asked(folder, tmp_path, to_file):  # noqa: F811
     pid, terminal = pty.fork()
     if pid == 0:
         status = 99
         try:
             torch.set_num_threads(1)
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            if to_file:  # results alone go there: the terminal still asks
+                sys.stdout = open(tmp_path / "results", "w")
             sys.argv = ["search.py", "--videos", str(folder / "videos")]
             sys.argv += ["--ckpt", str(folder / "model.pt")]
             sys.argv += ["--device", "cpu"]
@@ -549,7 +567,10 @@ def test_a_terminal_is_asked(folder):  # noqa: F811
         with contextlib.suppress(OSError):  # its end
             while part := os.read(terminal, 4096):
                 seen += part
-    assert ended(pid) == 0 and seen.count(b" rank   score  at       file") == 1
+    assert ended(pid) == 0
+    results = (tmp_path / "results").read_bytes() if to_file else seen
+    assert results.count(b" rank   score  at       file") == 1
+    assert (b"query> " in results) != to_file
 
 
 @pytest.mark.parametrize("form", ["HF", "OpenAI"])
