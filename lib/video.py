@@ -286,11 +286,11 @@ def _seek_frames(file, stream, T, cut):
             shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-    if not shown or None in shown or len(set(shown)) < len(shown):  # joined: times start anew
+    # joined: times start anew, and so do those of keyframes
+    if not shown or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
         yield None
         return
     shown.sort()
-    keys.sort()
     times = [float(pts * stream.time_base) for pts in shown]
     times = _seconds(times, file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]

@@ -52,6 +52,27 @@ def test_times_that_start_anew_go_on(tmp_path, name):
     assert numbers(read_frames(Segment(path, 4.5, 5.5), 8)) == [36, 37, 38, 39, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_recordings_whose_times_begin_a_little_apart_are_joined(tmp_path, order):
+    """No two frames have the same time: sorted as they are, the two would be mixed."""
+    for name in order:
+        start = dict(a=0, b=21)[name]  # milliseconds
+        with av.open(str(tmp_path / f"{name}.mkv"), "w") as file:
+            stream = file.add_stream("mjpeg", rate=1000)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuvj420p"
+            for k, x in enumerate(numbered(40)):
+                frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+                frame.pts = start + 125 * k
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(b"".join((tmp_path / f"{name}.mkv").read_bytes() for name in order))
+    pieces = list(read_pieces(path, 40, 5))
+    assert [numbers(piece.frames) for piece in pieces] == 2 * [list(range(40))]
+    assert pieces[-1].end == pytest.approx(10, abs=0.2)
+
+
 def test_discs_and_recordings_of_another_rate_are_joined(tmp_path):
     path = joined(tmp_path / "aa.mpg", numbered(40), fps=25, codec="mpeg2video", bf=2)
     piece = read_segment(Segment(path, 1.5, 1.7), 5)
