@@ -188,7 +188,8 @@ def _read(path, T, cut):
         file, stream = _open(path)
         with file:
             pieces = None
-            if "mp4" in file.format.name or "matroska" in file.format.name:
+            # palettes come with the first packet that is read, and never again
+            if file.format.name in SEEKABLE and stream.pix_fmt != "pal8":
                 pieces = _seek_frames(file, stream, T, cut)
             for piece in pieces or [None]:
                 if piece is None:
@@ -210,7 +211,9 @@ def _read(path, T, cut):
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
+SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 CHUNK = 2 ** 20  # bytes
+LONGEST = 99  # times the other side
 AREA = 2 ** 19  # pixels of a frame: more than encoders look at, and 1.5 MB where they come from 8K
 # Titles of old files are not always UTF-8. PyAV reads them by itself from version 19 on; before, it
 # has to be asked to.

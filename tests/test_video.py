@@ -153,6 +153,12 @@ def test_a_preview_of_one_frame_is_not_the_video(tmp_path, name):
 
 # ---- upright, in shape ----
 
+def test_colours_of_a_palette(tmp_path):
+    """It comes with the first packet that is read, and not again after seeking."""
+    write_video(tmp_path / "x.mov", numbered(20), codec="qtrle", pix_fmt="gray")
+    assert numbers(read_frames(tmp_path / "x.mov", 20)) == list(range(20))
+
+
 LEVELS = {(-1, -1): 30, (1, -1): 90, (-1, 1): 150, (1, 1): 210}  # by corner: x to the right, y down
 
 
