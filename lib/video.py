@@ -396,12 +396,14 @@ def _pixels(frame, stream):
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
+    # of a strip, encoders look at a crop that is a small part of what it would be resized to
+    W = min(W, LONGEST * H)
+    H = min(H, LONGEST * W)
     # PyAV 19 keeps the threads of a conversion: in a process forked later they are missing, and it
     # waits for them.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
-    x = x.view(H, plane.line_size)[:, :W * 3]  # lines are padded
-    x = x.reshape(H, W, 3)
+    x = x.view(H, plane.line_size)[:, :W * 3].reshape(H, W, 3)  # lines are padded
     # frame.side_data would keep every frame for ever, in PyAV before 19
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:

@@ -209,6 +209,16 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, turned, size):
     assert read_frames(tmp_path / name, 3).shape == (3, 3, *size)
 
 
+@pytest.mark.parametrize("H, W", [(2, 66_000), (16_000, 16)])
+def test_strips_are_no_load(tmp_path, H, W):
+    """A short side of 224 would make gigabytes of them, and no JPEG is so long."""
+    strip = torch.full((1, H, W, 3), 90, dtype=torch.uint8)
+    write_video(tmp_path / "x.mkv", strip, codec="ffv1")
+    frames = FrameCache(tmp_path / "cache", 1).read(Segment(tmp_path / "x.mkv"))
+    assert max(frames.shape[-2:]) <= 99 * min(frames.shape[-2:])
+    assert (frames.int() - 90).abs().max() < 8
+
+
 def brightness(curve, light):
     """The PQ or HLG code, 0 to 1, of light in nits; HLG on a screen of 1000 nits. float (...)"""
     if curve == decode.PQ:
