@@ -111,16 +111,17 @@ def _chosen(a, b, T):
 
 
 def _range_of(segment, times):
-    """The range that lies in a segment; at least one frame."""
-    a = 0
+    """The range that begins in a segment; if none does, the frame that is on the screen then."""
+    start = segment.start or 0
+    a = bisect.bisect_left(times, start - 1e-6)
     b = len(times)
-    if segment.start is not None:
-        a = bisect.bisect_left(times, segment.start - 1e-6)
     if segment.end is not None:
         b = bisect.bisect_left(times, segment.end - 1e-6)
-    if a >= len(times):
+    if a == len(times) and start + 1e-6 > _end(times):
         raise DataError(f"video {segment.path} ends after {times[-1]:.1f} s, before the clip's "
-                        f"start at {segment.start} s")
+                        f"start at {start} s")
+    if a >= b:
+        a = max(0, bisect.bisect_right(times, start + 1e-6) - 1)
     return a, max(b, a + 1)
 
 

@@ -133,6 +133,71 @@ def test_sound_may_begin_before_the_picture(tmp_path, name):
         read_frames(Segment(path, 8.5), 4)
 
 
+def without_times(ts, unknown):
+    """An MPEG-TS file of one stream in which the pictures k with unknown(k) have no time."""
+    ts = bytearray(ts)
+    k = 0
+    for at in range(0, len(ts), 188):
+        begins = ts[at + 1] & 0x40
+        more = 1 + ts[at + 4] if ts[at + 3] & 0x20 else 0
+        at += 4 + more
+        if begins and ts[at:at + 4] == b"\0\0\1\xe0":
+            if unknown(k):
+                ts[at + 7] &= 0x3f
+                n = ts[at + 8]
+                ts[at + 9:at + 9 + n] = b"\xff" * n
+            k += 1
+    return bytes(ts)
+
+
+@pytest.mark.parametrize("late", [0, 5000])
+@pytest.mark.parametrize("unknown", [
+    lambda k: k == 0,
+    lambda k: k < 20,
+    lambda k: k % 12,
+    lambda k: k % 2,
+])
+def test_times_that_are_unknown_lie_between_those_that_are_known(tmp_path, late, unknown):
+    path = tmp_path / "x.ts"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.options = "yuv420p", dict(bf="2", g="12")
+        stream.codec_context.thread_type = "FRAME"
+        for k, x in enumerate(numbered(60)):
+            frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+            frame.pts = 10 * late + k
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    path.write_bytes(without_times(path.read_bytes(), unknown))
+    piece = read_segment(Segment(path, 3, 4), 10)
+    assert numbers(piece.frames) == list(range(30, 40))
+    assert piece.times == close([3 + k / 10 for k in range(10)])
+    [whole] = read_pieces(path, 6)
+    assert (whole.start, whole.end) == close((0, 6))
+
+
+@pytest.mark.parametrize("name", ["slides.mp4", "slides.ts"])
+def test_a_segment_in_which_no_frame_begins_shows_the_one_before(tmp_path, name):
+    path = tmp_path / name
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for k, x in enumerate(numbered(4)):
+            frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+            frame.pts, frame.time_base = 10_000 * k, Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    for start, end, shown in [
+        (3, 7, 0), (10, 10, 1), (10, 20, 1), (19.9, 20, 1), (None, 0, 0), (31, 35, 3), (39, None, 3),
+    ]:
+        assert numbers(read_frames(Segment(path, start, end), 2)) == [shown] * 2, (start, end)
+    with pytest.raises(DataError, match="before the clip's start at 40 s"):
+        read_frames(Segment(path, 40, 41), 2)
+
+
 # ---- which stream ----
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
