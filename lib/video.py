@@ -13,7 +13,7 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import av
 import torch
@@ -33,8 +33,8 @@ SUFFIXES = tuple((
 class Segment(NamedTuple):
     """A video file, or the seconds [start, end) of one. None: from its beginning, or to its end."""
     path: str
-    start: Optional[float] = None
-    end: Optional[float] = None
+    start: float | None = None
+    end: float | None = None
 
 
 class Piece(NamedTuple):
@@ -152,14 +152,15 @@ def _seconds(times, origin, rate=25):
     """
     step = 1 / rate
     earlier = max(1, 4 * step)  # frames may be out of order by a few
-    later = 36_000  # of a clock that wraps after 26 hours, this is earlier too
     shift = 0
-    last = (times[0] or 0) - step
+    starts = (time - k * step for k, time in enumerate(times) if time is not None)
+    last = next(starts, 0) - step
     seconds = []
     for time in times:
         if time is None:
             time = last + step - shift
-        elif not -earlier < time + shift - last < later:
+        # of a clock that wraps after 26 hours, ten hours later is earlier too
+        elif not -earlier < time + shift - last < 36_000:
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
@@ -307,8 +308,7 @@ def _seek_frames(file, stream, T, cut):
                 continue
             key = shown[0]
             if keys:
-                before = bisect.bisect_right(keys, shown[i]) - 1
-                key = keys[max(0, before)]
+                key = keys[max(0, bisect.bisect_right(keys, shown[i]) - 1)]
             if key != last_key:  # else decoding goes on where it is
                 file.seek(key, stream=stream)
                 packets = _packets(file, stream)
@@ -346,17 +346,19 @@ def _count_frames(path, T, cut):
     """
     file, stream = _open(path)
     with file:
-        # of a raw stream, the average is made up
-        rate = float(stream.guessed_rate or stream.average_rate or 25)
         # avi tells when frames are decoded, a few before they are shown
         start = None if file.format.name == "avi" else file.start_time
+        rate = stream.codec_context.framerate
+        # the guess looks at times, of which few may be known
+        if not rate or start is None:
+            rate = stream.guessed_rate or 25
         stamps = []
         for packet in _packets(file, stream):
             if packet.size:
                 stamps.append(packet.pts and float(packet.pts * stream.time_base))  # None stays
     expected = []
     with contextlib.suppress(DataError):  # a start after the end: the true times will tell
-        ranges = cut(_seconds(stamps, start, rate)) if stamps else []
+        ranges = cut(_seconds(stamps, start, float(rate))) if stamps else []
         if len(ranges) == 1:
             expected = _chosen(*ranges[0], T)
     times = []
@@ -367,7 +369,7 @@ def _count_frames(path, T, cut):
             found[k] = _pixels(frame, stream)
     if not times:
         raise DataError(f"video {path} has no frame that can be decoded")
-    times = _seconds(times, start, rate)
+    times = _seconds(times, start, float(rate))
     again = enumerate(_decode(path))
     for a, b in cut(times):
         chosen = _chosen(a, b, T)
