@@ -155,19 +155,20 @@ def readable(items, skip_bad):
 # ---- files of videos ----
 
 UNPACKED = (  # folders that the archives unpack to
-    "videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo",
-    "YouTubeClips", "Charades_v1_480",
+    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
+    "Charades_v1", "Charades_v1_480",
 )
 
 
 def video_finder(root, videos=None):
     """find(name) -> the Segment that is the whole file, by its name or with another suffix.
 
-    It looks below `videos` (default: root) in the folders of UNPACKED, then in the folder itself.
+    It looks below `videos` (default: root), and below a folder videos in there, in the folders of
+    UNPACKED, then in the folder itself.
     Of a video that is nowhere, the path is the one where it belongs.
     """
     base = Path(videos or root)
-    folders = [base / name for name in UNPACKED]
+    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders and not videos:
         folders = [base / "videos"]  # where they belong

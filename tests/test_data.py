@@ -1022,7 +1022,9 @@ def test_a_csv_may_lack_a_split_to_validate_with_and_no_other(tmp_path):
     assert data.main(["check", "--data", name]) == 0
 
 
-@pytest.mark.parametrize("folder", ["videos", "videos/all", "all", "YouTubeClips", "."])
+@pytest.mark.parametrize(
+    "folder", ["videos", "videos/all", "all", "YouTubeClips", "videos/YouTubeClips", "."]
+)
 def test_videos_may_lie_elsewhere_as_their_site_packs_them(tmp_path, folder):
     root, store = tmp_path / "annotations", tmp_path / "store"
     root.mkdir()
