@@ -465,7 +465,8 @@ def _collect(rows):
         if segment not in number:
             number[segment] = len(number)
             where.append(line)
-        captions.append(caption.strip())
+        # JSON can hold half a character, which can't be written anywhere
+        captions.append(caption.strip().encode(errors="replace").decode())
         owner.append(number[segment])
     return Annotations(list(number), captions, owner, where)
 

@@ -1096,6 +1096,15 @@ def test_captions_of_another_kind(tmp_path, bad):
             load_annotations(name, tmp_path)
 
 
+def test_half_characters_in_json(tmp_path):
+    """JSON can hold them, and no file, terminal or tokenizer can."""
+    sentence = r"a dog \ud83d runs, a \ud83d\ude00 too"
+    (tmp_path / "captions_msvd.json").write_text('{"a_1_2": ["' + sentence + '"]}')
+    (tmp_path / "test_list.txt").write_text("a_1_2")
+    ann = load_annotations("msvd", tmp_path, "test")
+    assert ann.captions == ["a dog ? runs, a \U0001f600 too"]
+
+
 def test_real_annotation_files(shared, tmp_path):
     for split, n in (("test", 1004), ("val", 1062)):
         ann = load_annotations("didemo", shared / "didemo", split)
