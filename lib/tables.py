@@ -119,7 +119,7 @@ def split_by_name(files):
 
 def listed_ids(path, what):
     """The ids in a list of videos; some lists have them as names of files."""
-    return [video.removesuffix(".avi") for video in read_text(path, what).split()]
+    return [video.split(".")[0] for video in read_text(path, what).split()]
 
 
 def warn_of_silent(table, videos, described):

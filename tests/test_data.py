@@ -1003,7 +1003,9 @@ def test_lists_whose_ids_fit_no_caption(tmp_path, capsys):
     assert "test: no caption is of this split" in (tmp_path / "list.csv").read_text()
     vatex = [dict(videoID="abcdefghijk_000001_000011", enCap=["x"])]
     (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(vatex))
-    (tmp_path / "test_list.txt").write_text("abcdefghijk_000001_000011 bbcdefghijk_000001_000011")
+    (tmp_path / "test_list.txt").write_text(
+        "abcdefghijk_000001_000011.mp4 bbcdefghijk_000001_000011"
+    )
     assert load_annotations("vatex", tmp_path, "test").captions == ["x"]
     assert "test_list.txt: 1 of its 2 videos have no caption: bbc" in capsys.readouterr().err
     msrvtt(tmp_path)
