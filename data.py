@@ -205,7 +205,8 @@ def read_csv(path, root, split):
         if not name:
             raise DataError(f"{where}: empty video; fill it in or delete the row")
         try:
-            start, end = (_seconds(row.get(column, "")) for column in ("start", "end"))
+            texts = [row.get(column, "").strip() for column in ("start", "end")]
+            start, end = (float(text) if text else None for text in texts)
         except ValueError:
             raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must "
                             "be seconds") from None
@@ -214,10 +215,6 @@ def read_csv(path, root, split):
             raise DataError(f"{where}: end {end} must come after start {start}, and neither be "
                             "negative")
         yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
-
-
-def _seconds(text):
-    return float(text) if text.strip() else None
 
 
 def read_msrvtt(root, split, find, size="9k"):
@@ -524,7 +521,7 @@ def present(annotations, skip_bad=False):
         raise DataError(f"{len(missing)} of {len(annotations.segments)} videos are missing: "
                         f"{'; '.join(first_few(missing))}: put them there, name their folder with "
                         "--videos, or leave them out with --skip-bad")
-    return annotations.take(there) if missing else annotations, missing
+    return annotations.take(there), missing
 
 
 # ---- command line ----

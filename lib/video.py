@@ -100,8 +100,7 @@ def sample_indices(n, frames):
     If there are fewer than T, all of them, and then the last one again.
     """
     k = min(n, frames)
-    starts = [n * i // k for i in range(k + 1)]
-    middles = [(start + end - 1) // 2 for start, end in zip(starts, starts[1:])]
+    middles = [(n * i // k + n * (i + 1) // k - 1) // 2 for i in range(k)]
     return middles + [n - 1] * (frames - k)
 
 
@@ -150,7 +149,7 @@ def _seconds(times, origin, rate=25):
     joined, times start anew: they go on where the last one ended. rate: frames per second, for
     times that are unknown.
     """
-    step = 1 / rate
+    step = float(1 / rate)
     earlier = max(1, 4 * step)  # frames may be out of order by a few
     shift = 0
     starts = (time - k * step for k, time in enumerate(times) if time is not None)
@@ -214,8 +213,6 @@ DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-CHUNK = 2 ** 20  # bytes
-LONGEST = 99  # times the other side
 AREA = 2 ** 19  # pixels of a frame: more than encoders look at, and 1.5 MB where they come from 8K
 # Titles of old files are not always UTF-8. PyAV reads them by itself from version 19 on; before, it
 # has to be asked to.
@@ -232,11 +229,11 @@ def _open(path):
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
     best = file.streams.best("video")
-    streams = []
-    for stream in file.streams.video:
-        cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.codec_context is not None and not cover:
-            streams.append(stream)
+    streams = [
+        stream for stream in file.streams.video
+        if stream.codec_context
+        and not stream.disposition & av.stream.Disposition.attached_pic
+    ]
     if not streams:
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
@@ -253,9 +250,10 @@ def _damage_allowed():
     """What is damaged costs itself only. Want of memory is no damage."""
     try:
         yield
-    except av.FFmpegError as e:
-        if isinstance(e, MemoryError):
-            raise
+    except MemoryError:
+        raise
+    except av.FFmpegError:
+        pass
 
 
 def _packets(file, stream):
@@ -273,7 +271,7 @@ def _check_disk(path, position=0):
     try:
         with open(path, "rb") as file:
             file.seek(position)
-            while file.read(CHUNK):
+            while file.read(2 ** 20):
                 pass
     except OSError as e:
         raise DataError(f"video {path} can't be read: {e.strerror}") from e
@@ -296,8 +294,7 @@ def _seek_frames(file, stream, T, cut):
         yield None
         return
     shown.sort()
-    times = [float(pts * stream.time_base) for pts in shown]
-    times = _seconds(times, file.start_time)
+    times = _seconds([float(pts * stream.time_base) for pts in shown], file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -358,7 +355,7 @@ def _count_frames(path, T, cut):
                 stamps.append(packet.pts and float(packet.pts * stream.time_base))  # None stays
     expected = []
     with contextlib.suppress(DataError):  # a start after the end: the true times will tell
-        ranges = cut(_seconds(stamps, start, float(rate))) if stamps else []
+        ranges = cut(_seconds(stamps, start, rate)) if stamps else []
         if len(ranges) == 1:
             expected = _chosen(*ranges[0], T)
     times = []
@@ -369,7 +366,7 @@ def _count_frames(path, T, cut):
             found[k] = _pixels(frame, stream)
     if not times:
         raise DataError(f"video {path} has no frame that can be decoded")
-    times = _seconds(times, start, float(rate))
+    times = _seconds(times, start, rate)
     again = enumerate(_decode(path))
     for a, b in cut(times):
         chosen = _chosen(a, b, T)
@@ -399,9 +396,9 @@ def _pixels(frame, stream):
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
-    # of a strip, encoders look at a crop that is a small part of what it would be resized to
-    W = min(W, LONGEST * H)
-    H = min(H, LONGEST * W)
+    # of a longer strip, encoders look at a small part of what it would be resized to
+    W = min(W, 99 * H)
+    H = min(H, 99 * W)
     # PyAV 19 keeps the threads of a conversion: in a process forked later they are missing, and it
     # waits for them.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
@@ -464,8 +461,7 @@ def _fill(frames):
     filled = []
     for x in frames:
         if x is not None:
-            same = x.shape[1:] == size
-            last = x if same else v2.functional.resize(x, size, antialias=True)
+            last = v2.functional.resize(x, size, antialias=True)
         filled.append(last)
     return filled
 
@@ -500,7 +496,7 @@ class FrameCache:
             stat = os.stat(path)
         except OSError:
             return read_frames(segment, self.frames)  # says what is wrong
-        span = [self.frames, segment.start, segment.end]
+        span = [self.frames, *segment[1:]]
         key = [EDITION, path, stat.st_size, stat.st_mtime_ns, *span]
         name = hashlib.sha1(json.dumps([path, *span]).encode()).hexdigest()
         file = self.folder / f"{name}.jpegs"
@@ -536,7 +532,7 @@ class FrameCache:
         return torch.stack(decode_jpeg(list(jpegs), ImageReadMode.RGB))
 
     def _warn(self, error):
-        if not self.warned.item():
+        if not self.warned:
             self.warned.fill_(1)
             why = error.strerror or error
             if isinstance(error, FileExistsError):
