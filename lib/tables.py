@@ -30,8 +30,9 @@ def read_text(path, what):
 
 def read_json(path, what, kind):
     """A JSON file that holds a dict or a list, as `kind` says."""
+    content = read_text(path, what)
     try:
-        content = json.loads(read_text(path, what))
+        content = json.loads(content)
     # Not JSON, or a number of 5,000 digits; 100,000 brackets in each other.
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from None

@@ -774,7 +774,7 @@ def test_missing_and_broken_annotation_files(tmp_path):
         load_annotations("msrvtt", tmp_path / "nowhere")
     root = msrvtt(tmp_path)
     for content, message in (
-        (None, "is missing: it belongs to msrvtt"),
+        (None, f"{root}/MSRVTT_data.json is missing: it belongs to msrvtt"),
         ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1"),
         ("[]", "JSON object"),
         ("{}", "'sentences'"),
@@ -791,6 +791,7 @@ def test_missing_and_broken_annotation_files(tmp_path):
         with pytest.raises(DataError, match="MSRVTT_data.json") as e:
             load_annotations("msrvtt", root)
         assert message in str(e.value)
+        assert (content is None) == str(e.value).startswith(message)
 
 
 GOOD = "0001_American_Beauty_00.00.51.926-00.00.54.129"
