@@ -468,7 +468,7 @@ def _fill(frames):
 
 # ---- cache ----
 
-EDITION = 2  # of what is decoded: one more where pixels or times change, and files are made again
+EDITION = 3  # of what is decoded: one more where pixels or times change, and files are made again
 
 
 class FrameCache:
