@@ -116,7 +116,7 @@ class VideoDataset:
 
     def was_reading(self, pid):
         """The path that a process which died was reading."""
-        noted = self.reading[pid % len(self.reading)].item()
+        noted = self.reading[pid % len(self.reading)]
         return self.segments[noted - 1].path if noted else "an unknown video"
 
 
@@ -169,7 +169,7 @@ def video_finder(root, videos=None):
     """
     base = Path(videos or root)
     folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders = list(filter(Path.is_dir, folders))
     if not folders and not videos:
         folders = [base / "videos"]  # where they belong
     folders.append(base)
@@ -193,8 +193,9 @@ def video_finder(root, videos=None):
 
 def read_csv(path, root, split):
     """A csv: video, caption and optionally split, start, end (seconds). Paths are below root."""
-    what = "--data, a csv file with the columns video and caption"
-    for line, row in read_table(Path(path), what, ["video", "caption"]):
+    for line, row in read_table(
+        Path(path), "--data, a csv file with the columns video and caption", ["video", "caption"]
+    ):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:

@@ -179,7 +179,6 @@ def _read(path, T, cut):
     mp4/mov and matroska/webm tell every frame's time without decoding: `_seek_frames`. Any other
     file, and what is left of one where that fails, is decoded from the start: `_count_frames`.
     """
-    path = str(path)
     if not os.path.exists(path):
         raise DataError(f"video {path} is missing")
     if os.path.getsize(path) == 0:
@@ -448,7 +447,7 @@ def _from_hdr(x, curve):
 def _piece(path, times, a, b, chosen, found):
     """The Piece of a range from the frames chosen, as far as they were found {number: (3,H,W)}."""
     frames = [found.get(i) for i in chosen]
-    if all(x is None for x in frames):
+    if not found.keys() & chosen:
         raise DataError(f"video {path} has no frame that can be decoded")
     end = times[b] if b < len(times) else _end(times)
     return Piece(times[a], end, [times[i] for i in chosen], torch.stack(_fill(frames)))
@@ -507,7 +506,7 @@ class FrameCache:
         frames = read_frames(segment, self.frames)
         if min(frames.shape[-2:]) > 256:
             frames = v2.functional.resize(frames, 256, antialias=True)
-        jpegs = [encode_jpeg(x, quality=95) for x in frames]
+        jpegs = encode_jpeg(list(frames), quality=95)
         try:
             self._save(file, key, jpegs)
         except OSError as e:
@@ -516,7 +515,7 @@ class FrameCache:
 
     def _save(self, file, key, jpegs):
         """A line of JSON, then the pictures one after the other."""
-        sizes = [len(x) for x in jpegs]
+        sizes = [*map(len, jpegs)]
         body = torch.cat(jpegs).numpy().tobytes()
         head = json.dumps([key, sizes, zlib.crc32(body)])
         with written_whole(file, flush=False) as part:  # a damaged file is made again
