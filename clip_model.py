@@ -1,7 +1,7 @@
 """A compact CLIP: byte-pair tokenizer, image tower, text tower.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
-(arXiv 2103.00020). The parameters have OpenAI's names, so a state dict of theirs loads as it is.
+(arXiv 2103.00020). The parameters have OpenAI's names, so OpenAI's state dicts load unchanged.
 
     N texts or images   L tokens   W width of a tower   H heads   D joint width   P image side
 
@@ -22,22 +22,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Of RGB values in 0..1, over the images that CLIP was trained on.
+# RGB statistics of CLIP's training images, for values in 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # ---- tokenizer ----
 
-# CLIP's vocabulary file lists 262,144 merges; only the first ones are in use.
+# CLIP's vocabulary file lists 262,144 merges, but CLIP uses only the first of them.
 CLIP_MERGES = 48894
-# OpenAI's expression also matches "<|endoftext|>" in a caption. Here, as in open_clip, that is text
-# like any other, so that no caption can end itself early.
+# OpenAI's expression also matches "<|endoftext|>" in a caption. Here, as in open_clip, it is
+# ordinary text, so that a caption cannot end early.
 WORD = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-# Each byte is written as one printable character; the order is that of CLIP's vocabulary.
+# Each byte is represented by one printable character, in the order of CLIP's vocabulary.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [*range(33), *range(127, 161), 173]
 CHARACTERS = map(chr, [*PRINTABLE, *range(256, 256 + len(OTHERS))])
@@ -46,7 +46,7 @@ BYTE = {symbol: b for b, symbol in SYMBOL.items()}
 
 
 def split_words(text):
-    """Clean a text as CLIP does (mend unicode, unescape HTML, lower case) and split it. -> words"""
+    """Clean a text as CLIP does (fix Unicode, unescape HTML, lowercase) and split it. -> words"""
     text = ftfy.fix_text(text)
     text = html.unescape(html.unescape(text))
     text = " ".join(text.split())
@@ -55,14 +55,14 @@ def split_words(text):
 
 def spell(word):
     """One symbol per byte, the last one marked as the end of the word: "hi" -> ["h", "i</w>"]."""
-    # A lone surrogate, as in a file name that is not UTF-8, has no bytes: it becomes "?".
+    # A lone surrogate (from a file name that is not UTF-8) can't be encoded: it becomes "?".
     symbols = [SYMBOL[b] for b in word.encode("utf-8", errors="replace")]
     symbols[-1] += "</w>"
     return symbols
 
 
 def join(symbols, pair):
-    """Join each occurrence of a pair, from the left: ["a","b","a"], ("a","b") -> ["ab","a"]."""
+    """Merge each occurrence of a pair, from the left: ["a","b","a"], ("a","b") -> ["ab","a"]."""
     joined = []
     for symbol in symbols:
         if joined and (joined[-1], symbol) == pair:
@@ -73,11 +73,11 @@ def join(symbols, pair):
 
 
 class Tokenizer:
-    """Byte-pair encoding by CLIP's rules: texts -> ids (N,L). Any text has ids.
+    """CLIP's byte-pair encoding: texts -> ids (N,L). Any text can be encoded.
 
-    merges: "left right" strings, the first joined first, as in CLIP's vocabulary file; () means
-    one id per byte, which needs no file.
-    Ids: 256 bytes, 256 bytes that end a word, the merges, start of text, end of text.
+    merges: "left right" strings in order of priority, as in CLIP's vocabulary file. Without merges,
+    each byte has one id, and no file is needed.
+    The order of the ids: 256 bytes, 256 bytes that end a word, merges, start of text, end of text.
     """
 
     def __init__(self, merges=(), context_length=77):
@@ -88,11 +88,12 @@ class Tokenizer:
         for merge in self.merges:
             pair = tuple(merge.split())
             if len(pair) != 2:
-                raise ValueError(f"{merge!r} is no merge: expected two symbols and a space between")
+                raise ValueError(f"{merge!r} is no merge: expected two symbols separated by "
+                                 "a space")
             self.rank[pair] = len(self.symbols)
             self.symbols.append("".join(pair))
         self.start = len(self.symbols)
-        self.end = self.start + 1  # the largest id, by which the text tower finds it
+        self.end = self.start + 1  # the largest id: the text tower finds it by argmax
         self.symbols += ["<|startoftext|>", "<|endoftext|>"]
         self.vocab_size = len(self.symbols)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
@@ -105,16 +106,19 @@ class Tokenizer:
         merges = lines[1:CLIP_MERGES + 1]  # the first line is a header
         if len(merges) < CLIP_MERGES:
             raise ValueError(f"{path}: {len(merges)} merges, CLIP's vocabulary has {CLIP_MERGES}: "
-                             "get the file again")
+                             "download the file again")
         return cls(merges, context_length)
 
     @classmethod
     def learn(cls, texts, merges, context_length=77):
-        """Join the most frequent pair `merges` times, or until none occurs twice. -> Tokenizer"""
+        """Learn merges from texts, the most frequent pair first. -> Tokenizer
+
+        Stops after `merges` merges, or when no pair occurs at least twice.
+        """
         frequency = Counter(word for text in texts for word in split_words(text))
         spelling = {word: spell(word) for word in frequency}
         count = Counter()
-        words_with = defaultdict(set)  # a pair changes few words: counting all anew is far slower
+        words_with = defaultdict(set)  # a merge changes few words: recounting all is far slower
 
         def add(word, times):
             for pair in pairwise(spelling[word]):
@@ -138,18 +142,18 @@ class Tokenizer:
 
     @functools.cache  # captions repeat their words
     def encode_word(self, word):
-        """Join neighbours, the pair with the lowest rank first, until no pair has one. -> ids"""
+        """Merge neighbours, the pair of lowest rank first, while any pair has a rank. -> ids"""
         symbols = spell(word)
         while pairs := [pair for pair in pairwise(symbols) if pair in self.rank]:
             symbols = join(symbols, min(pairs, key=self.rank.get))
         return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, text):
-        """A text -> its ids (list), without start and end."""
+        """A text -> list of its ids, without start and end of text."""
         return [i for word in split_words(text) for i in self.encode_word(word)]
 
     def decode(self, ids):
-        """Ids (L,) -> the cleaned text; what follows the end of text is padding."""
+        """Ids (L,) -> the cleaned text. Everything after the end of text is padding."""
         symbols = []
         for i in ids:
             if i == self.end:
@@ -161,10 +165,10 @@ class Tokenizer:
         return text.decode("utf-8", errors="replace").strip()
 
     def __call__(self, texts):
-        """Texts -> ids (N,L). A text that is too long is cut, and keeps its end of text.
+        """Texts -> ids (N,L). A text that is too long is truncated, but keeps its end of text.
 
-        Padded with 0 to the longest text, not to the context length: the text tower is causal, so
-        that padding changes nothing.
+        Rows are padded with 0 to the longest text, not to the context length: because the text
+        tower is causal, padding does not change its output.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -183,48 +187,51 @@ def normal(*shape, std):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), which OpenAI's weights were trained with in place of GELU."""
+    """x * sigmoid(1.702 x), the activation that OpenAI's weights were trained with."""
 
     def forward(self, x):
-        # As a silu: autograd then keeps one large tensor instead of two.
+        # Written with silu, so that autograd keeps one large tensor instead of two.
         return F.silu(1.702 * x).div_(1.702)
 
 
-def take(x, read):
-    """One token of each row. x (N,L,...), read (N,): which -> (N,1,...)"""
-    return x[torch.arange(len(x), device=x.device), read][:, None]
+def take(x, index):
+    """Select one token per row. x (N,L,...), index (N,) -> (N,1,...)"""
+    return x[torch.arange(len(x), device=x.device), index][:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (N,L,W) -> (N,L,W), or with `read` (N,1,W)."""
+    """Multi-head self-attention. x (N,L,W) -> (N,L,W).
+
+    With index (N,), only the output of one token per row is computed. -> (N,1,W)
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a tower of width {width} does not split into {heads} heads: "
+            raise ValueError(f"a tower of width {width} can't be split into {heads} heads: "
                              "choose a multiple of 64")
         self.heads = heads
         self.in_proj_weight = normal(3 * width, width, std=width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal, read=None):
+    def forward(self, x, causal, index=None):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # (N,L,3W)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)          # (N,L,H,W/H) each
-        seen = None
-        if read is not None:
-            q = take(q, read)                                               # (N,1,H,W/H)
+        mask = None                                                         # True: attended to
+        if index is not None:
+            q = take(q, index)                                              # (N,1,H,W/H)
             if causal:
                 position = torch.arange(x.shape[1], device=x.device)
-                seen = position <= read[:, None, None, None]                # (N,1,1,L)
+                mask = position <= index[:, None, None, None]               # (N,1,1,L)
                 causal = False
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # (N,H,L,W/H) each
-        o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W), or with `read` (N,1,W)."""
+    """One layer: attention, then an MLP. x (N,L,W) -> (N,L,W), or with index (N,) -> (N,1,W)."""
 
     def __init__(self, width, heads, layers, activation, mlp):
         super().__init__()
@@ -235,33 +242,34 @@ class Block(nn.Module):
         self.mlp.c_fc = nn.Linear(width, mlp)
         self.mlp.gelu = activation()
         self.mlp.c_proj = nn.Linear(mlp, width)
-        # What is added to the residual stream is smaller in a deeper tower, as in GPT-2.
+        # As in GPT-2, layers that add to the residual stream start smaller in a deeper tower.
         for layer in (self.attn.out_proj, self.mlp.c_proj):
             nn.init.normal_(layer.weight, std=(2 * layers * width) ** -0.5)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, x, causal, read=None):
-        attended = self.attn(self.ln_1(x), causal, read)
-        if read is not None:
-            x = take(x, read)
+    def forward(self, x, causal, index=None):
+        attended = self.attn(self.ln_1(x), causal, index)
+        if index is not None:
+            x = take(x, index)
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, of whose output one token is read. x (N,L,W), read (N,) -> (N,W)."""
+    """A stack of blocks that returns one token per row. x (N,L,W), index (N,) -> (N,W)."""
 
     def __init__(self, width, heads, layers, activation, mlp):
         super().__init__()
         self.resblocks = nn.ModuleList(
             Block(width, heads, layers, activation, mlp) for _ in range(layers))
 
-    def forward(self, x, read, causal=False, grad_checkpoint=False):
+    def forward(self, x, index, causal=False, grad_checkpoint=False):
         last = self.resblocks[-1]
         for block in self.resblocks:
-            # The last one computes no other token: a sixth of a warm-up step of train.py.
-            only = read if block is last else None
+            # The last block computes only the token that is returned. In train.py, this saves a
+            # sixth of the time of a warm-up step.
+            only = index if block is last else None
             if grad_checkpoint:
                 x = checkpoint(block, x, causal, only, use_reentrant=False)
             else:
@@ -270,7 +278,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower. images (N,3,P,P), normalised -> (N,D), of the class token."""
+    """The image tower. Normalised images (N,3,P,P) -> embedding of the class token (N,D)."""
 
     def __init__(
         self, embed_dim, image_size, patch_size, width, heads, layers, activation, mlp
@@ -289,7 +297,8 @@ class VisionTransformer(nn.Module):
         p, _ = self.conv1.kernel_size
         patches = images.unfold(2, p, p).unfold(3, p, p)             # (N,3,rows,columns,p,p)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)       # (N,rows,columns,3*p*p)
-        # conv1 as a product: a convolution's backward in bfloat16 on a CPU is 10 times slower.
+        # conv1 as a matrix product: on a CPU, the backward pass of a convolution in bfloat16 is 10
+        # times slower.
         x = F.linear(patches, self.conv1.weight.flatten(1))          # (N,rows,columns,W)
         class_token = self.class_embedding.expand(len(x), 1, -1)     # (N,1,W)
         x = torch.cat([class_token, x.flatten(1, 2)], dim=1)         # (N,L,W)
@@ -300,22 +309,21 @@ class VisionTransformer(nn.Module):
 
 
 def heads_of(width):
-    """Number of heads, which no state dict tells: each is 64 wide in almost every CLIP."""
-    if width == 1280:  # but 80 wide in the image tower of ViT-H/14
-        return 16
+    """Number of heads of a tower. State dicts don't record it; heads are usually 64 wide."""
     return max(1, width // 64)
 
 
-NO_SETTINGS = ("self", "unusual", "__class__")  # what else is local where a CLIP is made
+NO_SETTINGS = ("self", "unusual", "__class__")  # locals of CLIP.__init__ that are not settings
 
 
 class CLIP(nn.Module):
-    """CLIP with a vision transformer; CLIP(**clip.config) builds another of the same sizes.
+    """CLIP with a vision transformer. CLIP(**clip.config) builds another one of the same sizes.
 
-    quick_gelu: the activation, QuickGELU (OpenAI) or else GELU (most others).
-    unusual: vision_heads, text_heads; vision_mlp, text_mlp, the width inside the MLPs; norm_eps;
-    mean and std, with which pixels are normalised. As OpenAI's, where they are not given.
-    The attribute grad_checkpoint = True trades a third of the speed for memory in training.
+    quick_gelu: whether the activation is QuickGELU (OpenAI's) or GELU (most others').
+    unusual: settings that default to OpenAI's values: vision_heads and text_heads; vision_mlp and
+    text_mlp, the widths inside the MLPs; norm_eps; mean and std, which normalise the pixels.
+    Set the attribute grad_checkpoint to True to save memory in training, which is then about a
+    third slower.
     """
 
     def __init__(
@@ -335,7 +343,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in NO_SETTINGS}
         usual = dict(
-            vision_heads=heads_of(vision_width),
+            # Image towers beyond ViT-L (H, g, bigG, e) have wider heads, not more of them.
+            vision_heads=min(16, heads_of(vision_width)),
             text_heads=heads_of(text_width),
             vision_mlp=4 * vision_width,
             text_mlp=4 * text_width,
@@ -377,19 +386,19 @@ class CLIP(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = settings["norm_eps"]
-        # On the CPU even where from_state_dict builds the parameters without memory.
+        # On the CPU even if from_state_dict builds the parameters on the meta device.
         mean_std = torch.tensor([settings["mean"], settings["std"]], device="cpu").view(2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
 
     def encode_image(self, images):
-        """images (N,3,P,P) -> (N,D). uint8 is normalised here, floats have been already."""
+        """images (N,3,P,P), uint8 or normalised float -> (N,D)."""
         if images.dtype == torch.uint8:
             mean, std = self.mean_std
             images = (images / 255 - mean) / std
         return self.visual(images, self.grad_checkpoint)
 
     def encode_text(self, ids):
-        """ids (N,L) -> (N,D), at the end of text. Causal: the tokens after it change nothing."""
+        """ids (N,L) -> (N,D), from the end-of-text token. Tokens after it have no effect."""
         x = self.token_embedding(ids)                                      # (N,L,W)
         x = x + self.positional_embedding[:ids.shape[1]]
         end = ids.argmax(-1)                                               # (N,)
@@ -398,8 +407,8 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd, **settings):
-        """State dict with OpenAI's names -> CLIP in float32, its sizes read off the shapes."""
-        with torch.device("meta"):  # no memory, no random numbers: the weights are given
+        """State dict with OpenAI's names -> CLIP in float32; its shapes give the sizes."""
+        with torch.device("meta"):  # the weights are given: no memory or random numbers needed
             clip = cls(**sizes_of(sd), **settings)
         sd = {name: x.float().clone() for name, x in sd.items()}
         clip.load_state_dict(sd, assign=True)
@@ -407,7 +416,7 @@ class CLIP(nn.Module):
 
 
 def sizes_of(sd):
-    """The sizes that the shapes in a state dict with OpenAI's names tell. -> arguments of CLIP"""
+    """Infer sizes from the shapes in a state dict with OpenAI's names. -> dict of CLIP arguments"""
     tokens, vision_width = sd["visual.positional_embedding"].shape
     patch_size = sd["visual.conv1.weight"].shape[-1]
     context_length, text_width = sd["positional_embedding"].shape
@@ -416,7 +425,7 @@ def sizes_of(sd):
     vision_layers = len([name for name in blocks if name.startswith("visual.")])
     return dict(
         embed_dim=embed_dim,
-        image_size=math.isqrt(tokens) * patch_size,  # of the patches and the class
+        image_size=math.isqrt(tokens) * patch_size,  # tokens: the patches and the class
         patch_size=patch_size,
         vision_width=vision_width,
         vision_layers=vision_layers,

@@ -1,10 +1,10 @@
-"""Captions and the segments of video that they describe: data sets, readers, batches.
+"""Captions and the video segments that they describe: data sets, readers, batches.
 
     python data.py check --data msrvtt [--root DIR]            # what is there, what is missing
     python data.py check --data my.csv --decode --list bad.csv # and which videos can't be read
 
-In this order: Annotations, what training and evaluation iterate over, the readers of each data
-set's own files, DATASETS, splits.
+In this order: Annotations, the data sets that training and evaluation iterate over, a reader for
+the files of each published data set, DATASETS, splits.
 """
 import functools
 import html
@@ -21,6 +21,7 @@ import torch
 from torchvision.transforms import v2
 
 from lib.common import DataError, Parser, first_few, mixed_seed, numeric, program
+from lib.processes import worker_place
 from lib.shapes import shapes_table
 from lib.tables import (
     field_of,
@@ -43,7 +44,7 @@ SPLITS = ("train", "val", "test")
 class Annotations:
     """A split: caption i describes segments[owner[i]].
 
-    segments (V), captions (N), owner (N); where (V): the line of a file that names each segment.
+    segments (V), captions (N), owner (N). where (V): the file and line that name each segment.
     """
     segments: list
     captions: list
@@ -51,7 +52,7 @@ class Annotations:
     where: list | None = None
 
     def take(self, videos):
-        """The annotations of some segments, by their numbers, in their order here."""
+        """Keep only the videos with these numbers, in their present order. -> Annotations"""
         number = {old: new for new, old in enumerate(sorted(videos))}
         texts = [i for i, v in enumerate(self.owner) if v in number]
         return Annotations(
@@ -62,19 +63,19 @@ class Annotations:
         )
 
 
-# ---- what training and evaluation iterate over: uint8 throughout, CLIP normalises ----
+# ---- what training and evaluation iterate over: always uint8; CLIP normalises the pixels ----
 
 
 def train_transform(size):
-    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): one random crop and flip for all frames of a video."""
+    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): the same random crop and flip for all frames."""
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 def test_transform(size, mode="shortest", interpolation="bicubic"):
-    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): short side to P, bicubic, centre crop: as CLIP's own.
+    """uint8 (T,3,H,W) -> uint8 (T,3,P,P): resize, then crop the centre; the defaults are CLIP's.
 
-    mode: squash makes both sides P, as some other models want it.
+    mode: "shortest" resizes the shorter side to P, "squash" both sides, as some other models do.
     """
     sides = [size, size] if mode == "squash" else size
     resize = v2.Resize(sides, interpolation=v2.InterpolationMode(interpolation), antialias=True)
@@ -82,21 +83,21 @@ def test_transform(size, mode="shortest", interpolation="bicubic"):
 
 
 def transform_for(clip):
-    """test_transform as an encoder wants it; as CLIP's own where it does not say."""
+    """test_transform for an encoder: with its `resize` settings if it has any, else CLIP's."""
     return test_transform(clip.image_size, *getattr(clip, "resize", ()))
 
 
 class VideoDataset:
-    """Each segment once. Item v -> uint8 (T,3,P,P), or the DataError of a video that can't be read.
+    """One item per segment. Item v -> uint8 (T,3,P,P), or a DataError if it can't be read.
 
-    The error is a value, because one that is raised would end the worker.
+    The DataError is returned, not raised, because raising it would end the worker.
     """
 
     def __init__(self, segments, frames, transform, cache=None):
         self.segments = segments
         self.transform = transform
         self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
-        # By process: the segment that it reads + 1. All workers and the main process see it.
+        # Shared by all processes. For each worker, the number of the segment it is reading, + 1.
         self.reading = torch.zeros(1024, dtype=torch.int32).share_memory_()
 
     def __getitem__(self, key):
@@ -111,19 +112,20 @@ class VideoDataset:
         return self.transform(self.read(self.segments[v]))
 
     def note(self, v):
-        """Leave word of what this process reads, for the message if that kills it."""
-        self.reading[os.getpid() % len(self.reading)] = v + 1
+        """Record what this process is reading, for the error message in case it crashes."""
+        worker, _ = worker_place()
+        self.reading[worker % len(self.reading)] = v + 1
 
-    def was_reading(self, pid):
-        """The path that a process which died was reading."""
-        noted = self.reading[pid % len(self.reading)]
+    def was_reading(self, worker):
+        """The path that a crashed worker was reading."""
+        noted = self.reading[worker % len(self.reading)]
         return self.segments[noted - 1].path if noted else "an unknown video"
 
 
 class PairDataset(VideoDataset):
-    """Each caption with its video. Item (epoch, i) -> uint8 (T,3,P,P), caption i; or DataError.
+    """One item per caption. Item (epoch, i) -> (uint8 (T,3,P,P), caption i), or a DataError.
 
-    Augmentation depends on (seed, epoch, i) alone: not on the worker, not on what was read before.
+    Augmentation depends only on (seed, epoch, i), not on the worker or on earlier items.
     """
 
     def __init__(self, annotations, frames, transform, seed=0, cache=None):
@@ -133,18 +135,18 @@ class PairDataset(VideoDataset):
 
     def item(self, key):
         epoch, i = key
-        # torchvision draws from the CPU's global generator: it is set, and put back afterwards.
+        # torchvision draws from the global CPU generator: seed it here, and restore it afterwards.
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would set the GPU's too, which is the training's.
+            # torch.manual_seed would also seed the GPU's generator, which training uses.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
             pixels = super().item(self.annotations.owner[i])
         return pixels, self.annotations.captions[i]
 
 
 def readable(items, skip_bad):
-    """A batch's items that could be read, and what is wrong with the others, by their places.
+    """Separate a batch's items from its errors. -> (readable items, {position: error message}).
 
-    Without skip_bad one that can't be read is raised.
+    Without skip_bad, the first DataError is raised.
     """
     errors = {k: str(item) for k, item in enumerate(items) if isinstance(item, DataError)}
     if errors and not skip_bad:
@@ -154,18 +156,18 @@ def readable(items, skip_bad):
 
 # ---- files of videos ----
 
-UNPACKED = (  # folders that the archives unpack to
+UNPACKED = (  # folders that the data sets' archives unpack to
     "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
     "Charades_v1", "Charades_v1_480",
 )
 
 
 def video_finder(root, videos=None):
-    """find(name) -> the Segment that is the whole file, by its name or with another suffix.
+    """Make find(name) -> Segment of a whole file, which may have another suffix than the name.
 
-    It looks below `videos` (default: root), and below a folder videos in there, in the folders of
-    UNPACKED, then in the folder itself.
-    Of a video that is nowhere, the path is the one where it belongs.
+    find searches the folders UNPACKED below `videos` (default: root) and below a folder videos in
+    it, then that folder itself. If a video is missing, the Segment has the path where the file
+    belongs.
     """
     base = Path(videos or root)
     folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
@@ -175,7 +177,8 @@ def video_finder(root, videos=None):
     folders.append(base)
 
     def find(name):
-        stem = name.rsplit(".", 1)[0]  # DiDeMo's names end in any suffix, or in a bare dot
+        # DiDeMo's names have various suffixes, or end in a bare dot.
+        stem = name.rsplit(".", 1)[0]
         for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
             for folder in folders:
                 path = spelled(folder / other)
@@ -186,13 +189,15 @@ def video_finder(root, videos=None):
 
 
 # ---- readers ----
-# A reader gets the folder of the annotation files, a split, and `find`, which makes the Segment of
-# a video's file wherever that lies. It yields (Segment, caption, where) per caption; `where` names
-# the line for messages.
+# A reader takes the folder of the annotation files, a split, and `find` of video_finder. It yields
+# (Segment, caption, where) for each caption; `where` is the file and line for error messages.
 
 
 def read_csv(path, root, split):
-    """A csv: video, caption and optionally split, start, end (seconds). Paths are below root."""
+    """Read a csv with columns video, caption and optionally split, start, end (seconds).
+
+    The paths of the videos are relative to root.
+    """
     for line, row in read_table(
         Path(path), "--data, a csv file with the columns video and caption", ["video", "caption"]
     ):
@@ -213,7 +218,7 @@ def read_csv(path, root, split):
                             "be seconds") from None
         last = math.inf if end is None else end
         if not 0 <= (start or 0) < last:
-            raise DataError(f"{where}: end {end} must come after start {start}, and neither be "
+            raise DataError(f"{where}: end {end} must come after start {start}, and neither may be "
                             "negative")
         yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
 
@@ -245,6 +250,7 @@ LSMDC = dict(
     val="LSMDC16_annos_val.csv",
     test="LSMDC16_challenge_1000_publictect.csv",
 )
+# This clip is known to be bad, so its row is skipped.
 LSMDC_BROKEN = "1012_Unbreakable_00.05.16.065-00.05.21.941"
 
 
@@ -259,7 +265,7 @@ def read_lsmdc(root, split, find):
             raise DataError(f"{where}: {len(fields)} tab-separated fields, expected 6, the last a "
                             "sentence; fetch the file again")
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
-        # The id goes on with the hour in which the clip begins: Movie_00.01.02.003-...
+        # After the movie's name comes the clip's start time, hour first: Movie_00.01.02.003-...
         movie = clip.split(".")[0][:-3]
         if not movie:
             raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; "
@@ -278,11 +284,11 @@ def read_didemo(root, split, find):
     swapped = []
     for line, row in read_table(root / name, f"didemo (or {other})", columns):
         where = f"{name}, row {line}"
-        # They look like "tensor([[31]])".
+        # The values look like "tensor([[31]])".
         numbers = [re.search(r"\d+", row[column]) for column in ("starts", "ends")]
         if not all(numbers):
-            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} hold no "
-                            "seconds")
+            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} contain "
+                            "no seconds")
         start, end = (float(number[0]) for number in numbers)
         if start >= end:
             swapped.append(where)
@@ -295,7 +301,7 @@ def read_didemo(root, split, find):
 
 
 def _read_didemo_json(root, name, find):
-    """An entry per described moment: the descriptions of a video, in order, are one paragraph."""
+    """The descriptions of a video's moments, one per entry, are joined into one paragraph."""
     videos = {}
     for number, entry in enumerate(read_json(root / name, "didemo", list), 1):
         where = f"{name}, entry {number}"
@@ -311,7 +317,7 @@ def _read_didemo_json(root, name, find):
 def read_vatex(root, split, find):
     name = "vatex_training_v1.0.json"
     wanted = ()
-    # As the peers divide it, two lists halve the published validation file.
+    # As in related work, two lists of ids divide the published validation file into val and test.
     if split != "train":
         name = "vatex_validation_v1.0.json"
         wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
@@ -327,7 +333,7 @@ def read_vatex(root, split, find):
         if split != "train" and video not in wanted:
             continue
         segment = find(video + ".mp4")
-        # Some download whole YouTube videos, others the ten seconds of each.
+        # Some people have the whole YouTube videos, others only the ten-second clips.
         if not os.path.isfile(segment.path):
             uncut = find(match[1] + ".mp4").path
             if os.path.isfile(uncut):
@@ -345,7 +351,7 @@ def read_charades(root, split, find):
 
 
 def read_msvd(root, split, find):
-    """Its captions come as a pickle of lists of words; captions_msvd.json is {id: [caption, ...]}:
+    """captions_msvd.json is {id: [caption, ...]}. To make it from the published pickle of words:
 
         captions = pickle.load(open("raw-captions.pkl", "rb"))
         captions = {video: [*map(" ".join, words)] for video, words in captions.items()}
@@ -366,10 +372,10 @@ def read_msvd(root, split, find):
 
 
 class DataSet(NamedTuple):
-    """How a data set is read, and what was published about it. To add one, add its entry below."""
+    """How a data set is read, and its published size. To add one, add its entry below."""
     read: Callable  # (root, split, find) -> (Segment, caption, where) per caption
-    published: dict = {}  # split -> (texts, videos), None: not published
-    has_val: bool = True  # a validation split of its own; else --val-videos are held out of train
+    published: dict = {}  # split -> (texts, videos); None where not published
+    has_val: bool = True  # has its own validation split; if not, --val-videos are held out of train
 
     def splits(self):
         return [split for split in SPLITS if split != "val" or self.has_val]
@@ -411,20 +417,20 @@ DATASETS = {
 
 
 def names():
-    """The names that --data takes, beside the path of a csv."""
+    """The names that --data accepts, besides the path of a csv."""
     return ["shapes", *DATASETS]
 
 
 def default_root(name):
-    """The folder of a data set's files where --root does not say: data/NAME, or a csv's own."""
+    """The default of --root: data/NAME (msrvtt-7k: data/msrvtt), or the folder of a csv."""
     return Path(name).parent if name.endswith(".csv") else Path("data", name.split("-")[0])
 
 
 def load_annotations(name_or_csv, root=None, split="train", videos=None):
-    """A data set's split as its files say. -> Annotations. Raises DataError.
+    """Load a split as the data set's files define it. -> Annotations. Raises DataError.
 
-    root: the folder of the annotation files (default: data/NAME). videos: that of the videos, where
-    it is another one. A csv without a split column has all rows in every split.
+    root: folder of the annotation files (default: see default_root). videos: folder of the videos,
+    if it is a different one. Without a split column, every split of a csv has all of its rows.
     """
     name = str(name_or_csv)
     if split not in (*SPLITS, "all"):
@@ -452,18 +458,18 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
 
 
 def _collect(rows):
-    """What a reader yields -> Annotations; a segment that comes again is the same video."""
+    """The rows that a reader yields -> Annotations. Rows with equal segments share a video."""
     number = {}
     where = []
     captions = []
     owner = []
     for segment, caption, line in rows:
-        if not html.unescape(html.unescape(caption)).strip():  # as CLIP's tokenizer reads it
+        if not html.unescape(html.unescape(caption)).strip():  # cleaned as by CLIP's tokenizer
             raise DataError(f"{line}: empty caption; fill it in or delete it")
         if segment not in number:
             number[segment] = len(number)
             where.append(line)
-        # JSON can hold half a character, which can't be written anywhere
+        # JSON can hold half a character, which no file or terminal can.
         captions.append(caption.strip().encode(errors="replace").decode())
         owner.append(number[segment])
     return Annotations(list(number), captions, owner, where)
@@ -473,10 +479,11 @@ def _collect(rows):
 
 
 def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, videos=None):
-    """The split that training and evaluation use; no test video is in another one. -> Annotations.
+    """Load the split that training and evaluation use. -> Annotations.
 
-    A data set's own splits where it has them. Without a validation split, val_videos videos, a
-    seeded choice, are held out of train. A csv without a split column: see `split_by_name`.
+    This is the data set's own split if it has one. If it has no validation split, val_videos
+    randomly chosen videos (see seed) are held out of train. A csv without a split column is divided
+    by `split_by_name`. Splits that are made here have no video in common.
     """
     name = str(name_or_csv)
     if name.endswith(".csv") and split != "all" and not has_splits(name):
@@ -492,29 +499,29 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
 
 
 def _divide_csv(path, root, split, videos):
-    """The split of a csv without a split column."""
+    """One split of a csv without a split column. -> Annotations."""
     annotations = load_annotations(path, root, "all", videos)
-    # By the names as the csv has them: they stay the same wherever it lies.
+    # By the names as they are in the csv, so that moving the csv does not change its splits.
     table = read_table(Path(path), "--data", ["video"])
-    names = {v: row["video"].strip() for v, (_, row) in zip(annotations.owner, table)}
-    splits = split_by_name([os.path.normpath(name) for name in names.values()])
+    name_of = {v: row["video"].strip() for v, (_, row) in zip(annotations.owner, table)}
+    splits = split_by_name([os.path.normpath(name) for name in name_of.values()])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
-                        "or the column")
+                        "or a split column")
     return annotations
 
 
 def present(annotations, skip_bad=False):
-    """Leave out videos that are not there, or raise a DataError without skip_bad.
+    """Leave out missing videos. -> (Annotations of the others, a line about each missing video).
 
-    Asked before anything long starts. -> (Annotations of the others, a line about each missing one)
+    Raises a DataError without skip_bad. Called before any long computation starts.
     """
-    there = []
+    existing = []
     missing = []
     for v, segment in enumerate(annotations.segments):
         if os.path.isfile(segment.path):
-            there.append(v)
+            existing.append(v)
         else:
             where = f" ({annotations.where[v]})" if annotations.where else ""
             missing.append(f"{segment.path}{where}")
@@ -522,7 +529,7 @@ def present(annotations, skip_bad=False):
         raise DataError(f"{len(missing)} of {len(annotations.segments)} videos are missing: "
                         f"{'; '.join(first_few(missing))}: put them there, name their folder with "
                         "--videos, or leave them out with --skip-bad")
-    return annotations.take(there), missing
+    return annotations.take(existing), missing
 
 
 # ---- command line ----
@@ -531,18 +538,18 @@ def present(annotations, skip_bad=False):
 def main(argv=None):
     from lib.check import check
     p = Parser(__doc__)
-    add = p.add_argument
-    add("command", choices=["check"], help="say what of a data set is there, and what is missing")
-    add("--data", required=True, help=f"{', '.join(names())}, or a .csv")
-    add("--root", help="folder of the data set (default: data/NAME)")
-    add("--videos", help="folder of the videos, where it is another one")
-    add("--decode", action="store_true", help="read every video, and list which can't be read")
-    add("--cache", help="with --decode: keep the frames there, for other --cache")
-    add("--frames", type=numeric(int, 1, 1000),
-        help="with --cache: frames per video, as in training (default: 12; shapes: 6)")
-    add("--list", help="write all missing and bad videos there, as a csv")
-    add("--workers", type=numeric(int, 0), default=os.cpu_count() or 1,
-        help="processes that decode (default: %(default)s)")
+    option = p.option
+    p.add_argument("command", choices=["check"],
+                   help="say what of a data set is there, and what is missing")
+    option("data NAME", f"{', '.join(names())}, or a .csv", required=True)
+    option("root DIR", "folder of the data set (default: data/NAME)")
+    option("videos DIR", "folder of the videos, where it is another one")
+    option("decode", "read every video, and list which can't be read", bool)
+    option("cache DIR", "with --decode: keep the frames there, for other --cache")
+    option("frames T", "with --cache: frames per video, as in training (default: 12; shapes: 6)",
+           numeric(int, 1, 1000))
+    option("list FILE", "write all missing and bad videos there, as a csv")
+    option("workers N", "processes that decode", numeric(int, 0), os.cpu_count() or 1)
     args = p.parse_args(argv)
     if (args.cache or args.frames) and not args.decode:
         p.error("--cache and --frames go with --decode")
@@ -550,4 +557,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, OSError))  # of --list
+    sys.exit(program(main, OSError))  # from writing --list

@@ -1,13 +1,14 @@
 """Evaluate a checkpoint: encode -> score -> ranks -> metrics.
 
-    python eval.py --ckpt model.pt                                    # on what it was trained for
+    python eval.py --ckpt model.pt                                    # on its own data set
     python eval.py --ckpt model.pt --data my.csv --root videos/       # on another data set
     python eval.py --ckpt ViT-B/32 --data msrvtt --pooling mean       # CLIP: are the data right?
     python eval.py --ckpt best.pth --data msrvtt --released-protocol  # with the published number
     python eval.py --ckpt model.pt --analyze --report report.html     # what lies behind the numbers
 
-The file follows the data: N texts t (N,D) and V videos f (V,T,D) of T frames, scores sims (N,V).
-Nothing above `ranks` sees `owner` (N,), the number of the video that each text describes.
+The file follows the computation: N texts t (N,D) and V videos f (V,T,D) of T frames, then scores
+sims (N,V). Encoding and scoring never see `owner` (N,), the number of the video that each text
+describes; only the leaking `released_scores` makes use of it.
 """
 import os
 import sys
@@ -28,32 +29,32 @@ from lib.tables import has_splits
 from lib.video import FrameCache, Segment, as_segment
 
 CUTOFFS = (1, 5, 10, 50)
-# The options that `score_split` takes as they are.
+# The options that are passed to `score_split` unchanged.
 SETTINGS = ("skip_bad", "amp", "trials", "seed", "expected", "cache", "workers", "batch")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- encode ----
 #
-# The processes of a job share the batches out. A batch is the same whatever their number, and so
-# are the results.
+# The processes of a job divide the batches among them. The batches do not depend on the number of
+# processes, so neither do the results.
 
 
 def autocast(device, amp):
-    """The precision of the towers: off, bf16 or fp16."""
+    """Context manager for the precision of the towers. amp: off, bf16 or fp16."""
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
 def refuse_lone(name, value, kinds, wanted):
-    """Raise a TypeError for one item in place of a list: a str is also a list of its letters."""
+    """Raise a TypeError for one item instead of a list: a str would pass as a list of letters."""
     if isinstance(value, kinds):
-        raise TypeError(f"{name} must be a list of {wanted}, and is one {type(value).__name__}")
+        raise TypeError(f"{name} must be a list of {wanted}, not one {type(value).__name__}")
 
 
 @torch.no_grad()
 def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     """captions (N) -> t (N,D), float32, on the model's device.
 
-    amp="bf16": the towers multiply in bfloat16, here and in `encode_videos`.
+    With amp="bf16", the towers multiply in bfloat16, here and in `encode_videos`.
     """
     refuse_lone("captions", captions, str, "str")
     device = model.clip.logit_scale.device
@@ -66,9 +67,9 @@ def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
 
 
 def collate(items):
-    """Items of VideoDataset -> (pixels (n,T,3,P,P) of those that could be read, {k: error}).
+    """Items of VideoDataset -> (pixels (n,T,3,P,P) of the readable ones, {k: error of item k}).
 
-    Pixels are None where no item could be read.
+    Pixels are None if no item could be read.
     """
     read, errors = data.readable(items, skip_bad=True)
     return torch.stack(read) if read else None, errors
@@ -87,11 +88,11 @@ def encode_videos(
 ):
     """Segments or paths (V) -> f (V,T,D), float32, on the model's device; each is decoded once.
 
-    cache: the folder of a FrameCache. A video that can't be read raises its DataError; with a dict
-    as `bad` the message goes there, by the video's number, and its row of f is zeros.
+    cache: the folder of a FrameCache. A video that can't be read raises a DataError. If `bad` is a
+    dict, the video's number and error message are added to it instead, and its row of f is zeros.
     """
-    wanted = "Segment, str or Path"
-    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike), wanted)
+    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike),
+                "Segment, str or Path")
     segments = [as_segment(x) for x in segments_or_paths]
     V = len(segments)
     T = model.frames
@@ -115,7 +116,7 @@ def encode_videos(
                 with autocast(device, amp):
                     f[read] = model.encode_video(pixels)
             progress.update(rows[-1] + 1)
-    # All processes hear of an error: those without one would wait for the others for ever.
+    # Every process gets all errors: one that saw none would wait for the others forever.
     failed = dict(sorted(job.join(list(failed.items()))))
     if bad is not None:
         bad.update(failed)
@@ -129,9 +130,9 @@ def encode_videos(
 
 @torch.no_grad()
 def score_all(model, t, f, job=ALONE, **scoring):
-    """The scores of all pairs. t (N,D), f (V,T,D) -> sims (N,V). scoring: as exact.score has it."""
+    """Scores of all pairs. t (N,D), f (V,T,D) -> sims (N,V). scoring: arguments of exact.score."""
     sims = t.new_zeros(len(t), len(f))
-    # A score depends on its text and its video alone, so columns can be computed anywhere.
+    # A score depends only on its text and its video, so any process can compute any column.
     for columns in blocks(len(f), 128)[job.rank::job.world]:
         sims[:, columns] = exact.score(model, t, f[columns], **scoring)
     return job.sum(sims)
@@ -139,26 +140,30 @@ def score_all(model, t, f, job=ALONE, **scoring):
 
 @torch.no_grad()
 def released_scores(model, t, f, caption_of, trials=20, seed=24):
-    """LEAKING: what the released evaluation ranks by. t (N,D), f (V,T,D) -> sims (N,V).
+    """LEAKING: the scores of the released evaluation. t (N,D), f (V,T,D) -> sims (N,V).
 
-    caption_of (V,): the text of each video. The honestly pooled video picks the sample,
-    m* = argmax_m cos(t_i + R_ij·ε_m, psi(f_j | t_i)), and that sample is scored with the video as
-    pooled by its own caption, cos(t_i + R_ij·ε_m*, psi(f_j | t_caption(j))), whatever text i says.
-    Differs from the released code: all pairs share the noise, which is drawn for each one there.
+    caption_of (V,): the number of each video's own text. The sample is chosen honestly, with the
+    video pooled by text i: m* = argmax_m cos(t_i + R_ij·ε_m, psi(f_j | t_i)). But it is scored
+    with the video pooled by its own caption: cos(t_i + R_ij·ε_m*, psi(f_j | t_caption(j))).
+
+    This differs from the released code only in the noise: all pairs share the same samples, while
+    the released code draws new ones for each pair.
     """
-    eps = t.new_zeros(1, t.shape[1])  # the point text
+    model.pool.eval()  # dropout is for training
+    eps = torch.zeros_like(t[:1])  # the point text
     if trials:
-        eps = model.noise(trials, seed).to(t.device)
+        eps = model.noise(trials, seed).to(t)
     sims = t.new_empty(len(t), len(f))
     for videos in blocks(len(f), 4):
         f_j = f[videos]
-        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j))
-        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)  (V,N,D)
-        R = model.radius(exact.similarities(t, f_j, model.radius))   #                 (V,N,D)
-        honest = exact.sample_cosines(t, v, R, eps)                  #                 (V,N,M)
-        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)
-        best = honest.argmax(-1, keepdim=True)                       # m*              (V,N,1)
+        own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j)) (D,V)
+        v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)        (V,N,D)
+        R = model.radius(exact.similarities(t, f_j, model.radius))   #                       (V,N,D)
+        honest = exact.sample_cosines(t, v, R, eps)                  #                       (V,N,M)
+        leaking = exact.sample_cosines(t, own.T[:, None], R, eps)    #                       (V,N,M)
+        best = honest.argmax(-1, keepdim=True)                       # m*                    (V,N,1)
         sims[:, videos] = leaking.gather(-1, best).squeeze(-1).T
+    model.pool.train(model.training)
     return sims
 
 
@@ -166,32 +171,32 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
 
 
 def lowest_if_nan(x):
-    """A score that is not a number counts as the lowest: it ranks at chance, not first."""
+    """Replace NaN by -inf, so that a score that is not a number never ranks first."""
     return x.masked_fill(x.isnan(), -torch.inf)
 
 
 def tied_rank(scores, own, dim):
-    """The rank of `own`, one of the scores along dim: 1 + those above + half of those that tie."""
+    """Rank of `own`, one of the scores along dim: 1 + number above + half the number of ties."""
     above = (scores > own).sum(dim)
     tied = (scores == own).sum(dim) - 1
     return 1 + above + tied.double() / 2
 
 
 def ranks(sims, owner):
-    """Ranks of the right answers, from 1, float64. sims (N,V), owner (N,) -> t2v (N,), v2t (V,).
+    """Ranks of the correct matches. sims (N,V), owner (N,) -> t2v (N,), v2t (V,), float64, from 1.
 
-    t2v: each text ranks the videos. v2t, as in the published tables: each video ranks the videos
-    by the best score that a caption of theirs has with it. One without captions is no such rival
-    and has the rank NaN, but every text ranks it.
+    t2v: each text ranks all videos. v2t, as in the published tables: each video w ranks all videos
+    v by the best score between w and a caption of v. A video without captions is left out of this
+    ranking, and its own v2t rank is NaN; in t2v it counts like any other.
     """
-    # On the CPU: Apple's GPUs (--device mps) have no float64.
+    # On the CPU, because Apple's GPUs (--device mps) have no float64.
     sims = lowest_if_nan(sims.cpu())
     owner = torch.as_tensor(owner).cpu()
     N, V = sims.shape
-    own = sims.gather(1, owner[:, None])      # each text with its video               (N,1)
+    own = sims.gather(1, owner[:, None])      # each text with its own video           (N,1)
     t2v = tied_rank(sims, own, dim=1)
 
-    best = sims.new_full((V, V), -torch.inf)  # of the captions of video v, with w     (V,V)
+    best = sims.new_full((V, V), -torch.inf)  # best caption of v (rows) for w (columns)
     rows = owner[:, None].expand(N, V)
     best = best.scatter_reduce(0, rows, sims, "amax")
     described = owner.unique()
@@ -205,7 +210,7 @@ def ranks(sims, owner):
 
 
 def metrics(ranks):
-    """ranks (n,), from 1, NaN for none -> dict(R1, R5, R10, R50: percent, MdR, MnR)."""
+    """ranks (n,), from 1; NaN is ignored -> dict(R1, R5, R10, R50 in percent, MdR, MnR)."""
     ranks = torch.as_tensor(ranks, dtype=torch.float64)
     ranks = ranks[~ranks.isnan()]
     found = {f"R{k}": 100 * (ranks <= k).double().mean().item() for k in CUTOFFS}
@@ -213,16 +218,16 @@ def metrics(ranks):
 
 
 def dsl(sims, dim=0):
-    """Dual softmax: a score counts more where the candidate prefers this query. (N,V) -> (N,V).
+    """Dual softmax: weight a score by how much its candidate prefers this query. (N,V) -> (N,V).
 
-    dim: the axis of the queries, 0 for t2v, 1 for v2t. It is transductive: all queries are used at
-    once, where a search has one.
+    dim: the axis of the queries, 0 for t2v and 1 for v2t. The method is transductive: it uses all
+    queries at once, while a search has only one.
     """
     return sims * (100 * sims).softmax(dim)
 
 
 def measure(sims, owner):
-    """The metrics of both ways. sims (N,V), owner (N,) -> dict(t2v, v2t)."""
+    """Metrics in both directions. sims (N,V), owner (N,) -> dict(t2v, v2t)."""
     t2v, v2t = ranks(sims, owner)
     return dict(t2v=metrics(t2v), v2t=metrics(v2t))
 
@@ -244,7 +249,7 @@ class Scored(NamedTuple):
     f: torch.Tensor        # (V,T,D)
     sims: torch.Tensor     # (N,V)
     ann: data.Annotations  # without the videos that can't be read
-    left_out: list         # what is wrong with each of those
+    left_out: list         # the error message of each of those
     scoring: dict          # trials, seed, expected
 
 
@@ -267,22 +272,22 @@ def score_split(
     features=None,
     **reading,
 ):
-    """Encode and score. Annotations -> Scored. name: of the model, for errors.
+    """Encode and score. Annotations -> Scored. name: what error messages call the model.
 
-    features: t (N,D) and f (V,T,D), where they are made already. reading: cache, workers and batch
-    of `encode_videos`.
+    features: t (N,D) and f (V,T,D), if they are already computed. reading: cache, workers and
+    batch, passed to `encode_videos`.
     """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = model.training
     model.eval()
     bad = {}
-    # Equal texts are scored once: so they tie exactly.
+    # Equal texts are scored once, so that they tie exactly.
     if features:
         t, f = features
         t, rows = t.unique(dim=0, return_inverse=True)
     else:
-        noted = bad if skip_bad else None
-        f = encode_videos(model, ann.segments, job, bad=noted, amp=amp, **reading)
+        f = encode_videos(
+            model, ann.segments, job, bad=bad if skip_bad else None, amp=amp, **reading)
         if bad:
             readable = [v for v in range(len(f)) if v not in bad]
             f = f[readable]
@@ -322,8 +327,8 @@ def summarise(model, scored, with_dsl=False, released=False):
 def released_protocol(model, scored):
     """What the released, LEAKING evaluation reports. -> dict(released_protocol, first_captions).
 
-    It is defined for one caption per video, so it takes each video's first. first_captions: the
-    honest metrics of those, where a video has more or none.
+    It is defined for one caption per video, so only the first of each video is used.
+    first_captions: the honest metrics of the same pairs, if a video has more captions or none.
     """
     first = {}
     for i, v in enumerate(scored.ann.owner):
@@ -342,7 +347,7 @@ def released_protocol(model, scored):
 
 
 def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
-    """Annotations -> the dict of `summarise`. settings: job, workers, ... of `score_split`."""
+    """Annotations -> the dict of `summarise`. settings: arguments of `score_split`."""
     scored = score_split(model, tokenizer, ann, **settings)
     return summarise(model, scored, with_dsl, released)
 
@@ -352,37 +357,25 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    add = p.add_argument
-    add("--ckpt", default="model.pt",
-        help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
-             "ViT-B/32 or the like, or a file (default: %(default)s)")
-    add("--data",
-        help="name of a data set or path of a .csv (default: what --ckpt trained on)")
-    add("--root",
-        help="folder of the data set (default: as in training; for a .csv, its own)")
-    add("--videos",
-        help="folder of its videos (default: as in training, or within --root)")
-    add("--split", choices=(*data.SPLITS, "all"),
-        help="(default: test; all of a .csv without that column that --ckpt did not "
-             "train on)")
-    add("--features",
-        help="score features made elsewhere, of torch.save: t (N,D), f (V,T,D) and "
-             "owner (N,), the number of each text's video, as --save writes them")
-    add("--dsl", action="store_true",
-        help="add rows with dual softmax, which uses all queries at once")
-    add("--released-protocol", action="store_true",
-        help="add what the released, LEAKING evaluation reports")
-    add("--analyze", action="store_true",
-        help="add 95%% intervals, relevant against irrelevant pairs, recall by "
-             "video complexity")
-    add = add_common(p)
-    add("--save",
-        help="write similarities, ranks, embeddings, captions and segments there")
-    add("--cache",
-        help="keep every video's sampled frames there as JPEG (default: where training "
-             "kept those of the same data set)")
-    add("--skip-bad", action="store_true",
-        help="leave unreadable videos out and count them (default: stop)")
+    option = p.option
+    option("ckpt NAME", "a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
+           "ViT-B/32 or the like, or a file", default="model.pt")
+    option("data NAME", "name of a data set or path of a .csv (default: what --ckpt trained on)")
+    option("root DIR", "folder of the data set (default: as in training; for a .csv, its own)")
+    option("videos DIR", "folder of its videos (default: as in training, or within --root)")
+    option("split", "(default: test; all of a .csv without that column that --ckpt did not "
+           "train on)", (*data.SPLITS, "all"))
+    option("features FILE", "score features made elsewhere, of torch.save: t (N,D), f (V,T,D) "
+           "and owner (N,), the number of each text's video, as --save writes them")
+    option("dsl", "add rows with dual softmax, which uses all queries at once", bool)
+    option("released-protocol", "add what the released, LEAKING evaluation reports", bool)
+    option("analyze", "add 95%% intervals, relevant against irrelevant pairs, recall by video "
+           "complexity", bool)
+    add_common(p)
+    option("save FILE", "write similarities, ranks, embeddings, captions and segments there")
+    option("cache DIR", "keep every video's sampled frames there as JPEG (default: where "
+           "training kept those of the same data set)")
+    option("skip-bad", "leave unreadable videos out and count them, instead of stopping", bool)
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
@@ -392,29 +385,29 @@ def parse_args(argv=None):
 
 
 def as_trained(args, config, job):
-    """What is not given in args becomes what it was in training, on the same data set."""
+    """Fill in what is not given in args with what was used in training, on the same data set."""
     cache = args.cache
     for name in ("data", "root", "videos", "cache"):
         if getattr(args, name) is None and isinstance(config.get(name), str):
             setattr(args, name, config[name])
-    # Frames from training's cache went through JPEG: with them training's numbers come out again.
+    # The frames in training's cache are JPEG: only with them are its numbers reproduced exactly.
     if args.cache != cache and not os.path.isdir(args.cache):
         job.say(f"{args.cache}, where training kept its frames, is gone: numbers can differ a "
-                "little from training's, whose frames went through JPEG")
+                "little from training's, whose frames were compressed as JPEG")
         args.cache = None
 
 
 def load_data(args, config, job):
-    """The split that is asked for. -> (Annotations, the number of missing videos)."""
+    """Load the requested split. -> (Annotations, number of missing videos)."""
     trained_on = config.get("data")
     if not (args.data or trained_on):
         raise DataError(f"{args.ckpt} does not say which data set it was trained on: "
                         "give --data and --root")
-    # Training keeps the absolute path of a .csv.
+    # Training records the absolute path of a .csv.
     same = args.data is None or trained_on in (args.data, os.path.abspath(args.data))
     if same:
         as_trained(args, config, job)
-    if args.split is None:  # no row of another .csv was trained on
+    if args.split is None:  # if it is another .csv, none of its rows was used in training
         whole = args.data.endswith(".csv") and not has_splits(args.data)
         args.split = "all" if whole and not same else "test"
     ann = data.load_split(
@@ -434,7 +427,7 @@ def load_data(args, config, job):
 
 
 def write_results(args, model, scored, result, job):
-    """--analyze, --report, --json and --save. The result gets the analysis."""
+    """Write the output of --analyze, --report, --json and --save. Adds the analysis to result."""
     t, f, sims, ann, *_ = scored
     t2v, v2t = ranks(sims, ann.owner)
     if args.analyze or args.report:
@@ -449,7 +442,7 @@ def write_results(args, model, scored, result, job):
     if args.json:
         write_json(args.json, result)
     if args.save:
-        # Everything that the metrics are computed from, as plain tensors and lists, and they.
+        # The metrics, and all that they are computed from, as plain tensors and lists.
         content = dict(
             format="tmass scores",
             sims=sims.cpu(),
@@ -487,13 +480,12 @@ def main(argv=None):
         result[name] = getattr(args, name)
     result["missing"] = missing
     job.say(f"{args.data}, split {args.split}: {metrics_text(result)}")
-    ceiling = None
     if args.data == "shapes" and args.split == "test":
         ceiling = shapes_ceiling(args.root)
-    if ceiling is not None:
-        result["ceiling"] = ceiling
-        job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
-    # After the table: if a file can't be written, the numbers are there.
+        if ceiling is not None:
+            result["ceiling"] = ceiling
+            job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")
+    # After the table, so that the numbers are shown even if a file can't be written.
     if job.rank == 0:
         write_results(args, model, scored, result, job)
     return 0

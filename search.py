@@ -3,15 +3,16 @@
 
     python search.py "a dog jumps into water" --videos ~/clips      # CLIP ViT-B/32 as it is
     python search.py "a red star" --videos data/shapes/videos --ckpt model.pt
-    python search.py photo.jpg --videos ~/clips                     # what looks like it
-    python search.py --videos ~/clips                               # asks; from a pipe, one a line
+    python search.py photo.jpg --videos ~/clips                     # videos that look like it
+    python search.py --videos ~/clips                               # prompts, or reads a pipe
     python search.py --videos ~/clips --serve                       # a page to search and watch on
-    python search.py -0 "a dog" --videos ~/clips | xargs -0 ls -l   # file names alone
+    python search.py -0 "a dog" --videos ~/clips | xargs -0 ls -l   # only file names
     torchrun --nproc_per_node 8 search.py "a dog" --videos ~/clips  # each process does its share
 
-A video is searched by pieces of some seconds; a piece is a row of the gallery. Their embeddings
-stay in the folder .tmass-index/ (lib/index.py): only what is new is encoded. In this order:
-encoding, build_index, queries, search (two stages), the command line.
+A long video is split into pieces of a few seconds, and each piece is a row of the gallery. The
+embeddings are kept in the folder .tmass-index/ (lib/index.py), so only new videos are encoded. This
+file follows the steps of a search: encoding, build_index, queries, search in two stages, and the
+command line.
 """
 import contextlib
 import functools
@@ -50,18 +51,20 @@ from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 from tmass import cosine
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
-ROWS = 1000   # pieces that are scored exactly at once
-ON_PAGE = 20  # results at least on the page
+ROWS = 1000   # number of pieces scored exactly at a time
+ON_PAGE = 20  # least number of results on the page
 
 
 # ---- encoding ----
 
 class PieceDataset(data.VideoDataset, IterableDataset):
-    """The pieces of a folder's files as batches; each file is read by one worker, in order.
+    """The pieces of a folder's files, in batches. Each file is read by one worker, in order.
 
-    -> (rows, pixels uint8 (n,T,3,P,P) or None). A row is (file number, Piece without its frames),
-    or at the file's end (file number, File). A File has no content where the system refused to read
-    it: that is no property of the file. known: contents of which nothing is read.
+    Yields (rows, pixels uint8 (n,T,3,P,P) or None). A row is (file number, Piece without frames)
+    or, at the end of a file, (file number, File). If the system refused to read a file, which says
+    nothing about the file itself, its File has an empty `content`.
+
+    known: set of values of `content_of`. The frames of files with such content are not read.
     """
 
     def __init__(self, folder, files, frames, window, transform, batch, known):
@@ -91,7 +94,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
                         yield rows, torch.stack(pixels)
                         rows = []
                         pixels = []
-            # A bad file is a result and no end: the other files are still to be read.
+            # An unreadable file must not end the search: it is recorded like any other.
             except (DataError, OSError, MemoryError) as error:
                 why = str(error)
                 if path not in why:
@@ -104,8 +107,8 @@ class PieceDataset(data.VideoDataset, IterableDataset):
 
 
 def was_refused(path, error):
-    """Whether the system is why a file can't be read, which it may be able to the next time."""
-    # Want of memory, which torch calls a RuntimeError, has a cure.
+    """Whether the system, not the file, caused the error, so that reading may succeed next time."""
+    # Lack of memory, for which torch raises a RuntimeError, is one of the errors with a `cure`.
     while error and not (isinstance(error, OSError) or cure(error)):
         error = error.__context__
     return error is not None or not os.access(path, os.R_OK)
@@ -116,27 +119,30 @@ def encode_files(
     model, folder, files, shards, writer, job, stopping, window, saved=lambda: None, workers=0,
     batch=16, amp="off"
 ):
-    """Encode this process' share of a folder's files. -> how many of them were encoded
+    """Encode this process' share of a folder's files. -> number of videos encoded
 
-    folder: a Folder, whose `refused` is added to. files: the Files that all processes share.
-    shards: of what is encoded already: a copy of it gets the same rows. writer: a ShardWriter.
-    stopping: becomes true where no more is to be encoded. saved: is called whenever a shard is
-    saved.
+    folder: a Folder; error messages are added to its `refused`. files: all new Files, to be divided
+    among the processes. shards: what is already encoded; copies of those files reuse their rows.
+    writer: a ShardWriter. stopping: a list; encoding stops once it is not empty. saved: called
+    after each shard that is saved while encoding.
     """
     device = model.clip.logit_scale.device
     T = model.frames
     files = files[job.rank::job.world]
-    known = {x.content: (x, shard) for shard in shards for x in shard.files if not x.why}
-    known.pop("", None)  # shards of earlier versions have no contents
+    known = {
+        file.content: (file, shard)
+        for shard in shards for file in shard.files if not file.why
+    }
+    known.pop("", None)  # the `content` of files in shards of earlier versions
     transform = data.transform_for(model.clip)
     dataset = PieceDataset(folder.path, files, T, window, transform, batch, set(known))
-    total = len(files) * job.world  # as if all processes were as far as this one
+    total = len(files) * job.world  # assume that all processes progress equally
     progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
-    nothing = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
-    # A file's pieces may come in several batches, between those that other workers read.
-    begun = [[nothing] for _ in files]  # each file's pieces so far
+    empty = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
+    # A file's pieces may span several batches, mixed with batches from other workers.
+    begun = [[empty] for _ in files]  # the pieces of each file so far
     done = 0
-    encoded = []  # why they can't be read, None for those that can
+    encoded = 0
     reading = loading(dataset, workers=min(workers, len(files)), pin=device.type == "cuda")
     with contextlib.suppress(Stopped), reading as batches:
         for rows, pixels in batches:
@@ -159,11 +165,11 @@ def encode_files(
                     part = store.keep_files(shard, [file is other for file in shard.files])
                     writer.parts.append(part._replace(files=[entry]))
                 else:
-                    # Of a file that breaks off nothing is searched.
+                    # If reading fails part-way, none of the file's pieces are kept.
                     pieces = begun[v][:1] if entry.why else begun[v]
                     tensors = (torch.cat(x) for x in zip(*pieces))
                     writer.parts.append(store.file_shard(*tensors, entry))
-                    encoded.append(entry.why)
+                    encoded += entry.why is None
                 begun[v] = None
             progress.update(done * job.world)
             if writer.save_if_due():
@@ -171,27 +177,27 @@ def encode_files(
             if stopping:
                 break
     writer.save()
-    return encoded.count(None)
+    return encoded
 
 
-# ---- the index of a folder, the gallery of all ----
+# ---- the index of each folder, and the gallery of all ----
 
 class Index(NamedTuple):
-    """The pieces of all shards as one gallery of P rows; the same on all processes."""
+    """The pieces of all shards as one gallery of P rows. All processes have the same."""
 
     shards: list          # of Shard
-    starts: torch.Tensor  # the number of each shard's first row, and P
-    file: torch.Tensor    # (P,) int64: which of `paths` a row belongs to; -1: it doesn't count
+    starts: torch.Tensor  # (shards + 1,): the number of each shard's first row, then P
+    file: torch.Tensor    # (P,) int64: each row's file, as an index into `paths`; -1: not searched
     paths: list           # of the files
-    names: list           # of the files as results print them
+    names: list           # of the files, as shown in results
 
 
 def update_index(model, folder, where, mark, job, stopped, **encoding):
-    """Encode what is new or changed in a Folder, all processes together.
+    """Encode the new and changed files of a Folder, in all processes together.
 
-    where: the folder of its shards. mark: the fingerprint. stopped: the signals that have ended the
-    encoding, to be added to. encoding: as encode_files takes it.
-    -> ({name: Shard}, newest_shards of them, how many files were encoded)
+    where: the folder of its shards. mark: the fingerprint. stopped: list of the signals that
+    interrupted the encoding; new ones are added. encoding: arguments of encode_files.
+    -> ({name: Shard}, their newest_shards, number of videos encoded)
     """
     writer = ShardWriter(where, mark)
     size = model.frames, model.clip.embed_dim
@@ -203,41 +209,45 @@ def update_index(model, folder, where, mark, job, stopped, **encoding):
     encoded = 0
     if files and not stopped:
         noting = contextlib.nullcontext([])
-        if threading.current_thread() is threading.main_thread():  # others are not told of signals
+        # Python handles signals in the main thread only.
+        if threading.current_thread() is threading.main_thread():
             noting = noting_signals()
         with noting as stopping:
             known = shards.values()
             count = encode_files(model, folder, files, known, writer, job, stopping, **encoding)
-            encoded = sum(job.gather(count))  # waits for all
+            encoded = sum(job.gather(count))  # also waits until all processes have saved
             stopped += job.join(stopping)
         shards = opened()
         for unsaved in job.gather(writer.unsaved):
             shards.update(unsaved)
         newest = store.newest_shards(shards, folder.stamps)
     if folder.whole and job.rank == 0 and not writer.unsaved:
-        with contextlib.suppress(OSError, RuntimeError):  # it can't be written: nothing is lost
+        with contextlib.suppress(OSError, RuntimeError):  # can't be written: the old shards stay
             kept = store.newest_with_missed(folder.path, where, mark, shards, newest)
             store.repack(where, mark, shards, kept)
     return shards, newest, encoded
 
 
 def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **encoding):
-    """The Index of folders and files, of which only what is new or changed is encoded.
+    """Build the Index of folders and files. Only new and changed files are encoded.
 
-    paths: list of folders and files. window: seconds of a piece. index_dir: where embeddings are
-    kept, if not in the folders. new=False: what the index has, without a look for new files.
-    encoding: workers, batch, amp, saved. Ctrl-C ends the encoding: the Index is then of what was
-    encoded. Raises DataError where nothing can be searched.
+    paths: list of folders and files. window: length of a piece in seconds. index_dir: where to keep
+    the embeddings, instead of in the folders. new=False: use only what the index holds; new files
+    are not looked for, except those in paths. encoding: workers, batch, amp and saved, as for
+    encode_files.
+
+    Ctrl-C stops the encoding, and the Index holds what was encoded so far. Raises DataError if
+    there is nothing to search.
     """
     refuse_lone("paths", paths, (str, bytes, os.PathLike), "folders and files")
-    # Files may come and go: all processes share out what the first one saw.
+    # Files may change in the meantime, so all processes work from the list of the first.
     folders = job.gather(list_videos(paths, new))[0]
     mark = store.fingerprint(model, window)
     shards = []
     file = []
-    found = {}  # absolute path: path
+    found = {}  # absolute path: path as given
     names = []
-    reasons = []  # why files can't be read
+    reasons = []  # error messages of unreadable files
     encoded = 0
     stopped = []
     for folder in folders:
@@ -249,12 +259,12 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
         encoded += count
         shards += parts.values()
         for key, shard in parts.items():
-            numbers = []  # of the shard's files in `found`; -1: its rows don't count
+            numbers = []  # the position in `found` of each of the shard's files; -1: not searched
             for name, _, why, _ in shard.files:
                 path = os.path.join(folder.path, name)
                 real = os.path.join(base, name)
                 number = -1
-                # A file may be in two of `paths`; it counts once.
+                # A file that lies in two of `paths` is searched once.
                 if newest.get(name) == key and real not in found:
                     if why is None:
                         number = len(found)
@@ -266,13 +276,14 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
         reasons += folder.refused
     reasons = job.join(reasons)
-    if set(stopped) - {signal.SIGINT}:  # to be ended, not to answer: what is encoded is saved
+    # Only Ctrl-C goes on to answer the queries. What was encoded is saved in either case.
+    if set(stopped) - {signal.SIGINT}:
         raise KeyboardInterrupt
     pieces = sum((numbers >= 0).sum().item() for numbers in file)
     job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
     if not found:
         searched = " ".join(map(os.fspath, paths))
-        reasons.append("the index holds none of its videos (without -n they are looked for)")
+        reasons.append("the index holds none of its videos (run without -n to find them)")
         raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
     starts = torch.tensor([0, *map(len, file)]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
@@ -283,9 +294,9 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
 
 @torch.no_grad()
 def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
-    """Texts, and paths of pictures and videos, in any mixture. queries (N) -> t (N,D)
+    """Encode queries, each a text or the path of a picture or video. list of N str -> t (N,D)
 
-    A picture's or a video's own embedding takes the text's place.
+    A picture or video is encoded by the image tower, and its embedding takes the place of a text's.
     """
     t = encode_texts(model, tokenizer, queries, job, amp=amp)
     transform = data.transform_for(model.clip)
@@ -298,20 +309,20 @@ def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
         else:
             continue
         pixels = transform(frames)[None].to(t.device)
-        # Not normalised: beside the noise, a text counts with its length.
+        # Not normalised, as for a text: the noise does not scale with t, so |t| matters.
         text.copy_(model.encode_video(pixels)[0].mean(0))
     return t
 
 
 # ---- search: the best pieces by their pooled frames, then exact scores ----
-# Each process searches every world-th shard.
+# With several processes, process `rank` searches the shards rank, rank + world, ...
 
 class Hit(NamedTuple):
-    """A piece [start, end) of a file, and the time of its frame nearest to the text, in seconds."""
+    """A result: the piece [start, end) of a file. Times are in seconds."""
 
     score: float
-    file: int  # of Index.paths
-    at: float
+    file: int  # index into Index.paths
+    at: float  # time of the frame nearest to the text
     start: float
     end: float
     times: list  # of the T frames
@@ -319,28 +330,28 @@ class Hit(NamedTuple):
 
 @torch.no_grad()
 def point_scores(t, index, job=ALONE):
-    """First stage: cos(t, pooled frames) of this process' rows, others -inf. t (N,D) -> (N,P)."""
+    """First stage: cos(t, pooled frames). t (N,D) -> (N,P), with -inf for other processes' rows."""
     unit = F.normalize(t.float(), dim=-1)
     starts = index.starts.tolist()
     scores = unit.new_full((len(t), starts[-1]), -torch.inf)
     for s in range(job.rank, len(index.shards), job.world):
-        mean = index.shards[s].mean.to(t.device)  # already there, but for those beyond MEANS
+        mean = index.shards[s].mean.to(t.device)  # move_means has put most of them there
         scores[:, starts[s]:starts[s + 1]] = unit @ mean.float().T
-    gone = (index.file < 0).to(t.device)
-    return scores.masked_fill_(gone, -torch.inf)
+    ignored = (index.file < 0).to(t.device)
+    return scores.masked_fill_(ignored, -torch.inf)
 
 
 def best_rows(scores, index, shortlist, files, job=ALONE):
-    """The rows of the best `shortlist` scores of all processes. scores (P,) -> row numbers (n,).
+    """The rows of the `shortlist` best scores over all processes. scores (P,) -> rows (n,), sorted
 
-    There are more where these belong to fewer than `files` files.
+    The shortlist is extended until its rows belong to at least `files` files.
     """
     P = len(scores)
     scores = lowest_if_nan(scores)
     files = min(files, len(index.paths))
     while True:
         shortlist = min(shortlist, P)
-        # The best of all processes are among the best of each.
+        # The best rows overall are among the best rows of each process.
         best, rows = scores.topk(shortlist)
         parts = job.gather((best.cpu(), rows.cpu()))
         best, rows = (torch.cat(x) for x in zip(*parts))
@@ -352,28 +363,28 @@ def best_rows(scores, index, shortlist, files, job=ALONE):
 
 
 def shard_of(index, rows):
-    """Which shard each row is in. rows (n,) -> (n,)."""
+    """The number of each row's shard. rows (n,) -> (n,)."""
     return torch.bucketize(rows, index.starts[1:], right=True)
 
 
 def read_rows(index, rows):
-    """What the shards have of some rows, in order. -> frames (n,T,D), times (n,T), spans (n,2)"""
-    # Rows are in order, so those of a shard follow each other.
+    """Read rows (n,), sorted, from their shards. -> frames (n,T,D), times (n,T), spans (n,2)"""
+    # As the rows are sorted, rows of the same shard are adjacent.
     numbers, sizes = shard_of(index, rows).unique_consecutive(return_counts=True)
     parts = []
-    for s, own in zip(numbers.tolist(), rows.split(sizes.tolist())):
+    for s, inside in zip(numbers.tolist(), rows.split(sizes.tolist())):
         shard = index.shards[s]
-        own = own - index.starts[s]
-        parts.append((shard.frames[own], shard.times[own], shard.spans[own]))
+        inside = inside - index.starts[s]
+        parts.append((shard.frames[inside], shard.times[inside], shard.spans[inside]))
     return [torch.cat(x) for x in zip(*parts)]
 
 
 @torch.no_grad()
 def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring):
-    """Second stage: exact scores of this process' share of the rows.
+    """Second stage: exact scores of this process' share of the rows. text (1,D), rows (n,), sorted
 
-    text (1,D), rows (n,), in order -> the `top` best Hits, and those that tie with them.
-    scoring: trials, seed, expected.
+    -> list of Hit, unsorted: the `top` best files, or pieces if `pieces` is true, including all
+    ties. A file may have several Hits. scoring: trials, seed, expected.
     """
     rows = rows[shard_of(index, rows) % job.world == job.rank]
     if not len(rows):
@@ -390,7 +401,7 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
     if not pieces:
         best = scores.new_full((len(index.paths),), -torch.inf)
         best.scatter_reduce_(0, file, scores, "amax")
-    # Only what can be among the best becomes a Hit: there may be a million rows.
+    # Only rows that can be among the best become Hits: there may be a million rows.
     top = min(top, len(best))
     good = scores >= best.topk(top).values[-1]
     f, times, spans = read_rows(index, rows[good])
@@ -401,9 +412,10 @@ def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring
 
 
 def merge(parts, index, top, pieces=False):
-    """The best of several lists of Hits, ties by names and times; each file once, but for pieces.
+    """The `top` best of several lists of Hits. Ties are ordered by path, then by time.
 
-    The top K of several top Ks is exact.
+    Each file is listed once, by its best piece, unless `pieces` is true. The result is exact if
+    each list holds the best of its own process.
     """
     hits = itertools.chain(*parts)
     hits = sorted(hits, key=lambda hit: (-hit.score, index.paths[hit.file], hit.start))
@@ -417,17 +429,17 @@ def merge(parts, index, top, pieces=False):
 
 @torch.no_grad()
 def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **scoring):
-    """The best videos for each text. t (N,D), Index -> N lists of at most `top` Hits.
+    """Find the best videos for each text. t (N,D), Index -> N lists of at most `top` Hits.
 
-    Scores are exact for the `shortlist` pieces (0: all) whose pooled frames are nearest to the
-    text. pieces: list every piece, not each file once. scoring: trials, seed, expected.
+    The `shortlist` pieces (0: all) whose pooled frames are nearest to the text get exact scores.
+    pieces: list every piece, instead of each file once. scoring: trials, seed, expected.
     """
     if not torch.is_tensor(t):
         raise TypeError(f"t must be embeddings (N,D), as encode_texts makes them, not {t!r}")
     shortlist = max(shortlist or len(index.file), top)
     files = 0 if pieces else top
     found = []
-    # Some texts at a time, as the point scores of a million pieces take 4 MB a text.
+    # A few texts at a time, because the point scores of a million pieces take 4 MB per text.
     for texts in t.split(16):
         points = point_scores(texts, index, job)
         for text, scores in zip(texts.split(1), points):
@@ -441,38 +453,34 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    add = p.add_argument
-    add("query", nargs="*", help="what to look for; none: asks, or reads one a line from a pipe")
-    add("--ckpt", default="ViT-B/32",
-        help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of train.py, or a "
-             "released T-MASS or X-Pool one (default: %(default)s)")
-    add("--videos", metavar="PATH", nargs="+", action="extend", required=True,
-        help="folders and files to search")
-    add("--window", type=numeric(float, 0, 1e6), default=10, metavar="SECONDS",
-        help="a video longer than 1.5 of these is searched by pieces of about this length; "
-             "0: whole videos (default: %(default)s)")
-    add("--pieces", action="store_true", help="list every piece, not each file once by its best")
-    add("--top", type=numeric(int, 1), default=5, help="results to show (default: %(default)s)")
-    add("--shortlist", type=numeric(int, 0), default=1000, metavar="K",
-        help="score exactly the best K pieces by mean-pooled frames; 0: all (default: %(default)s)")
-    add("-f", "--files", action="store_true", help="print file names alone, for other programs")
-    add("-0", "--null", dest="end", action="store_const", const="\0", default="\n",
-        help="the same, each name ended by a NUL byte, for xargs -0")
-    add("-n", "--no-new", action="store_true",
-        help="search what the index holds: don't look for new files")
-    add("--update", action="store_true", help="only bring the index up to date, for cron")
-    add("--index", metavar="DIR",
-        help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
-    add = p.add_argument_group("page").add_argument
-    add("--serve", type=numeric(int, 0, 65535), nargs="?", const=8000, metavar="PORT",
-        help="show a page to search and watch on (port 8000; 0: any that is free)")
-    add("--host", default="127.0.0.1",
-        help="the address or name to serve it at; 0.0.0.0: to all who can reach this machine "
-             "(default: %(default)s, for this machine alone)")
-    add("--every", type=numeric(float, 0.01, 10 ** 6), metavar="MINUTES",
-        help="look for new videos again and again (default: at the start alone)")
+    option = p.option
+    p.add_argument("query", nargs="*",
+                   help="what to look for; none: asks, or reads one a line from a pipe")
+    option("ckpt NAME", "ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of "
+           "train.py, or a released T-MASS or X-Pool one", default="ViT-B/32")
+    option("videos PATH", "folders and files to search", nargs="+", action="extend",
+           required=True)
+    option("window SECONDS", "a video longer than 1.5 of these is searched by pieces of about "
+           "this length; 0: whole videos", numeric(float, 0, 1e6), 10)
+    option("pieces", "list every piece, not each file once by its best", bool)
+    option("top N", "results to show", numeric(int, 1), 5)
+    option("shortlist K", "score exactly the best K pieces by mean-pooled frames; 0: all",
+           numeric(int, 0), 1000)
+    option("files", "print file names alone, for other programs", bool, short="-f")
+    option("null", "the same, each name ended by a NUL byte, for xargs -0", short="-0",
+           dest="end", action="store_const", const="\0")
+    option("no-new", "search what the index holds: don't look for new files", bool, short="-n")
+    option("update", "only bring the index up to date, for cron", bool)
+    option("index DIR", f"keep embeddings there (default: {INDEX}/ in the searched folder)")
+    p.group("page")
+    option("serve PORT", "show a page to search and watch on (port 8000; 0: any that is free)",
+           numeric(int, 0, 65535), nargs="?", const=8000)
+    option("host", "the address or name to serve it at; 0.0.0.0: to all who can reach this "
+           "machine; by default for this machine alone", default="127.0.0.1")
+    option("every MINUTES", "look for new videos again and again (default: at the start alone)",
+           numeric(float, 0.01, 10 ** 6))
     add_common(p)
-    p.set_defaults(expected=True)
+    p.set_defaults(expected=True, end="\n")
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     if 0 < args.window < 0.01:
         p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
@@ -487,7 +495,7 @@ def parse_args(argv=None):
 
 
 def search_present(model, t, index, args, job=ALONE):
-    """`search` as the options say it, without files that went away since the index was opened."""
+    """`search` with the given options. Files deleted since the index was opened are left out."""
     scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
     while True:
         found = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
@@ -500,17 +508,19 @@ def search_present(model, t, index, args, job=ALONE):
 
 
 def answer(model, tokenizer, index, args, job):
-    """Search for every query, and print what is found. -> {query: [dict of rank, score, ...]}"""
+    """Search for every query and print the results. -> {query: [dict of rank, score, ...]}"""
     found = {}
     for queries in questions(args, job):
         t = encode_queries(model, tokenizer, queries, job, args.amp)
         results = search_present(model, t, index, args, job)
         for query, hits in zip(queries, results):
-            if not hits and (index.file < 0).all():
-                raise DataError("the videos of the index are gone: look for others, without -n")
             if not hits:
+                if (index.file < 0).all():
+                    raise DataError(
+                        "the videos of the index are gone: run without -n to find others"
+                    )
                 raise WeightsError(
-                    f"{args.ckpt}: no score of {query!r} is a finite number, nothing can be "
+                    f"{args.ckpt}: no score of {query!r} is a finite number, so nothing can be "
                     "ranked: its weights are damaged, or its training went wrong"
                 )
             found[query] = [
@@ -526,7 +536,7 @@ def answer(model, tokenizer, index, args, job):
 
 
 def write_results(model, found, args):
-    """--json and --report."""
+    """Write the files of --json and --report."""
     if args.json == "-":
         print(json.dumps(found, indent=1), flush=True)
     elif args.json:
@@ -548,7 +558,7 @@ def main(argv=None):
         if args.serve is not None:
             if job.world > 1:
                 raise DataError("--serve is for one process: start it without torchrun")
-            page = SearchPage(args.host, args.serve)  # before what takes long: it may not be free
+            page = SearchPage(args.host, args.serve)  # first, in case the port is not free
         model, tokenizer, _ = load_model(args, job)
         build = functools.partial(
             build_index,
@@ -565,7 +575,7 @@ def main(argv=None):
         if page:
             args.top = max(args.top, ON_PAGE)
 
-            def find(query, index):  # a path from a browser is a text too
+            def find(query, index):  # only texts: no file that a browser names is opened
                 t = encode_texts(model, tokenizer, [query], amp=args.amp)
                 return search_present(model, t, index, args)[0]
 

@@ -1,6 +1,7 @@
 """T-MASS: text as a stochastic embedding for text-video retrieval (CVPR 2024, arXiv 2403.17998).
 
-The whole method, in the order of the paper. One letter per axis everywhere, text left of video:
+The whole method, in the order of the paper. Every axis has one letter, and the text axis always
+comes before the video axis:
 
     N texts    V videos    T frames    L tokens    D joint width    H heads    M noise samples
     P image side    B videos, each with its own text
@@ -10,9 +11,8 @@ The whole method, in the order of the paper. One letter per axis everywhere, tex
                                                                +--> radius(S)    R (N,V,D) --+
                                                                         score(t, f) (N,V) <--+
 
-Only the losses know which video a text belongs to. `TMASS.score`, by which videos are ranked,
-treats all pairs alike; it is written to be read, and lib/exact.py computes the same numbers many
-times as fast.
+Only the losses know which video a text belongs to. `TMASS.score`, which ranks the videos, treats
+all pairs alike. It is written for readability; lib/exact.py computes the same scores much faster.
 """
 import math
 
@@ -24,11 +24,11 @@ PRIORS = ("normal", "uniform")
 SUPPORTS = ("matched", "batch")
 
 
-# ---- frame pooling psi: one vector per video, as the text sees it ----
+# ---- frame pooling psi: one vector per text and video ----
 #
-# Every class is built from (width, heads, dropout) and maps t (N,D), f (V,T,D) -> v (N,V,D).
-# lib/exact.py rewrites the three classes below for speed: a change here needs one there, and the
-# tests compare them. A new class needs nothing there, only an entry in POOLINGS.
+# Each class is constructed with (width, heads, dropout) and maps t (N,D), f (V,T,D) -> v (N,V,D).
+# lib/exact.py has a faster version of each of the three classes below: a change here needs the same
+# change there, and the tests compare the two. A new class needs only an entry in POOLINGS.
 
 
 class XPool(nn.Module):
@@ -48,7 +48,7 @@ class XPool(nn.Module):
         self.out = nn.Linear(width, width)
         self.linear = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
-        # Identity weights: before training, psi is a weighted mean of the frames.
+        # With identity weights, psi starts as a weighted mean of the frames, up to layer norms.
         for layer in (self.q, self.k, self.v, self.out, self.linear):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -71,7 +71,7 @@ class XPool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """v = mean_j f_j, whatever the text: the CLIP4Clip baseline."""
+    """v = mean_j f_j, independent of the text: the CLIP4Clip baseline."""
 
     def __init__(self, *unused):
         super().__init__()
@@ -84,7 +84,7 @@ class MeanPool(nn.Module):
 class QueryPool(nn.Module):
     """v = Σ_j a_j f_j/|f_j|, a = softmax_j(cos(t, f_j) / 0.1): query scoring (arXiv 2205.08508).
 
-    It is conditioned on the text and has no parameters, so it suits a CLIP that is used as it is.
+    It is conditioned on the text but has no parameters, so it suits a CLIP without fine-tuning.
     """
 
     def __init__(self, *unused):
@@ -103,9 +103,10 @@ POOLINGS = {"xpool": XPool, "mean": MeanPool, "query": QueryPool}
 
 # ---- similarity-aware radius of the text mass (section 3.3) ----
 #
-# Every class is built from (frames, width) and maps S = cos(t, f_j), (...,T) -> R, (...,D), or
-# (...,1) where all dimensions share one number. `of_mean = True` declares that R needs only
-# mean_j S_j, which lib/exact.py turns into speed; without it a class is slower, never wrong.
+# Each class is constructed with (frames, width) and maps S_j = cos(t, f_j), (...,T) -> R (...,D),
+# or (...,1) if all dimensions share one value. `of_mean = True` declares that R depends on S only
+# through mean_j S_j, so that lib/exact.py can score faster; without it, scoring is slower, but
+# still correct.
 
 
 class NoRadius(nn.Module):
@@ -154,7 +155,7 @@ class LinearRadius(nn.Module):
     def __init__(self, frames, width):
         super().__init__()
         self.linear = nn.Linear(frames, width)
-        nn.init.eye_(self.linear.weight)  # before training only dimensions 1 to T depend on S
+        nn.init.eye_(self.linear.weight)  # at first, only the first T dimensions of R depend on S
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, S):
@@ -178,19 +179,19 @@ def stochastic_text(t, R, eps):
 
 
 def support_text(t, v, R):
-    """The point of the mass that looks towards the video (eq. 7). t, v, R (...,D) -> (...,D)."""
+    """Move t by R towards v (eq. 7). t, v (...,D), R (...,D) or (...,1) -> (...,D)."""
     return t + F.normalize(v - t, dim=-1) * R  # t_sup = t + (v - t)/|v - t| · R
 
 
 def cosine(a, b):
-    """Cosine along the last axis, broadcast. (...,D), (...,D) -> (...)."""
+    """Cosine similarity over the last axis, with broadcasting. a, b (...,D) -> (...)."""
     return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
 
 
 def symmetric_cross_entropy(sims, scale):
-    """Contrast each text with all videos and each video with all texts; pair i is (i, i).
+    """Mean of the text-to-video and video-to-text cross entropies. sims (B,B), scale () -> ().
 
-    sims (B,B), scale () -> ().
+    Text i and video i are a matched pair; all other pairs are negatives.
     """
     logits = scale * sims
     target = torch.arange(len(sims), device=sims.device)
@@ -203,16 +204,18 @@ def symmetric_cross_entropy(sims, scale):
 
 
 class TMASS(nn.Module):
-    """CLIP, frame pooling, radius. `model(ids, pixels)` trains, `model.score(t, f)` ranks.
+    """CLIP with frame pooling and a radius.
+
+    `model(ids, pixels)` computes the training losses, `model.score(t, f)` the scores for ranking.
 
     clip            image and text encoder with encode_text, encode_image, logit_scale, embed_dim
     frames          T
     pooling         how T frames become one vector: a key of POOLINGS
-    heads, dropout  of the pooling
-    radius          of the text mass: a key of RADII
-    prior           of the noise ε: "normal", N(0, prior_std²), or "uniform", U[0, 1)
+    heads, dropout  settings of the pooling; only XPool uses them
+    radius          radius of the text mass: a key of RADII
+    prior           distribution of the noise ε: "normal", N(0, prior_std²), or "uniform", U[0, 1)
     support_weight, ce_weight   α and β of the objective L(t_s) + α L(t_sup) + β L(t)
-    support_video   the v that t_sup looks towards: "matched", psi(f_i | t_i), as in the paper, or
+    support_video   the v that t_sup points towards: "matched", psi(f_i | t_i), as in the paper, or
                     "batch", the mean of psi(f_i | t_n) over the texts n, as in the released code
     """
 
@@ -248,7 +251,7 @@ class TMASS(nn.Module):
         return frames.float().view(V, T, -1)
 
     def sample_noise(self, shape, **where):
-        """ε ~ P. where: device and generator, as torch.randn takes them."""
+        """Sample ε ~ P. where: device and generator, passed to torch.rand or torch.randn."""
         if self.prior == "uniform":  # the released code's default; its mean is not 0
             return torch.rand(shape, **where)
         return self.prior_std * torch.randn(shape, **where)
@@ -256,9 +259,10 @@ class TMASS(nn.Module):
     # -- training --
 
     def forward(self, ids, pixels, gather=None):
-        """The objective on matched pairs. ids (B,L), pixels (B,T,3,P,P) -> dict of scalars.
+        """The training losses of matched pairs. ids (B,L), pixels (B,T,3,P,P) -> dict of scalars.
 
-        gather: joins the rows of all processes, so that the contrast is over the global batch.
+        gather: concatenates the rows of all processes, so that the losses contrast all pairs of
+        the global batch.
         """
         t = self.encode_text(ids)
         f = self.encode_video(pixels)
@@ -271,15 +275,15 @@ class TMASS(nn.Module):
     def losses(self, t, f):
         """L(t_s) + α L(t_sup) + β L(t) (eq. 9). t (B,D), f (B,T,D) -> dict of scalars."""
         v = self.pool(t, f)                         # v_ij = psi(f_j | t_i)            (B,B,D)
-        R = self.radius(cosine(t[:, None], f))      # of the matched pairs alone       (B,D)
+        R = self.radius(cosine(t[:, None], f))      # of the matched pairs only        (B,D)
         v_sup = v.diagonal().T                      # psi(f_i | t_i)                   (B,D)
-        if self.support_video == "batch":           # differs from the paper, as the released code
+        if self.support_video == "batch":           # the released code differs from the paper here
             v_sup = v.mean(0)
 
         t_s = stochastic_text(t, R, self.sample_noise(t.shape, device=t.device))
         t_sup = support_text(t, v_sup, R)
 
-        v = F.normalize(v, dim=-1)                  # once for three terms: v is the largest tensor
+        v = F.normalize(v, dim=-1)                  # only once: v is by far the largest tensor
         loss_s = self.contrast(t_s, v)
         loss_sup = self.contrast(t_sup, v)
         loss_t = self.contrast(t, v)
@@ -287,25 +291,26 @@ class TMASS(nn.Module):
         return dict(loss=loss, stochastic=loss_s, support=loss_sup, ce=loss_t)
 
     def contrast(self, z, v):
-        """L(z) of cos(z_i, v_ij). z (B,D), v (B,B,D) of length 1 -> ()."""
+        """L(z), with sims[i, j] = cos(z_i, v_ij). z (B,D), v (B,B,D) of unit length -> ()."""
         sims = torch.einsum("nd,nvd->nv", F.normalize(z, dim=-1), v)
         return symmetric_cross_entropy(sims, self.clip.logit_scale.exp())
 
     # -- inference --
 
     def noise(self, trials, seed=24):
-        """M samples of ε, drawn on the CPU: the same for every device. -> (M,D)."""
+        """M = trials samples of ε, drawn on the CPU so that all devices get the same. -> (M,D)."""
         generator = torch.Generator().manual_seed(seed)
         eps = self.sample_noise((trials, self.clip.embed_dim), generator=generator)
         return eps.to(self.clip.logit_scale.device)
 
     @torch.no_grad()
     def score(self, t, f, trials=20, seed=24):
-        """max_m cos(t_i + R_ij·ε_m, v_ij) of every pair. t (N,D), f (V,T,D) -> sims (N,V).
+        """max_m cos(t_i + R_ij·ε_m, v_ij) for every pair. t (N,D), f (V,T,D) -> sims (N,V).
 
-        trials is M; 0 scores the point text, cos(t_i, v_ij). All pairs share the same M samples:
-        differs from the released code, which draws them anew for each. The distribution of a score
-        is the same, and here it does not depend on which other texts and videos are there.
+        trials is M; with 0, the score is that of the point text, cos(t_i, v_ij). All pairs share
+        the same M samples. This differs from the released code, which draws new samples for each
+        pair: each score has the same distribution, but here it does not depend on which other texts
+        and videos are scored with it.
         """
         self.pool.eval()  # dropout is for training
         eps = torch.zeros_like(t[:1])
@@ -317,6 +322,6 @@ class TMASS(nn.Module):
             v = self.pool(t, f_j)                               # (N,1,D)
             R = self.radius(cosine(t[:, None], f_j))            # (N,D)
             t_s = stochastic_text(t[:, None], R[:, None], eps)  # (N,M,D)
-            sims[:, j] = cosine(t_s, v).amax(-1)                # the best sample counts
+            sims[:, j] = cosine(t_s, v).amax(-1)                # the maximum over samples
         self.pool.train(self.training)
         return sims

@@ -5,8 +5,8 @@
     python train.py --data my.csv --out my.pt           # a table: video, caption[, split, ...]
     torchrun --nproc_per_node 8 train.py --data msrvtt  # several GPUs; --batch is for all of them
 
-Data order, augmentation, noise, dropout and learning rate depend on (seed, step) alone: to resume
-exactly, a run needs its weights, its optimizer and the number of the step.
+Data order, augmentation, noise, dropout and learning rate depend only on the seed and the step. So
+to resume exactly, a run needs only its weights, the state of its optimizer and its step number.
 """
 import contextlib
 import functools
@@ -28,6 +28,7 @@ from eval import AMP, autocast, evaluate, format_metrics
 from lib.check import say_cut
 from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
 from lib.processes import (
+    DEVICE,
     Gather,
     Stopped,
     loading,
@@ -54,7 +55,7 @@ from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entr
 
 # ---- settings ----
 
-METHOD = {  # the method's settings and their defaults, as TMASS has them
+METHOD = {  # the method's settings and their defaults, read from TMASS
     name: parameter.default
     for name, parameter in inspect.signature(TMASS).parameters.items()
     if name != "clip"
@@ -97,8 +98,8 @@ RECIPES = {  # what differs from BASE, by data set
 RECIPES_ARE = """\
 Recipes, where they differ from the defaults above, which are those of the other data sets.
 msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
-msvd have X-Pool's rates and dropout, the rest is ours. Every value can be overridden."""
-TINY = dict(  # the CLIP that is trained here, on a CPU
+msvd have X-Pool's rates and dropout, the rest are ours. Every value can be overridden."""
+TINY = dict(  # a CLIP that is small enough to be trained from scratch on a CPU
     embed_dim=128,
     image_size=32,
     patch_size=8,
@@ -109,11 +110,13 @@ TINY = dict(  # the CLIP that is trained here, on a CPU
     text_layers=2,
     quick_gelu=False,
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def learning_rate(step, total, warmup):
-    """A factor of the peak: linear over a share `warmup` of the steps, then a cosine to 0."""
+    """The learning rate as a factor of its peak. warmup: a fraction of the total steps.
+
+    It rises linearly during warm-up, then falls towards 0 along a cosine.
+    """
     rise = max(1, round(warmup * total))
     if step < rise:
         return (step + 1) / rise
@@ -123,18 +126,21 @@ def learning_rate(step, total, warmup):
 # ---- the training loop ----
 
 def descend(loss, model, optimizer, scaler):
-    """One step down the gradient, cut to norm 1. -> that norm (), whether all is finite ().
+    """One optimizer step, with the gradient clipped to norm 1. -> norm (), finite ()
 
-    Both stay on the device, which itself skips a step that is not finite: here nothing waits.
-    With --amp fp16 the scaler multiplies the loss, and learns by how much, so that gradients
-    neither vanish nor overflow. All processes do the same: their gradients are averaged already.
+    norm: of the gradient before clipping. finite: whether loss and gradient are finite. If not, the
+    optimizer itself skips the step, on the device, so that nothing here waits for the device.
+
+    With --amp fp16, the scaler multiplies the loss by an adaptive factor, so that gradients neither
+    underflow nor overflow. All processes take the same step, because their gradients are already
+    averaged.
     """
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     finite = torch.isfinite(loss + norm)
-    # Where found_inf is 1, fused AdamW changes nothing. That of MPS does not look: wait there.
+    # If found_inf is 1, fused AdamW changes nothing. On MPS it ignores found_inf, so wait there.
     optimizer.found_inf = (~finite).float()
     if loss.device.type != "mps" or finite:
         optimizer.step()
@@ -145,7 +151,10 @@ def descend(loss, model, optimizer, scaler):
 
 
 def fit(args, job, checkpoint, batches, splits, noted):
-    """Train to the end, or until a signal is noted. -> that signal after saving, or 0."""
+    """Train to the last step, or until a signal arrives. -> 0, or the signal's number.
+
+    On a signal, the current step is finished and the checkpoint saved.
+    """
     model = checkpoint.model
     parallel = DistributedDataParallel(model) if job.world > 1 else model
     gather = functools.partial(Gather.apply, job, args.skip_bad)
@@ -154,13 +163,13 @@ def fit(args, job, checkpoint, batches, splits, noted):
     model.clip.train(not args.freeze_clip)
     with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
-            # A video has several captions, and an epoch follows the other: once is enough.
+            # A bad video comes up once per caption and epoch, but is listed only once.
             new = [line for line in dict.fromkeys(bad) if line not in checkpoint.bad_videos]
             checkpoint.bad_videos += new
             factor = learning_rate(step, batches.total, args.warmup)
             for group in checkpoint.optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            # Noise and dropout are the same in all processes, and when the step is resumed.
+            # Makes noise and dropout the same in all processes, and in a resumed run.
             torch.manual_seed(mixed_seed(args.seed, step))
 
             ids = ids.to(job.device, non_blocking=True)
@@ -172,9 +181,9 @@ def fit(args, job, checkpoint, batches, splits, noted):
 
             done = step + 1
             end_of_epoch = done % batches.per_epoch == 0
-            # A save at an epoch's end belongs behind its validation.
+            # The last step of an epoch must not be saved before its validation.
             checkpoint.unsaved = None if end_of_epoch else done
-            # Reading numbers waits for the device: it is done for steps that are logged or saved.
+            # Reading numbers waits for the device, so only logged or saved steps do it.
             if end_of_epoch or done % args.log_every == 0:
                 scale = model.clip.logit_scale.exp()
                 log.step(done, dict(losses, grad_norm=norm, scale=scale), factor)
@@ -193,7 +202,7 @@ def fit(args, job, checkpoint, batches, splits, noted):
 
 
 def test(args, job, checkpoint, annotations, title):
-    """Evaluate, and print a line. -> t2v R@1 in percent."""
+    """Evaluate, and print the metrics in one line. -> t2v R@1 in percent."""
     result = evaluate(checkpoint.model, checkpoint.tokenizer, annotations, job=job,
                       workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
     job.say(f"{title}: {format_metrics(result)}")
@@ -205,9 +214,10 @@ def test(args, job, checkpoint, annotations, title):
 
 @dataclass
 class Batches:
-    """One process' share of each step's batch, from `start` on: lists of (epoch, pair).
+    """This process's share of each batch, from step `start` on: lists of (epoch, pair).
 
-    The last batch of an epoch is dropped where it is incomplete (the released code trains on it).
+    An incomplete batch at the end of an epoch is dropped. This differs from the released code,
+    which trains on it.
     """
     pairs: int
     batch: int
@@ -233,19 +243,19 @@ class Batches:
 
 
 def collate(tokenizer, skip_bad, items):
-    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), what is wrong with the pairs left out.
+    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), errors of the pairs that were left out.
 
-    Raises the DataError of a pair that can't be read; with skip_bad only if there is no other pair.
+    Raises the DataError of a pair that can't be read; with skip_bad, only if no pair can be read.
     """
     good, bad = data.readable(items, skip_bad)
     if not good:
-        raise DataError(f"no video of a whole batch can be read; the first: {bad[0]}")
+        raise DataError(f"no video of a whole batch can be read; the first error: {bad[0]}")
     pixels, captions = zip(*good)
     return tokenizer(captions), torch.stack(pixels), list(bad.values())
 
 
 def read_batches(args, job, checkpoint, batches, annotations):
-    """A context manager: what collate makes of each of the batches, read by worker processes."""
+    """Context manager: iterates over the collated batches, which worker processes read."""
     clip = checkpoint.model.clip
     transform = data.train_transform(clip.image_size)
     if args.augment == "none":
@@ -259,10 +269,11 @@ def read_batches(args, job, checkpoint, batches, annotations):
 # ---- what is trained ----
 
 def build(args, captions, saved, job):
-    """-> the model to start from and its tokenizer: of --resume, or by --clip and --init."""
+    """Build the model to start from: that of --resume, --init or --clip. -> (model, tokenizer)."""
     if saved:
-        # Where the best weights are another epoch's, those to go on from stand beside them.
+        # This also raises if the best weights so far are damaged.
         model, tokenizer, _ = build_own(saved, args.out)
+        # If those are from an earlier epoch, the latest weights are stored beside them.
         if "training" in saved:
             model, tokenizer, _ = build_own(saved | saved["training"], args.out)
         return model, tokenizer
@@ -275,7 +286,7 @@ def build(args, captions, saved, job):
     model = TMASS(start.clip, **method)
     if args.init:
         new = []
-        # Another radius than the checkpoint's has no weights there; all else must fit.
+        # If the radius differs from the checkpoint's, it starts anew; all other weights must fit.
         if args.radius != start.config["radius"]:
             start.radius = model.radius
             new = [f"radius.{name}" for name in model.radius.state_dict()]
@@ -285,13 +296,14 @@ def build(args, captions, saved, job):
 
 
 def make_optimizer(model, args):
-    """AdamW with a group for CLIP and one for what T-MASS adds. peak: a group's highest rate."""
+    """AdamW with one group for CLIP and one for what T-MASS adds. peak: a group's highest rate."""
     head = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     clip = [] if args.freeze_clip else list(model.clip.parameters())
     if not head + clip:
         raise DataError("--freeze-clip leaves nothing to train: choose --pooling xpool, or a "
                         "--radius that learns")
-    # differs from the released code, which does not correct epsilon's bias and decays last
+    # This differs from the released code, which adds epsilon before the bias correction, and decays
+    # the weights after the update.
     return torch.optim.AdamW(
         [dict(params=clip, peak=args.clip_lr), dict(params=head, peak=args.head_lr)],
         lr=0,
@@ -302,21 +314,24 @@ def make_optimizer(model, args):
 
 
 def draw(tokenizer, size, seed, steps):
-    """The pairs of a warm-up's step: ids (128,L), pictures uint8 (128,3,P,P), new at every step."""
+    """Draw the pairs of one warm-up step. -> ids (128,L), pictures uint8 (128,3,P,P).
+
+    steps: a list of one step number. Each step gets new pairs.
+    """
     generator = torch.Generator().manual_seed(mixed_seed(seed, *steps))
     pictures, phrases = shapes_pictures(128, generator, size)
     return tokenizer(phrases), pictures
 
 
 def pretrain(model, tokenizer, args, scaler, job):
-    """Image-text warm-up of the tiny CLIP on single pictures: for a real run others did it."""
+    """Warm up the tiny CLIP on single pictures. Real runs start from a pretrained CLIP instead."""
     clip = model.clip
     optimizer = torch.optim.AdamW(
         clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
     steps = range(args.pretrain)
-    pictures = functools.partial(draw, tokenizer, clip.image_size, args.seed)
-    with loading(steps, [[step] for step in steps], pictures, args.workers) as loader:
+    draw_pairs = functools.partial(draw, tokenizer, clip.image_size, args.seed)
+    with loading(steps, [[step] for step in steps], draw_pairs, args.workers) as loader:
         for step, (ids, pixels) in enumerate(loader):
             optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
             with autocast(job.device, args.amp):
@@ -341,7 +356,8 @@ def data_name(text):
 
 def parser():
     recipes = [f"  {name}: {listed(recipe)}" for name, recipe in RECIPES.items()]
-    p = Parser(__doc__, epilog="\n".join([RECIPES_ARE, *recipes]))
+    p = Parser(__doc__, later=BASE, epilog="\n".join([RECIPES_ARE, *recipes]))
+    option = p.option
     count = numeric(int, 1)
     folder = os.path.abspath
     rate = numeric(float, 0, 10)
@@ -349,99 +365,89 @@ def parser():
     weight = numeric(float, 0, 1e6)
     whole = numeric(int, 0, 10 ** 6)
 
-    def option(name, text, kind=None, default=None):
-        """kind: the type of the value, or the choices; bool: there is no value."""
-        more = {"type" if callable(kind) else "choices": kind, "default": default}
-        if kind is bool:  # what a run keeps is unknown until the recipe or that run says it
-            more = {"action": "store_true", "default": None if name in BASE else False}
-        shown = BASE.get(name, default)
-        if shown is not None:
-            text += f" (default: {shown})"
-        group.add_argument("--" + name.replace("_", "-"), help=text, **more)
-
-    group = p.add_argument_group("data")
-    option("data", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
-    option("root", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
-    option("videos", "folder of the videos, where they lie apart from the annotations", folder)
-    option("val_videos", "so many are held out of train to choose the checkpoint, where a data set "
-           "has no validation split: 500 is plenty", whole)
-    option("cache", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
+    p.group("data")
+    option("data NAME", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
+    option("root DIR", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
+    option("videos DIR", "folder of the videos, where they lie apart from the annotations", folder)
+    option("val-videos N", "so many are held out of train to choose the checkpoint, where a data "
+           "set has no validation split: 500 is plenty", whole)
+    option("cache DIR", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
            "from the second epoch on (default: none; shapes: frames/ beside its videos)", folder)
     option("augment", "crop-flip: one random crop and flip per video; none: where captions say "
            "left and right", ("crop-flip", "none"))
-    option("workers", "processes that read videos: more, while the device waits for them",
+    option("workers N", "processes that read videos: more, while the device waits for them",
            numeric(int, 0, 1000), min(8, os.cpu_count() or 1))
-    option("skip_bad", "leave out videos that are missing or broken, and list them", bool)
+    option("skip-bad", "leave out videos that are missing or broken, and list them", bool)
 
-    group = p.add_argument_group("model")
-    option("clip", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of weights, or "
-           "tiny")
+    p.group("model")
+    option("clip NAME", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
+           "weights, or tiny")
     option("activation", "of --clip, where the guess that is printed is wrong",
            ("quickgelu", "gelu"))
-    option("init", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
-    option("frames", "T, frames sampled per video: time and memory grow with it", size)
+    option("init FILE", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
+    option("frames T", "T, frames sampled per video: time and memory grow with it", size)
     option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "
            "without a parameter; mean is the same for all texts", POOLINGS)
-    option("heads", "attention heads of xpool", size)
+    option("heads H", "attention heads of xpool", size)
     option("dropout", "in xpool", numeric(float, 0, 0.99))
     option("radius", "of the text mass: linear is the paper's, none the X-Pool baseline", RADII)
     option("prior", "distribution of the noise: normal in the paper, uniform as released", PRIORS)
-    option("prior_std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
-    option("support_weight", "weight of the support text's loss (radius none: 0)", weight)
-    option("support_video", "what the support text looks towards: its own video, or the mean over "
+    option("prior-std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
+    option("support-weight", "weight of the support text's loss (radius none: 0)", weight)
+    option("support-video", "what the support text looks towards: its own video, or the mean over "
            "the batch's texts, as released", SUPPORTS)
-    option("ce_weight", "weight of the point text's loss", weight)
+    option("ce-weight", "weight of the point text's loss", weight)
 
-    group = p.add_argument_group("optimisation")
-    option("epochs", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
-    option("batch", "pairs per step, over all processes: more are a harder contrast",
+    p.group("optimisation")
+    option("epochs N", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
+    option("batch B", "pairs per step, over all processes: more are a harder contrast",
            numeric(int, 2, 10 ** 6))
-    option("head_lr", "peak learning rate of pooling and radius", rate)
-    option("clip_lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
-    option("freeze_clip", "leave CLIP as it is, and train pooling and radius alone", bool)
-    option("weight_decay", "of AdamW", rate)
+    option("head-lr", "peak learning rate of pooling and radius", rate)
+    option("clip-lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
+    option("freeze-clip", "leave CLIP as it is, and train pooling and radius alone", bool)
+    option("weight-decay", "of AdamW", rate)
     option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
            numeric(float, 0, 1))
-    option("pretrain", "shapes: steps of the tiny CLIP on single pictures before", whole)
+    option("pretrain STEPS", "shapes: steps of the tiny CLIP on single pictures before", whole)
     option("seed", "of everything random", numeric(int, 0, 2 ** 63 - 1))
 
-    group = p.add_argument_group("run")
-    option("out", "the checkpoint; its log is NAME.log.csv", default="model.pt")
-    option("save_every", "steps between two saves; each epoch ends with one", count, 500)
-    option("log_every", "steps between two lines", count, 20)
-    option("tensorboard", "folder for TensorBoard: what the log has, as curves", board)
+    p.group("run")
+    option("out FILE", "the checkpoint; its log is NAME.log.csv", default="model.pt")
+    option("save-every STEPS", "steps between two saves; each epoch ends with one", count, 500)
+    option("log-every STEPS", "steps between two lines", count, 20)
+    option("tensorboard DIR", "folder for TensorBoard: what the log has, as curves", board)
     option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
            "it; or in float16 with a scaled loss (T4, V100)", AMP)
     option("device", "cpu, cuda or mps", default=DEVICE)
-    option("grad_checkpoint", "compute the towers twice: less memory, a third slower", bool)
+    option("grad-checkpoint", "compute the towers twice: less memory, a third slower", bool)
     option("overwrite", "replace a finished run in --out", bool)
     option("resume", "continue the run in --out, exactly, or start it", bool)
     return p
 
 
 def settle(args, world):
-    """What is not given, from the run to resume or else the recipe. -> its checkpoint, or None."""
+    """Complete args from the run to resume or from the recipe. -> the run's checkpoint, or None."""
     chosen = {}
     saved = earlier_run(args)
     if saved:
         chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
-        if args.data not in (None, chosen.get("data")):  # the same, at another place
+        if args.data not in (None, chosen.get("data")):  # the same data in another place
             chosen.update(root=None, videos=None)
     chosen |= {name: value for name, value in vars(args).items() if value is not None}
     name = chosen.setdefault("data", "shapes")
     vars(args).update(BASE | RECIPES.get(name, {}) | chosen)
-    # A mass of no size has no support text: this is X-Pool.
+    # With R = 0, the support text is the text itself: without its loss, this is X-Pool.
     if args.radius == "none" and "support_weight" not in chosen:
         args.support_weight = 0.0
     args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")
     if args.batch % world:
-        raise DataError(f"--batch {args.batch} is for all {world} processes: give a multiple of it")
+        raise DataError(f"--batch {args.batch} is for all processes: give a multiple of {world}")
     if args.pretrain and name != "shapes":
-        raise DataError("--pretrain has pictures for --data shapes only: give --clip weights")
+        raise DataError("--pretrain is only for --data shapes: start from weights with --clip")
     if args.activation and args.clip == "tiny" and not args.init:
-        raise DataError("--activation is that of weights which are loaded: give --clip or --init")
+        raise DataError("--activation is for weights that are loaded: give --clip or --init")
     return saved
 
 
@@ -454,7 +460,7 @@ def main(argv=None):
         with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
             return train(args, job)
     except (OSError, RuntimeError, WeightsError) as error:
-        # What ends a run from outside: a process that died, a full disk.
+        # Causes outside this process: another process died, or the disk is full.
         why = str(error).split("; ")[0]
         if process_died(error):
             why = "another process of this job died"
@@ -465,7 +471,7 @@ def main(argv=None):
 
 
 def train(args, job):
-    """From the settings to the test. -> exit status."""
+    """The whole run, from completing the settings to the test. -> exit status."""
     saved = settle(args, job.world)
     if saved and saved.get("finished", True):
         job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: "
@@ -476,7 +482,7 @@ def train(args, job):
     with job.first_alone():
         try:
             model, tokenizer = build(args, captions, saved, job)
-        except ValueError as error:  # by TMASS and CLIP, of the user's settings
+        except ValueError as error:  # TMASS and CLIP raise it for a wrong setting
             raise WeightsError(str(error)) from None
     model.to(job.device)
     model.clip.grad_checkpoint = args.grad_checkpoint
@@ -493,7 +499,7 @@ def train(args, job):
             pretrain(model, tokenizer, args, scaler, job)
         checkpoint.save(0)
     model.clip.requires_grad_(not args.freeze_clip)
-    # All of it has been copied: let the memory go.
+    # All of its tensors have been copied: free the memory.
     del saved
 
     with noting_signals() as noted:
@@ -502,8 +508,8 @@ def train(args, job):
         except (Stopped, DataError):
             if not noted:
                 raise
-            # No batch comes: workers are slow, or did not survive the signal. To save, several
-            # processes would have to meet, and others may be gone.
+            # No batch arrived: the workers are slow, or the signal ended them. Saving needs all
+            # processes, some of which may be gone: so only a single process saves.
             stopped = noted[0]
             if job.world == 1 and checkpoint.unsaved:
                 checkpoint.save(checkpoint.unsaved)
@@ -525,7 +531,7 @@ def train(args, job):
 
 
 def load_splits(args, job):
-    """-> {train, val, test: Annotations}, and a line about each missing video that is left out."""
+    """Load the splits. -> {train, val, test: Annotations}, a line per missing video left out."""
     if args.data == "shapes":
         with job.first_alone():
             render_shapes(args.root)  # on first use
@@ -533,23 +539,23 @@ def load_splits(args, job):
     missing = []
     for name in data.SPLITS:
         split = data.load_split(args.data, args.root, name, args.val_videos, args.seed, args.videos)
-        splits[name], gone = data.present(split, args.skip_bad)
-        missing += gone
-        if gone and not splits[name].segments:
-            job.say(f"{name}: all of its {len(gone)} videos are missing")
+        splits[name], absent = data.present(split, args.skip_bad)
+        missing += absent
+        if absent and not splits[name].segments:
+            job.say(f"{name}: all {len(absent)} videos are missing")
     if missing:
         job.say(f"--skip-bad: {len(missing)} missing videos left out")
     pairs = len(splits["train"].captions)
     if pairs < args.batch:
-        raise DataError(f"{args.data}: {pairs} training pairs make no batch of {args.batch}: lower "
-                        "--batch")
+        raise DataError(f"{args.data}: {pairs} training pairs are too few for a batch of "
+                        f"{args.batch}: lower --batch")
     return splits, missing
 
 
 def announce(args, job, splits, optimizer, batches):
-    """What will be done, in full, before it takes long."""
-    idle = {*START_ONLY, *without_effect(args)}
-    settings = {name: x for name, x in sorted(vars(args).items()) if name not in idle}
+    """Print the settings and the plan, before anything takes long."""
+    unused = {*START_ONLY, *without_effect(args)}
+    settings = {name: x for name, x in sorted(vars(args).items()) if name not in unused}
     job.say(f"settings: {listed(settings)}")
     for split, annotations in splits.items():
         job.say(f"{split:5s} {len(annotations.captions)} texts, "
@@ -566,7 +572,7 @@ def announce(args, job, splits, optimizer, batches):
 
 
 def evaluation(args):
-    """The command that gives the test's line again: all else it needs is in the checkpoint."""
+    """The command that repeats the test. Its other settings are in the checkpoint."""
     words = ["python", "eval.py", "--ckpt", args.out]
     if args.skip_bad:
         words.append("--skip-bad")

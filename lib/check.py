@@ -1,4 +1,4 @@
-"""What of a data set is there, what is missing, and which videos can't be read.
+"""Which files of a data set are there, which are missing, and which videos can't be read.
 
 `python data.py check` calls this.
 """
@@ -12,24 +12,26 @@ from lib.tables import has_splits
 from lib.video import FrameCache
 
 HEADER = "video,problem\n"  # the first line of what --list writes
-EVERY = 5  # seconds between two lines of progress
+EVERY = 5  # seconds between progress lines
 
 
 def check(args):
-    """Print what each split has. -> 0, or 1 where something is missing or bad."""
+    """Print what each split has. -> 0, or 1 if anything is missing or bad"""
     if args.list:
         check_output("--list", args.list, HEADER.encode())
+    # As in training: cached frames are found again only under the same number.
     frames = args.frames or (6 if args.data == "shapes" else 12)
     cache = FrameCache(args.cache, frames) if args.cache else None
     known = data.DATASETS.get(args.data)
     splits = known.splits() if known else data.SPLITS
     if args.data.endswith(".csv") and not has_splits(args.data):
         splits = ["all"]
-    problems = []  # (video, what is the matter)
+    problems = []  # (video, problem)
     for split in splits:
         try:
             annotations = data.load_annotations(args.data, args.root, split, args.videos)
         except DataError as error:
+            # A known data set has files for each split: the others may be complete.
             if not known:
                 raise
             problems.append(("", f"{split}: {error}"))
@@ -45,7 +47,7 @@ def check(args):
 
 
 def _check_split(args, known, split, annotations, frames, cache):
-    """Print what a split has. known: its DataSet, or None. -> [(video, what is the matter)]"""
+    """Print what a split has. known: its DataSet, or None. -> [(video, problem)]"""
     there, lines = data.present(annotations, skip_bad=True)
     paths = {segment.path for segment in there.segments}
     away = [segment.path for segment in annotations.segments if segment.path not in paths]
@@ -56,9 +58,9 @@ def _check_split(args, known, split, annotations, frames, cache):
         if number:
             counts[k] += f" (published {number})"
     print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
-    # A table of one's own need not have videos to validate with.
+    # A user's own csv may go without a validation split.
     if not annotations.captions and (split != "val" or known):
-        missing.append(("", f"{split}: no caption is of this split"))
+        missing.append(("", f"{split}: no caption belongs to this split"))
     _print_problems(missing)
     bad = []
     if args.decode:
@@ -69,13 +71,13 @@ def _check_split(args, known, split, annotations, frames, cache):
 
 
 def say_cut(job, tokenizer, captions, what):
-    """Say how many captions are longer than the encoder reads, whatever its tokenizer."""
+    """Print how many captions are too long for the encoder, whatever its tokenizer."""
     most = tokenizer.context_length
     empty, full = tokenizer(["", "a " * most])
     padding = empty.mode().values
     longer = copy.copy(tokenizer)
     longer.context_length = 2 * most
-    # A token is a byte at least, but for the start, the end and one more: short ones need no look.
+    # A token takes at least one byte, except start, end and one more: skip short captions quickly.
     cut = [x for x in captions if len(x.encode()) > most - 4
            and (longer([x]) != padding).sum() > (full != padding).sum()]
     if cut:
@@ -84,7 +86,8 @@ def say_cut(job, tokenizer, captions, what):
 
 
 def _decode(segments, frames, cache, workers):
-    """Read every segment. -> (file, what is wrong with it) of those that can't be read."""
+    """Read every segment. -> [(file, problem)] of those that can't be read"""
+    # `len` in place of a transform: workers need not hand over any pixels.
     dataset = data.VideoDataset(segments, frames, len, cache)
     progress = Progress("decoding", len(segments), every=EVERY)
     bad = []

@@ -1,4 +1,4 @@
-"""Shared by all programs: errors, options, what is printed, files written whole, and the end."""
+"""Shared by all programs: errors, options, printing, files written whole, and exit status."""
 import argparse
 import contextlib
 import errno
@@ -22,18 +22,18 @@ except ImportError:  # Windows
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line that says what, where, and what to do."""
+    """A mistake that the user can fix: one line that says what, where, and what to do."""
 
 
 class DataError(UserError):
-    """Something about the user's data, options or machine."""
+    """A problem with the user's data, options or machine."""
 
 
 class WeightsError(UserError):
-    """Something about a file of weights, or about the model that is to be made of it."""
+    """A problem with a weights file, or with the model to be built from it."""
 
 
-CURES = {  # what the system, Python and torch say -> what helps
+CURES = {  # pattern in an error of the system, Python or torch -> advice
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|MemoryError":
         "use a smaller --batch, --amp bf16, fewer --workers or, in training, --grad-checkpoint",
     "Too many open files|items of ancdata":
@@ -45,7 +45,7 @@ CURES = {  # what the system, Python and torch say -> what helps
 
 
 def cure(error):
-    """What helps against an error that comes of the machine's limits; None for any other error."""
+    """The advice for an error caused by a limit of the machine; None for any other error."""
     text = f"{type(error).__name__}: {error}"
     for pattern, advice in CURES.items():
         if re.search(pattern, text, re.IGNORECASE):
@@ -54,14 +54,14 @@ def cure(error):
 
 
 def first_line(error):
-    """What an error says, without the stack that torch appends; its type if it says nothing."""
+    """The first line of an error's message (torch appends a stack); its type if that is empty."""
     text = str(error) or type(error).__name__
     return text.splitlines()[0]
 
 
 @contextlib.contextmanager
 def curable(what):
-    """An error for which there is a cure becomes a DataError that names it."""
+    """Turn an error that `cure` has advice for into a DataError with that advice."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as e:
@@ -77,15 +77,43 @@ class Parser(argparse.ArgumentParser):
     """Options, described by the first two paragraphs of the program's docstring.
 
     A wrong one ends the program as every mistake does: one line, exit status 2.
+    later: {name: value} of settings that are None until the program fills them in.
     """
 
-    def __init__(self, doc=None, **settings):
+    def __init__(self, doc=None, later=(), **settings):
         paragraphs = (doc or "").split("\n\n")  # python -OO: there is none
         super().__init__(
             description="\n\n".join(paragraphs[:2]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **settings,
         )
+        self.later = dict(later)
+        self.section = self
+
+    def group(self, title):
+        """List the options that follow under a title."""
+        self.section = self.add_argument_group(title)
+
+    def option(self, name, text, kind=None, default=None, short=None, **more):
+        """Add --name. A second word in it stands for the value in the help: "save FILE".
+
+        kind: the type of the value, or its choices; bool: the option takes no value.
+        """
+        name, _, metavar = name.partition(" ")
+        shown = self.later.get(name.replace("-", "_"))
+        if shown is None and default is not None:
+            shown = "%(default)s"
+        if kind is bool:
+            more["action"] = "store_true"
+            default = None if shown is not None else False
+        elif kind:
+            more["type" if callable(kind) else "choices"] = kind
+        if metavar:
+            more["metavar"] = metavar
+        if shown is not None:
+            text += f" (default: {shown})"
+        flags = [short] if short else []
+        self.section.add_argument(*flags, f"--{name}", help=text, default=default, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         # Before Python 3.13, argparse makes an empty list of the value.
@@ -99,7 +127,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def numeric(kind, least, most=2 ** 31 - 1):
-    """The type of a numeric option: int or float from least to most, which NaN is not."""
+    """The type of a numeric option: an int or float from least to most. NaN is refused."""
     name = "a whole number" if kind is int else "a number"
 
     def parse(text):
@@ -116,7 +144,7 @@ def numeric(kind, least, most=2 ** 31 - 1):
 
 
 def mixed_seed(*numbers):
-    """One seed of several whole numbers, such as (seed, step): the only way that they are mixed."""
+    """Mix whole numbers, such as (seed, step), into one seed. All seeds are mixed here."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 1_000_003 + number) % 2 ** 63
@@ -127,20 +155,20 @@ def mixed_seed(*numbers):
 
 
 def first_few(lines):
-    """The first ten lines, and how many more there are. -> list"""
+    """The first ten lines; if there are more, another line says how many. -> list"""
     if len(lines) <= 10:
         return lines
     return [*lines[:10], f"and {len(lines) - 10} more"]
 
 
 def escaped(text, keep=""):
-    """A name from anywhere, for a terminal.
+    """Make text from any source, such as a file name, safe to print on a terminal.
 
-    What could move the cursor or turn the writing round, unless it is in `keep`, becomes \\x1b
-    and the like.
+    Characters that could move the cursor or reverse the direction of writing are replaced by
+    \\x1b and the like, except those in `keep`.
     """
     def escape(c):
-        # Controls, marks of direction, what is no text, and separators of lines and paragraphs.
+        # Control and direction characters, code points without text, line and paragraph separators.
         odd = re.match("C|Z[lp]", unicodedata.category(c))
         return c.encode("unicode_escape").decode() if odd and c not in keep else c
 
@@ -156,9 +184,9 @@ def clock(seconds):
 
 @dataclass
 class Progress:
-    """How far a loop is, on stderr: "encoding: 40 of 500 videos, 12.5 videos/s, 0:00:37 left".
+    """Progress of a loop, on stderr: "encoding: 40 of 500 videos, 12.5 videos/s, 0:00:37 left".
 
-    A line comes at most every `every` seconds; at a terminal, one line is written anew.
+    Prints at most once every `every` seconds. On a terminal, the same line is overwritten.
     """
     what: str
     total: int
@@ -174,7 +202,7 @@ class Progress:
         self.printed = self.started
 
     def update(self, done, more=""):
-        """To be called as often as one likes. more: said at the end of the line."""
+        """Print a line if it is time for one. more: text to append to it."""
         now = time.monotonic()
         if not self.enabled or now - self.printed < self.every:
             return
@@ -187,16 +215,16 @@ class Progress:
 
 
 class Output:
-    """A standard stream that ends nothing.
+    """A standard stream whose failure does not end the program.
 
-    When nobody reads it any more, or its disk is full, what is printed goes nowhere, and `error`
-    says why; what the user asked to be written to files is written all the same.
+    Once its reader has gone or its disk is full, printed text is discarded, and `error` keeps the
+    reason. The files that the user asked for are still written.
     """
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
         self.error = None
-        # File names need not be text in the stream's encoding.
+        # File names may hold characters that the stream's encoding lacks.
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 
@@ -212,7 +240,7 @@ class Output:
         except OSError as e:
             self.error = e
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # also for what is still in its buffer
+            os.dup2(nowhere, self.stream.fileno())  # also discards what is still in its buffer
             os.close(nowhere)
 
     def __getattr__(self, name):
@@ -221,11 +249,11 @@ class Output:
 
 @contextlib.contextmanager
 def lasting_streams():
-    """sys.stdout and sys.stderr are `Output`s in this block; what was closed is open on nothing."""
+    """Make sys.stdout and sys.stderr `Output`s in this block; reopen closed ones on os.devnull."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # else the next file to be opened would be the standard stream
+        except OSError:  # otherwise the next file to be opened would become the standard stream
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(os.devnull)
     out = Output(sys.stdout)
@@ -238,21 +266,23 @@ def lasting_streams():
 
 @contextlib.contextmanager
 def written_whole(path, flush=True):
-    """A temporary name beside path; what the block writes there becomes path if it ends well.
+    """Yield a temporary name beside path. What is written there replaces path if all goes well.
 
-    A kill or a power cut leaves the old file or the new one, and perhaps a part (`remove_parts`).
-    flush=False is for what can be made again: faster, but a power cut may leave an empty file.
+    A kill or a power cut leaves the old file or the new one, and perhaps the temporary file, which
+    `remove_parts` removes. flush=False is for files that can be made again: it is faster, but a
+    power cut may leave an empty file.
     """
     part, file = _begun(path)
     try:
         with file:
             yield part
+            # The new name may reach the disk before the content does.
             if flush:
                 os.fsync(file.fileno())
-            if fcntl is None:  # Windows renames no file that is open
+            if fcntl is None:  # Windows cannot rename an open file
                 file.close()
-            os.replace(part, path)  # still locked, or another process could remove it
-    # A KeyboardInterrupt too: what is left behind would look like another run's.
+            os.replace(part, path)  # while locked: no other process removes it
+    # Also on KeyboardInterrupt: a part left behind would look like another run's.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
@@ -260,19 +290,19 @@ def written_whole(path, flush=True):
 
 
 def _begun(path):
-    """A new part of path. -> (its name, its file, open and locked as long as it is)"""
+    """Create a temporary file beside path. -> (its name, the file), locked until it is closed."""
     while True:
         part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
         file = open(part, "xb")
         _lock(file, wait=True)
         if os.path.exists(part):
             return part, file
-        file.close()  # another process took it for a left one, before it was locked
+        file.close()  # another process removed it as left behind, before it was locked
 
 
 def _lock(file, wait=False):
-    """Lock a file until it is closed. -> False if another process has locked it, or nothing can."""
-    # A number of the process would not do instead: in containers all have the same few.
+    """Lock a file until it is closed. -> False if another process has, or if locks don't work."""
+    # Comparing process ids would not do: different containers use the same few.
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
@@ -281,7 +311,7 @@ def _lock(file, wait=False):
 
 
 def remove_parts(path):
-    """Remove what killed writes of path left; a part that is being written is locked, and stays."""
+    """Remove what killed writes of path left behind. A file being written is locked, and stays."""
     pattern = glob.escape(os.fspath(path)) + ".*" + 8 * "[0-9a-f]" + ".part"
     for part in glob.glob(pattern):
         with contextlib.suppress(OSError), open(part, "rb") as file:
@@ -290,17 +320,17 @@ def remove_parts(path):
 
 
 def check_output(option, path, mark=b""):
-    """Before anything long starts: raise a DataError unless the result of an option may go to path.
+    """Raise a DataError unless the result of an option can go to path. Call it before long work.
 
-    Only a file that the same option wrote is replaced: one with `mark` in its first 4 kB, by
-    default any. No result takes the place of a link, pipe or device.
+    Only an empty file, or one that the same option wrote, is replaced: one with `mark` in its first
+    4 kB (by default, any file). A link, pipe or device is never replaced.
     """
     start = b""
     try:
         plain = os.path.isfile(path) and not os.path.islink(path)
         if not os.path.basename(path) or os.path.lexists(path) and not plain:
             raise OSError("give a plain file's name in a folder that exists")
-        part, file = _begun(path)  # the folder is there and writable, the name not too long
+        part, file = _begun(path)  # fails without a writable folder, or if the name is too long
         with file:
             os.unlink(part)
         if plain:
@@ -308,16 +338,16 @@ def check_output(option, path, mark=b""):
                 start = file.read(4096)
     except OSError as e:
         raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
-    # Nothing is lost with an empty file.
+    # Replacing an empty file loses nothing.
     if start not in (b"", b"{}") and mark not in start:
-        raise DataError(f"{option} {path} exists and is no file that {option} wrote: "
+        raise DataError(f"{option} {path} exists and was not written by {option}: "
                         "give another name")
     remove_parts(path)
 
 
 @contextlib.contextmanager
 def output(option, path):
-    """`written_whole` for a file that an option names: a DataError says why it can't be written."""
+    """`written_whole` for the file of an option. A DataError says why it can't be written."""
     try:
         with written_whole(path) as part:
             yield part
@@ -329,7 +359,7 @@ def output(option, path):
 
 
 def why_not_written(error):
-    """The system's reason for a failed write, also behind a RuntimeError of torch; else None."""
+    """The system's reason for a failed write, even behind a RuntimeError of torch; else None."""
     while error and not isinstance(error, OSError):
         error = error.__context__
     if getattr(error, "errno", None) == errno.ENOSPC:
@@ -338,7 +368,7 @@ def why_not_written(error):
 
 
 def write_text(path, text):
-    """A text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     with written_whole(path) as part:
         Path(part).write_text(text, encoding="utf-8", newline="")
 
@@ -347,17 +377,17 @@ def write_text(path, text):
 
 
 def program(main, *mistakes):
-    """Run a program. -> exit status.
+    """Run a program's main function. -> exit status.
 
-    A mistake of the user (UserError, `mistakes`), or an error of the system, is one line on stderr
-    and status 2. Standard output that nobody reads any more (| head) is none.
+    A user's mistake (UserError or one of `mistakes`) or an error of the system prints one line on
+    stderr and gives status 2. Standard output need not be read to its end (| head).
     """
     with lasting_streams() as out:
         try:
             status = main()
             out.flush()
             if isinstance(out.error, BrokenPipeError):
-                return 0 if status == 1 else status  # 1 is a verdict, for who reads to the end
+                return 0 if status == 1 else status  # 1 is a verdict: it counts only if it is read
             if out.error:
                 raise DataError(f"standard output cannot be written: {out.error.strerror}")
             return status
@@ -366,11 +396,11 @@ def program(main, *mistakes):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except (OSError, RuntimeError, MemoryError) as e:  # torch raises a RuntimeError for many
+        except (OSError, RuntimeError, MemoryError) as e:  # many are RuntimeErrors in torch
             line = first_line(e)
             if advice := cure(e):
                 line += f": {advice}"
             elif not isinstance(e, OSError):
-                raise  # a fault of the program, whose stack is wanted
+                raise  # a bug in the program: show its stack
         print(f"error: {escaped(line)}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
-"""Other image-text models, of the package open_clip, behind the interface of clip_model.CLIP.
+"""Other image-text models, from the package open_clip, with the interface of clip_model.CLIP.
 
-What TMASS needs of such a model: encode_text, encode_image, logit_scale, embed_dim, image_size,
-resize, grad_checkpoint, and config, the arguments that build it again; and a tokenizer, texts ->
-ids (N,L). To add another kind, write such a class and name it in lib/weights.py.
+Such a model needs: encode_text, encode_image, logit_scale, embed_dim, image_size, resize,
+grad_checkpoint, config (the arguments that build it again), and tokenizer (texts -> ids (N,L)).
+To add another kind of model, write such a class and use it in lib/weights.py.
 """
 import contextlib
 import json
@@ -21,7 +21,7 @@ CONFIG = "open_clip_config.json"
 
 
 def package():
-    """open_clip, where it is installed."""
+    """The module open_clip. WeightsError if it is not installed."""
     try:
         import open_clip
     except ImportError as error:
@@ -32,8 +32,8 @@ def package():
 
 @contextlib.contextmanager
 def explaining(what):
-    """The errors of open_clip, and of its downloads, as one line."""
-    logging.disable(logging.WARNING)  # it tells of every try to download
+    """Turn any error of open_clip or of its downloads into a WeightsError of one line."""
+    logging.disable(logging.WARNING)  # it reports every attempt to download
     try:
         yield
     except WeightsError:
@@ -44,20 +44,20 @@ def explaining(what):
         logging.disable(logging.NOTSET)
 
 
-# hf-hub: and local-dir: have weights of their own; a folder may be called lr=1e-5.
+# hf-hub: and local-dir: include their weights. A folder may be called lr=1e-5, with a "=".
 NAME = re.compile(f"(?s){PREFIX}" r"(local-dir:.*|hf-hub:[^=]*|[^/=]*)(?:/([^=]*))?(?:=(.*))?")
 
 
 def split_name(name):
     """open_clip:NAME, open_clip:NAME/TAG, open_clip:NAME=FILE -> (NAME, TAG or None, FILE or None)
 
-    NAME may be hf-hub:ORG/MODEL or local-dir:FOLDER. NAME/TAG=FILE: a file of the tag's kind.
+    NAME may be hf-hub:ORG/MODEL or local-dir:FOLDER. NAME/TAG=FILE: a file with the tag's settings.
     """
     return NAME.fullmatch(name).groups()
 
 
 def wanted_by(name, tag):
-    """What open_clip's weights of a model want, all of them or those of a tag.
+    """The settings that open_clip records for its weights of a model, for one tag or for all.
 
     -> ({setting: value} on which they agree, [setting on which they differ])
     """
@@ -65,7 +65,7 @@ def wanted_by(name, tag):
     known = library.list_pretrained_tags_by_model(name)
     wanted = [library.get_pretrained_cfg(name, each) for each in ([tag] if tag else known)]
     if not all(wanted):
-        raise WeightsError(f"{PREFIX}{name}: open_clip has no weights {tag} of it; it has "
+        raise WeightsError(f"{PREFIX}{name}: open_clip has no weights {tag} for it; it has "
                            f"{', '.join(known) or 'none'}")
     agreed = {}
     differing = []
@@ -80,16 +80,16 @@ def wanted_by(name, tag):
 
 @contextlib.contextmanager
 def source(name, files):
-    """Where open_clip finds a model: its name, or a folder of what a checkpoint keeps of it.
+    """Where open_clip finds a model: its name, or a folder with the files that a checkpoint keeps.
 
-    files: (name, content) each, by `kept`.
+    files: list of (name, content) from `kept`.
     """
     if not files:
         yield name
         return
     with TemporaryDirectory() as folder:
         for file, content in files:
-            # A plain name: nothing is written beyond the folder.
+            # The base name alone: nothing is written outside of the folder.
             Path(folder, Path(file).name).write_bytes(content.encode("latin-1"))
         path = Path(folder, CONFIG)
         config = json.loads(path.read_text())
@@ -97,46 +97,47 @@ def source(name, files):
         if "hf_model_name" in text_cfg:
             text_cfg["hf_model_name"] = folder
         if "hf_tokenizer_name" in text_cfg:
-            # To load a checkpoint must not run code that came with it.
+            # Loading a checkpoint must not run code that came with it.
             text_cfg.setdefault("tokenizer_kwargs", {})["trust_remote_code"] = False
         path.write_text(json.dumps(config))
         yield f"local-dir:{folder}"
 
 
 def kept(model, tokenizer, model_cfg):
-    """What a checkpoint needs to build model and tokenizer again. -> files, as `source` takes them
+    """What a checkpoint needs to rebuild model and tokenizer. -> files, as `source` takes them
 
-    CLIP's own vocabulary is not among them: it comes with open_clip.
+    CLIP's own vocabulary is not included: it comes with open_clip.
     """
-    text_config = getattr(getattr(model, "text", None), "config", None)  # of transformers' towers
+    text_config = getattr(getattr(model, "text", None), "config", None)  # a tower of transformers
     with TemporaryDirectory() as folder:
         for part in (tokenizer, text_config):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         Path(folder, CONFIG).write_text(json.dumps(dict(model_cfg=model_cfg)))
-        # As text, each byte a letter, because torch does not read again the bytes of an empty file.
+        # As text, one character per byte, because torch cannot load empty bytes again.
         paths = Path(folder).glob("*.*")
         return [(path.name, path.read_bytes().decode("latin-1")) for path in paths]
 
 
 class OpenCLIP(nn.Module):
-    """A model of open_clip. open_clip: its name there; the other arguments are in its settings.
+    """A model of open_clip. Its tokenizer always pads to the full length.
 
-    load: the weights of the tag, or of what hf-hub: or local-dir: names; else they are random.
-    files: as in `source`. tokenizer: open_clip's, always of its full length.
+    open_clip: its name there. tag: of the weights whose settings are used. load: also load the
+    weights, of the tag or from hf-hub: or local-dir:; otherwise they are random. quick_gelu:
+    overrides the settings. files: see `source`. settings: the rest of config, which overrides too.
     """
 
     def __init__(self, open_clip, tag=None, load=False, quick_gelu=None, files=(), **settings):
         super().__init__()
         library = package()
         self.agreed, self.differing = wanted_by(open_clip, tag)
-        # Some names are GELU's and have tags, such as openai, that were trained with QuickGELU.
+        # Some models with GELU have tags, such as openai, that were trained with QuickGELU.
         if quick_gelu is None:
             quick_gelu = bool(self.agreed.get("quick_gelu"))
         with explaining(PREFIX + open_clip), source(open_clip, files) as place:
             model_cfg = library.get_model_config(place)
-            # Before gigabytes of weights are downloaded.
-            with explaining(f"{PREFIX}{open_clip}: its vocabulary could not be had"):
+            # First, as the weights may be gigabytes to download.
+            with explaining(f"{PREFIX}{open_clip}: its vocabulary can't be loaded"):
                 self.tokenizer = library.get_tokenizer(place)
             self.model = library.create_model(
                 place,
@@ -147,7 +148,7 @@ class OpenCLIP(nn.Module):
                 force_preprocess_cfg=self.agreed,
                 pretrained_text=False,
             )
-            # Where a checkpoint finds what to keep of our own tokenizer.
+            # save_checkpoint stores `merges` of any tokenizer.
             self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
         self.embed_dim = model_cfg["embed_dim"]
         pixels = library.transform.PreprocessCfg(**library.get_model_preprocess_cfg(self.model))
@@ -176,12 +177,12 @@ class OpenCLIP(nn.Module):
 
     @property
     def logit_scale(self):
-        """The logarithm of what cosines are multiplied with, a parameter ()."""
+        """The logarithm of the factor that cosines are multiplied by, a parameter ()."""
         return self.model.logit_scale
 
     @property
     def grad_checkpoint(self):
-        """True trades a third of the speed for memory in training."""
+        """If True, training needs less memory, but loses a third of its speed."""
         return self.checkpointing
 
     @grad_checkpoint.setter
@@ -191,7 +192,7 @@ class OpenCLIP(nn.Module):
         self.checkpointing = enable
 
     def encode_image(self, images):
-        """images (N,3,P,P) -> (N,D). uint8 is normalised here, floats have been already."""
+        """images (N,3,P,P) -> (N,D). uint8 is normalised here; floats must be already."""
         if images.dtype == torch.uint8:
             mean, std = self.mean_std
             images = (images / 255 - mean) / std

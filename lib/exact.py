@@ -1,18 +1,18 @@
-"""Computes what `TMASS.score` computes, many times as fast; and best-of-M's mean in closed form.
+"""The scores of `TMASS.score`, computed many times faster; and the mean best of M in closed form.
 
-`TMASS.score` pools every video for every text through matrices of D x D, and compares M noisy
-copies of every text with every pooled video. Here:
+`TMASS.score` pools every video for every text through D x D matrices, and compares M noisy copies
+of every text with every pooled video. This module avoids that work:
 
-- All that a pooling makes of one video, for whatever text, lies in the span of a few vectors. They
-  are computed once per video, and a text only needs its coefficients: `xpool_span`.
-- cos(t + R·ε_m, v) of M samples takes three products with the samples and no copies of the text:
-  `sample_cosines`.
-- Where all dimensions share one R, it leaves these products, and nothing of width D is computed
-  for a pair: `best_of_scalar`.
-- The mean of the best of M samples over the noise takes no samples at all: `expected_cosine`.
+- `xpool_span`: whatever the text, a pooled video lies in the span of a few vectors. They are
+  computed once per video, and for each text only the coefficients remain to be computed.
+- `sample_cosines`: cos(t + R·ε_m, v) of M samples needs only three products with the samples, and
+  no copies of the text.
+- `best_of_scalar`: if all dimensions share one R, then R factors out of these products, and no
+  vector of width D is computed for a pair.
+- `expected_cosine`: the mean of the best of M samples, over the noise, needs no samples at all.
 
-Poolings that SPANS does not name are called as they are, and so is every radius: a new class is
-scored right without a line here.
+A pooling that is not in SPANS is simply called, and so is every radius. New classes are therefore
+scored correctly without any change here.
 """
 import functools
 import math
@@ -22,23 +22,24 @@ import torch.nn.functional as F
 
 from tmass import LinearRadius, MeanPool, NoRadius, QueryPool, XPool, cosine
 
-TINY = 1e-16  # the least squared length to divide by
+TINY = 1e-16  # lower bound for a squared length in a denominator
 
 
 # ---- poolings as spans: v_ij = Σ_k c_ijk Z_jk ----
 #
-# Each function takes a pooling and texts (N,D), and returns a function of videos f (V,T,D) that
-# gives their spans Z (V,K,D) and the coefficients c (V,K,N).
+# Each function takes a pooling and texts t (N,D). It returns a function that maps videos f (V,T,D)
+# to their spanning vectors Z (V,K,D) and the coefficients c (V,K,N).
 
 
 def xpool_span(pool, t):
     """The span of XPool, K = T*H + 2.
 
-    Beside the softmax, psi is linear in the frames but for two normalisations, and these only
-    scale. Let j run over the T*H pairs of a frame and a head, Wo_h be the columns of Wo that belong
-    to the head, ũ be u minus its mean over D, and g, b be weight and bias of a LayerNorm. Then
+    For given attention weights a, psi is affine in LN1(f) except for the normalisations in LN2 and
+    LN3, which only rescale. Let j run over the T*H pairs of a frame and a head, Wo_h be the columns
+    of Wo for that head, ũ be u minus its mean over D, and g, b be the weight and bias of a
+    LayerNorm. Then
 
-        u_j = Wo_h (Wv LN1(f_j))_h + (Wo bv + bo)/H     as the a_j of a head add up to 1
+        u_j = Wo_h (Wv LN1(f_j))_h + (Wo bv + bo)/H     since the a_j of a head add up to 1
 
         x = LN2(Σ_j a_j u_j)
           = Σ_j (a_j/s) g2·ũ_j + b2                     s² = |Σ_j a_j ũ_j|²/D + eps
@@ -49,12 +50,13 @@ def xpool_span(pool, t):
         v = LN3(y)
           = Σ_j (a_j/s/s') g3·z̃_j + g3·z̃_0/s' + b3      s'² = |Σ_j (a_j/s) z̃_j + z̃_0|²/D + eps
 
-    so that Z = (g3·z̃_1, ..., g3·z̃_TH, g3·z̃_0, b3) and c = (a/s/s', 1/s', 1). Both s are quadratic
-    forms: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and s' alike with z̃.
+    so that Z = (g3·z̃_1, ..., g3·z̃_TH, g3·z̃_0, b3) and c = (a/s/s', 1/s', 1). Both s² and s'² are
+    quadratic forms plus eps: s² = aᵀ G a + eps with G = ũ ũᵀ/D, and s'² is the same with z̃ for ũ
+    and (a/s, 1) for a.
     """
     H = pool.heads
     q = xpool_query(pool, t)                                # (H,N,D)
-    # Two matrices in a row are one: a product less for every frame.
+    # Wo_h Wv_h as one matrix saves a product for every frame.
     Wo = pool.out.weight.unflatten(1, (H, -1))              # (D,H,D/H)
     Wv = pool.v.weight.unflatten(0, (H, -1))                # (H,D/H,D)
     Wu = torch.einsum("dhe,hec->hdc", Wo, Wv).flatten(0, 1)
@@ -85,9 +87,10 @@ def xpool_span(pool, t):
 
 
 def xpool_query(pool, t):
-    """The query where it meets the frames: q·(Wk x) = (Wkᵀ q)·x. t (N,D) -> (H,N,D).
+    """The queries, projected to be multiplied with frames: q·(Wk x) = (Wkᵀ q)·x. (N,D) -> (H,N,D).
 
-    The bias of k adds one number to all logits of a query, which softmax does not see.
+    The bias of k is left out: it adds the same number to all logits of a query, which doesn't
+    change their softmax.
     """
     q = pool.split_heads(pool.q(pool.ln1(t)))               # (N,H,D/H)
     Wk = pool.k.weight.unflatten(0, (pool.heads, -1))       # (H,D/H,D)
@@ -95,9 +98,9 @@ def xpool_query(pool, t):
 
 
 def pool_few(pool, t, f):
-    """XPool.forward in the order that suits few texts. t (N,D), f (V,T,D) -> v (N,V,D).
+    """XPool.forward reordered to be fast for few texts. t (N,D), f (V,T,D) -> v (N,V,D).
 
-    Σ_j a_j Wv x_j = Wv Σ_j a_j x_j: no frame meets a matrix, only what a text has pooled does.
+    As Σ_j a_j Wv x_j = Wv Σ_j a_j x_j, pooled vectors are multiplied by Wv instead of all frames.
     """
     f = pool.ln1(f)
     q = xpool_query(pool, t)
@@ -110,12 +113,12 @@ def pool_few(pool, t, f):
 
 
 def mean_span(pool, t):
-    """The span of MeanPool: the mean frame, which counts once."""
+    """The span of MeanPool, K = 1: the mean frame, with coefficient 1."""
     return lambda f: (f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t)))
 
 
 def query_span(pool, t):
-    """The span of QueryPool: the frames, of length 1, and the softmax."""
+    """The span of QueryPool, K = T: the normalised frames, with the softmax as coefficients."""
     t = F.normalize(t, dim=-1)
 
     def span(f):
@@ -125,12 +128,12 @@ def query_span(pool, t):
     return span
 
 
-# By exact type: a class that inherits from one of these may compute something else.
+# Looked up by exact type, because a subclass may compute something else.
 SPANS = {XPool: xpool_span, MeanPool: mean_span, QueryPool: query_span}
 
 
 def centred(x):
-    """x minus its mean over the last axis, as LayerNorm does it."""
+    """x minus its mean over the last axis, as in LayerNorm."""
     return x - x.mean(-1, keepdim=True)
 
 
@@ -146,7 +149,7 @@ def form(G, a):
 def sample_cosines(t, v, R, eps, products=None):
     """cos(t + R·ε_m, v) of every sample, from three products. t, v, R (...,D) -> (...,M).
 
-    eps (M,D). R may be (...,1). products: t·v, |v|², |t|² (...), where they are known.
+    eps (M,D). R may be (...,1). products: t·v, |v|² and |t|², each (...), if already computed.
     """
     if products is None:
         products = (t * v).sum(-1), squared(v), squared(t)
@@ -160,7 +163,8 @@ def sample_cosines(t, v, R, eps, products=None):
 def cosines_of_products(tv, vv, tt, along, across, square):
     """(t·v + (R·v)·ε) / (|v| |t_s|) with |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε).
 
-    tv, vv, tt (...) are t·v, |v|², |t|²; the others, (...,M), are overwritten. -> (...,M)
+    tv, vv, tt: t·v, |v|², |t|², each (...). along, across, square: (R·v)·ε, (R·t)·ε, (R·R)·(ε·ε),
+    each (...,M); along and square are overwritten. -> (...,M)
     """
     length = square.add_(across, alpha=2).add_(tt[..., None])
     length = length.clamp_min_(TINY).sqrt_()
@@ -175,24 +179,25 @@ def expected_cosine(t, v, R, mean, std, largest):
 
     R may be (...,1). mean, std: of ε. largest: E_M, the mean of the largest of M standard normals.
 
-    Let ε = μ + σ z with z ~ N(0, I). This is exact for the normal prior (μ = 0) and holds in effect
-    for the uniform one (μ = 1/2, σ = 1/√12), whose sums over D dimensions are close to normal. Then
+    Let ε = μ + σ z with z ~ N(0, I). This is exact for the normal prior (μ = 0). For the uniform
+    prior (μ = 1/2, σ = 1/√12) it is a good approximation, because its sums over D dimensions are
+    close to normal. Then
 
         t_s = c + σ R·z                                 c = t + μ R
         |t_s|² = |c|² + 2σ (R·c)·z + σ² |R·z|²
 
-    The last term hardly leaves its mean, σ²|R|². With τ² = |c|² + σ²|R|², and to first order in z,
+    The last term stays close to its mean, σ²|R|². Let τ² = |c|² + σ²|R|². To first order in z,
 
         cos(t_s, v) = (c·v + σ (R·v)·z) / (|v| τ sqrt(1 + 2σ (R·c)·z/τ²))
                     ≈ (c·v + σ g·z) / (|v| τ)           g = R·(v - k c)
                                                         k = c·v/τ²
 
-    which is normal, with the mean c·v/(|v| τ) and the standard deviation σ|g|/(|v| τ). The best of
-    M such numbers has the mean
+    which is normal, with mean c·v/(|v| τ) and standard deviation σ|g|/(|v| τ). The best of M such
+    numbers has the mean
 
         (c·v + E_M σ|g|) / (|v| τ)
 
-    a cosine, shrunk by |t|/τ, and a bonus for a wide mass.
+    The first term is a cosine, shrunk by |c|/τ. The second is a bonus for a wide mass.
     """
     R = R.expand(*R.shape[:-1], v.shape[-1])
     c = t
@@ -208,14 +213,14 @@ def expected_cosine(t, v, R, mean, std, largest):
 
 
 def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
-    """best_of where R (V,N,1) leaves all sums over D. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
+    """best_of for R (V,N,1), which factors out of sums. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
     if torch.is_tensor(noise):
         along = c.mT @ (Z @ noise.T) * R
         across = t @ noise.T * R
         square = noise.square().sum(-1) * R.square()
         cosines = cosines_of_products(tv, vv, tt, along, across, square)
         return cosines.amax(-1)
-    # The symbols of expected_cosine, with c·v as cv, |c|² as cc and Σ_d v_d as v_sum.
+    # expected_cosine, where c = t + shift: cv is c·v, cc is |c|², gg is |g/R|², v_sum is Σ_d v_d.
     mean, std, largest = noise
     D = t.shape[1]
     R = R.squeeze(-1)
@@ -232,9 +237,10 @@ def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
 
 
 def largest_of_normals(M):
-    """E_M, the mean of the largest of M standard normals: b - ∫ Φ(x)^M dx, x from -b to b.
+    """E_M, the mean of the largest of M standard normals: 12 - ∫ Φ(x)^M dx, x from -12 to 12.
 
-    Exact to rounding, as the integrand is flat at both ends (for M up to 10^12).
+    For M up to 10^12, the trapezoidal rule is exact up to rounding, because the integrand is flat
+    at both ends.
     """
     x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
     below = (M * torch.special.log_ndtr(x)).exp()
@@ -251,11 +257,11 @@ def squared(x):
 
 @torch.no_grad()
 def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
-    """The scores that TMASS.score defines. t (N,D), f (V,T,D) -> sims (N,V).
+    """Compute the scores of TMASS.score. t (N,D), f (V,T,D) -> sims (N,V), float32, on t's device.
 
-    trials: M; 0 scores the point text. expected: the mean of the best of M over the noise, which
-    needs no seed. f may be of any precision and on any device: sims are float32, on the device of
-    t, and take about chunk_mb megabytes to compute.
+    trials: M; 0 scores the point text. expected: score by the mean of the best of M over the noise,
+    which needs no seed. f may have any floating-point type and device. chunk_mb: approximate memory
+    for intermediate results, in megabytes.
     """
     t = t.float()
     N, D = t.shape
@@ -263,16 +269,16 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     H = model.config["heads"]
     pool = model.pool
     span_of = SPANS.get(type(pool))
-    if N <= T:  # a span costs 2T products of D x D a video; few texts cost 3 a pair
+    if N <= T:  # a span takes 2T products with D x D matrices per video, pool_few 3 per pair
         span_of = None
         if type(pool) is XPool:
             pool = functools.partial(pool_few, pool)
 
-    # Pairs at once: of those with vectors of width D, and of those with coefficients alone.
+    # Pairs at a time: `wide` if each needs vectors of width D, `pairs` if only coefficients.
     floats = int(chunk_mb * 2 ** 18)
     wide = floats // (4 * (H + 5) * D)
     pairs = floats // (16 * (H * T + trials))
-    if t.device.type == "cpu":  # twice as fast where tiles stay in the cache
+    if t.device.type == "cpu":  # twice as fast, because blocks fit into the cache
         wide = min(wide, 256)
         pairs = min(pairs, 16384)
     if span_of is None:
@@ -283,10 +289,10 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         v = min(pairs // n, 64)
 
     sims = t.new_empty(N, V)
-    model.pool.eval()  # scoring drops nothing
+    model.pool.eval()  # no dropout
     with torch.autocast(t.device.type, enabled=False):
         noise = noise_of(model, trials, seed, expected)
-        model.radius(t.new_zeros(1, T))  # raises where T is not the model's
+        model.radius(t.new_zeros(1, T))  # raises an error if the radius needs another T
         radius = fast_radius(model.radius)
         for texts in blocks(N, n):
             t_i = t[texts]
@@ -303,7 +309,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
 
 
 def best_of_pooled(t, f, pool, radius, noise):
-    """Scores by calling the pooling. t (N,D), f (V,T,D) -> (V,N)."""
+    """Scores computed by calling the pooling. t (N,D), f (V,T,D) -> (V,N)."""
     v = pool(t, f).transpose(0, 1)                          # (V,N,D)
     if noise is None:
         return cosine(t, v)
@@ -312,7 +318,7 @@ def best_of_pooled(t, f, pool, radius, noise):
 
 
 def best_of_span(t, f, span, radius, noise, wide):
-    """Scores by coefficients, in tiles where R has width D. t (N,D), f (V,T,D) -> (V,N)."""
+    """Scores computed from a span, in tiles if R has width D. t (N,D), f (V,T,D) -> (V,N)."""
     Z, c = span(f)
     tv = (Z @ t.T * c).sum(1)                               # (V,N)
     vv = form(Z @ Z.mT, c).squeeze(1)                       # (V,N)
@@ -322,7 +328,7 @@ def best_of_span(t, f, span, radius, noise, wide):
     S = similarities(t, f, radius)
     if radius(S[:1, :1]).shape[-1] == 1:
         return best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
-    # Square tiles: texts and videos are read again as seldom as can be.
+    # Square tiles read the fewest texts and videos per pair.
     best = torch.empty_like(tv)
     side = math.isqrt(wide)
     for videos in blocks(len(f), side):
@@ -335,7 +341,10 @@ def best_of_span(t, f, span, radius, noise, wide):
 
 
 def best_of(t, v, R, noise, products=None):
-    """Sampled or expected, as the noise says. t, v (...,D), R (...,D) or (...,1) -> (...)."""
+    """The best of M samples, or its mean. t, v (...,D), R (...,D) or (...,1) -> (...).
+
+    noise: the result of noise_of, not None.
+    """
     if torch.is_tensor(noise):
         cosines = sample_cosines(t, v, R, noise, products)
         return cosines.amax(-1)
@@ -343,12 +352,12 @@ def best_of(t, v, R, noise, products=None):
 
 
 def noise_of(model, trials, seed, expected):
-    """Samples (M,D); or mean, standard deviation and E_M; or None: the point text is scored."""
+    """Samples (M,D); or, if expected, (mean, std, E_M); or None if the point text is scored."""
     if trials == 0 or type(model.radius) is NoRadius:
         return None
     if not expected:
         eps = model.noise(trials, seed)
-        return eps.T.contiguous().T  # products want its transpose
+        return eps.T.contiguous().T  # products use its transpose, which is contiguous now
     largest = largest_of_normals(trials)
     if model.prior == "uniform":
         return 0.5, 12 ** -0.5, largest
@@ -356,9 +365,9 @@ def noise_of(model, trials, seed, expected):
 
 
 def similarities(t, f, radius):
-    """S = cos(t, f_j), or its mean over j where the radius needs no more -> (V,N,T) or (V,N,1)."""
+    """S = cos(t, f_j) (V,N,T), or its mean over j (V,N,1) if the radius depends only on that."""
     f = F.normalize(f, dim=-1)
-    # Declared by the class itself: one that inherits from it may compute something else.
+    # Only if the class itself declares it, because a subclass may compute something else.
     if vars(type(radius)).get("of_mean"):
         f = f.mean(1, keepdim=True)
     t = F.normalize(t, dim=-1)
@@ -366,7 +375,7 @@ def similarities(t, f, radius):
 
 
 def fast_radius(radius):
-    """LinearRadius with the bias inside the product, which saves a pass; any other as it is."""
+    """LinearRadius with its bias as part of the product, to save a pass. Others are unchanged."""
     if type(radius) is not LinearRadius:
         return radius
     bias = radius.linear.bias[None]
@@ -375,6 +384,6 @@ def fast_radius(radius):
 
 
 def blocks(total, size):
-    """Slices of at most `size` that make up range(total)."""
+    """Split range(total) into slices of at most `size`. -> list of slice"""
     size = max(1, size)
     return [slice(start, start + size) for start in range(0, total, size)]

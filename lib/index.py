@@ -1,9 +1,9 @@
-"""The index of a folder: embeddings of its videos' pieces, in shards, which are never rewritten.
+"""The index of a folder: the embeddings of its videos' pieces, stored in shards.
 
-A shard is a file that holds the pieces of some videos. Any number of processes, machines and
-searches may add shards to a folder at once; a killed run loses what it had not yet saved. In this
-order: which videos, Shard, what embeddings depend on, a shard's file, all shards of a folder,
-repacking.
+A shard is a file with the pieces of some videos, and is never rewritten. Any number of processes,
+machines and searches may add shards to a folder at the same time. A run that is killed loses only
+what it had not saved yet. This file has these parts: finding videos, Shard, the fingerprint of the
+model, the file of a shard, all shards of a folder, and repacking.
 """
 import contextlib
 import glob
@@ -35,32 +35,32 @@ from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
 FORMAT = "tmass index 2"
-FULL = 4000             # a shard is saved when it has so many pieces: opening one takes 1 ms
-OLD = 60                # or when the one before was saved so many seconds ago
-SMALL = 16              # so many shards that are less than an eighth full are joined
-MISSED = 7 * 24 * 3600  # seconds that a file must be gone before its rows are dropped
+FULL = 4000             # pieces after which a shard is saved; opening a shard takes 1 ms
+OLD = 60                # seconds after which a shard is saved even if it is not full
+SMALL = 16              # number of shards less than an eighth full at which they are joined
+MISSED = 7 * 24 * 3600  # seconds for which a file must be missing before its rows are dropped
 MEGABYTE = 2 ** 20
-MEANS = 2 * 2 ** 30     # bytes of pooled frames that stay on a GPU: 2 million pieces of D = 512
+MEANS = 2 * 2 ** 30     # bytes of pooled frames to keep on a GPU: 2 million pieces of D = 512
 
 
-# ---- which videos ----
+# ---- finding videos ----
 
 class Folder(NamedTuple):
-    """Videos to be searched, and the folder that they lie in."""
+    """A folder, and which of its videos to search."""
 
     path: str
-    stamps: Optional[dict]  # {name in the folder: (size, mtime_ns)}; None: what the index has
-    whole: bool             # these are all videos of the folder: others are gone
-    refused: list           # what can't be looked into, and why
+    stamps: Optional[dict]  # {name in the folder: (size, mtime_ns)}; None: all in the index
+    whole: bool             # True if stamps lists all videos of the folder: others were deleted
+    refused: list           # error messages, for what can't be read
 
 
 def list_videos(paths, new=True):
-    """Folders, with those below them, and files. -> list of Folder
+    """Find the videos in folders, searched recursively, and among single files. -> list of Folder
 
-    new=False: what is in the folders is not looked at.
+    new=False: don't look into the folders.
     """
     folders = []
-    named = {}  # files, by the folder that they lie in
+    named = {}  # folder: {name: stamp} of the single files in it
     for path in map(spelled, paths):
         if os.path.isdir(path):
             refused = []
@@ -73,26 +73,27 @@ def list_videos(paths, new=True):
             raise DataError(
                 f"--videos {path}: there is no such folder or file (queries come before --videos)"
             )
-    # Of a folder whose files are named one by one, the other files are not gone.
+    # Not `whole`: a folder's other files still exist when only some are named.
     folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
         refused = [reason for folder in folders for reason in folder.refused]
         why = refused[0] if refused else ", ".join(SUFFIXES)
-        raise DataError(f"--videos {searched}: no videos in it ({why})")
+        raise DataError(f"--videos {searched}: no videos found ({why})")
     return folders
 
 
 def stamp_of(path):
-    """What tells whether a file has changed."""
+    """(size, mtime_ns) of a file, which tell whether it has changed."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
 
 def videos_below(folder, refused):
-    """Videos of a folder and those below it, hidden ones left out. -> {relative name: stamp}
+    """Find the videos in a folder, recursively, except hidden ones. -> {relative name: stamp}
 
-    Links to folders are followed, each folder once. refused: gets what can't be looked into.
+    Links to folders are followed, but each folder is visited once. refused: list to which error
+    messages are added.
     """
     folder = os.fspath(folder)
     found = {}
@@ -104,11 +105,11 @@ def videos_below(folder, refused):
     for base, folders, files in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
-            folders.clear()  # in place: os.walk goes on into what is left
+            folders.clear()  # in place, so that os.walk doesn't descend into them
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        # What is linked comes last, so that a folder's own name is found before a link to it.
+        # Links come last, so that a folder is found under its own name rather than a link's.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))
         below = base[len(folder):].lstrip(os.sep)
         for name in files:
@@ -118,7 +119,7 @@ def videos_below(folder, refused):
             try:
                 if os.path.isfile(path):
                     found[os.path.join(below, name)] = stamp_of(path)
-            except OSError as error:  # it went away, or may not be looked at
+            except OSError as error:  # deleted in the meantime, or no permission
                 note(error)
     return dict(sorted(found.items()))
 
@@ -126,40 +127,40 @@ def videos_below(folder, refused):
 # ---- shards ----
 
 class File(NamedTuple):
-    """A file of a folder, as it was when it was read."""
+    """A file in a folder, as it was when it was encoded."""
 
     name: str
     stamp: tuple
-    why: Optional[str]  # nothing of it can be searched; None: it can
-    content: str = ""   # `content_of` it; shards of earlier versions have none
+    why: Optional[str]  # why it can't be read; None if it can
+    content: str = ""   # its content_of; empty in shards of earlier versions
 
 
 class Shard(NamedTuple):
-    """P pieces of whole files."""
+    """The P pieces of some files. All pieces of a file are in the same shard."""
 
     frames: torch.Tensor  # (P,T,D) float16: embeddings of the sampled frames
-    mean: torch.Tensor    # (P,D) float16: `pooled` of them
-    times: torch.Tensor   # (P,T) float32: seconds at which the frames are shown
-    spans: torch.Tensor   # (P,2) float32: start and end of the piece
-    file: torch.Tensor    # (P,) int32: which of `files` a piece belongs to
+    mean: torch.Tensor    # (P,D) float16: `pooled` frames
+    times: torch.Tensor   # (P,T) float32: when each frame is shown, in seconds
+    spans: torch.Tensor   # (P,2) float32: start and end of each piece, in seconds
+    file: torch.Tensor    # (P,) int32: each piece's file, as an index into `files`
     files: list           # of File
 
 
 def file_shard(frames, times, spans, file):
-    """The pieces of one file. frames (P,T,D), times (P,T), spans (P,2) -> Shard"""
+    """Make a Shard of one file's pieces. frames (P,T,D), times (P,T), spans (P,2) -> Shard"""
     mean = pooled(frames).half()
     numbers = torch.zeros(len(frames), dtype=torch.int32)
     return Shard(frames.half(), mean, times, spans, numbers, [file])
 
 
 def pooled(f):
-    """First-stage vector of each piece: the unit mean of its unit frames. f (P,T,D) -> (P,D)."""
+    """Normalised mean of the normalised frames, for the first stage. f (P,T,D) -> (P,D)."""
     unit = F.normalize(f.float(), dim=-1)
     return F.normalize(unit.mean(1), dim=-1)
 
 
 def join_shards(parts):
-    """Several shards as one. list of Shard -> Shard."""
+    """Concatenate shards. list of Shard -> Shard."""
     files = []
     numbers = []
     for part in parts:
@@ -170,36 +171,36 @@ def join_shards(parts):
 
 
 def keep_files(shard, keep):
-    """The part of a shard that belongs to some of its files. keep: a bool per file -> Shard."""
+    """Select some of a shard's files, with their rows. keep: a bool for each file -> Shard."""
     files = list(itertools.compress(shard.files, keep))
     keep = torch.tensor(keep, dtype=torch.bool)
-    number = keep.cumsum(0, dtype=torch.int32) - 1  # of each file that stays
+    number = keep.cumsum(0, dtype=torch.int32) - 1  # the new number of each file that is kept
     rows = keep[shard.file.long()]
     return Shard(*(x[rows] for x in shard[:4]), number[shard.file[rows].long()], files)
 
 
-# ---- what embeddings depend on ----
+# ---- the fingerprint of the model ----
 
 def fingerprint(model, window):
-    """What embeddings depend on, as 16 letters: the image tower, T and the window in seconds.
+    """Hash what the embeddings depend on: image tower, T, window in seconds. -> 16 hex digits
 
-    Every weight counts, in a sum of its tensor's bits, and about 64 of each tensor by themselves.
+    Each weight tensor enters with the sum of all its values' bits, and about 64 single values.
     """
-    known = FORMAT, model.frames, float(window), model.clip.config
-    digest = hashlib.sha256(repr(known).encode())
+    settings = FORMAT, model.frames, float(window), model.clip.config
+    digest = hashlib.sha256(repr(settings).encode())
     tensors = sorted(model.clip.visual.state_dict().items())
     sums = []
-    single = []
+    samples = []
     for _, x in tensors:
         bits = x.flatten().view(torch.int32)
         sums.append(bits.sum(dtype=torch.int64))
-        single.append(bits[::max(1, len(bits) // 64)])
-    # Two copies from the device for all tensors: each copy waits for it.
+        samples.append(bits[::max(1, len(bits) // 64)])
+    # Two copies from the device in all, rather than two per tensor: each copy synchronises.
     sums = torch.stack(sums).tolist()
-    sizes = [len(x) for x in single]
-    single = torch.cat(single).cpu().split(sizes)
-    for (name, x), total, some in zip(tensors, sums, single):
-        content = name, tuple(x.shape), total, some.tolist()
+    sizes = [len(x) for x in samples]
+    samples = torch.cat(samples).cpu().split(sizes)
+    for (name, x), total, sample in zip(tensors, sums, samples):
+        content = name, tuple(x.shape), total, sample.tolist()
         digest.update(repr(content).encode())
     return digest.hexdigest()[:16]
 
@@ -207,11 +208,11 @@ def fingerprint(model, window):
 # ---- the file of a shard ----
 
 def content_of(path):
-    """What copies of a file have in common, its size, first and last megabyte, as 32 letters.
+    """Hash a file's size, first and last megabyte, to recognise copies of it. -> 32 hex digits
 
     Raises OSError.
     """
-    # A whole film would take longer to read than its frames do.
+    # Reading all of a long film would take longer than decoding the sampled frames.
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -223,60 +224,60 @@ def content_of(path):
 
 
 def new_name(mark):
-    """A shard's name, later ones after earlier ones. mark: the fingerprint."""
+    """A new shard's name. Names sort by time of creation. mark: the fingerprint."""
     return f"{mark}-{time.time_ns():016x}-{secrets.token_hex(4)}.shard"
 
 
 def write_shard(folder, name, shard):
-    """Save a shard. Raises OSError or, as torch does where a disk is full, RuntimeError."""
+    """Save a shard. Raises OSError, or RuntimeError (by torch, if the disk is full)."""
     os.makedirs(folder, exist_ok=True)
-    files = list(map(tuple, shard.files))  # torch reads back no other class
+    files = list(map(tuple, shard.files))  # torch.load with weights_only refuses other classes
     content = dict(shard._asdict(), files=files, format=FORMAT)
     with written_whole(os.path.join(folder, name)) as part, open(part, "wb") as file:
         torch.save(content, file)
 
 
 def read_shard(path, size):
-    """-> Shard, memory-mapped; None where the file is damaged. Raises FileNotFoundError.
+    """Open a shard, memory-mapped. -> Shard, or None if it is damaged. Raises FileNotFoundError.
 
-    size: (T,D) of the model. No checksums: a shard may have gigabytes.
+    size: (T,D) of the model. There are no checksums, because a shard may be gigabytes long.
     """
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         shard = Shard(*(content[name] for name in Shard._fields))
         shard = shard._replace(files=[File(*file) for file in shard.files])
-        return shard if fits_together(shard, *size) else None
+        return shard if is_valid(shard, *size) else None
     except FileNotFoundError:
         raise
-    except Exception:  # a damaged file fails in zip, pickle or torch, each with errors of its own
+    except Exception:  # a damaged file may raise nearly any error of zipfile, pickle or torch
         return None
 
 
-def fits_together(shard, T, D):
-    """Are a shard's tensors and files of the types and sizes of a Shard, and its times numbers?
+def is_valid(shard, T, D):
+    """Whether a shard has the types and shapes of Shard, valid file numbers and finite times.
 
-    Also raises an error where they are not.
+    May raise an error instead of returning False.
     """
     P = len(shard.frames)
     shapes = [(P, T, D), (P, D), (P, T), (P, 2), (P,)]
     for x, shape, kind in zip(shard, shapes, ("f2", "f2", "f4", "f4", "i4")):
-        x = x.numpy()  # an error where it is sparse, or has no values
+        x = x.numpy()  # raises an error for a sparse tensor, or one without storage
         if x.shape != shape or x.dtype != kind:
             return False
     for name, stamp, why, content in shard.files:
         types = [type(part) for part in (name, *stamp, why or "", content)]
         if types != [str, int, int, str, str]:
             return False
-    known = (shard.file >= 0) & (shard.file < len(shard.files))
-    good = known, shard.times.isfinite(), shard.spans.isfinite()
+    valid = (shard.file >= 0) & (shard.file < len(shard.files))
+    good = valid, shard.times.isfinite(), shard.spans.isfinite()
     return all(x.all() for x in good)
 
 
 class ShardWriter:
-    """Saves files' pieces as they are encoded: when they fill a shard, or after a while.
+    """Collects the pieces of encoded files, and saves them as a shard when one is full or old.
 
-    parts: a Shard of each file that is not saved yet, to be added to.
-    unsaved: {name: Shard} of those that could not be written, which is said once.
+    parts: list of Shards that are not saved yet, one for each file. Callers append to it.
+    unsaved: {name: Shard} of those that could not be written. A message is printed for the first.
     """
 
     def __init__(self, folder, mark):
@@ -287,8 +288,9 @@ class ShardWriter:
         self.unsaved = {}
 
     def save_if_due(self):
-        """To be called as often as one likes. -> whether it was due"""
-        waited = time.monotonic() - self.saved
+        """Save if the parts fill a shard, or the last save was long ago. -> whether it was due"""
+        # The first batch of a long video leaves nothing to save yet.
+        waited = time.monotonic() - self.saved if self.parts else 0
         due = sum(len(part.file) for part in self.parts) >= FULL or waited > OLD
         if due:
             self.save()
@@ -306,7 +308,7 @@ class ShardWriter:
                 why = why_not_written(error) or first_line(error)
                 print(
                     f"cannot write {escaped(self.folder)} ({why}): searching without saving, so "
-                    "the next search encodes again; --index DIR names another folder",
+                    "the next search encodes again; use --index DIR to save elsewhere",
                     file=sys.stderr,
                 )
             self.unsaved[name] = shard
@@ -317,27 +319,27 @@ class ShardWriter:
 # ---- all shards of a folder ----
 
 def shard_folder(folder, index_dir=None):
-    """Where a folder's shards are: beside its videos, or in a folder of their own in index_dir."""
+    """The folder of a folder's shards: inside it, or a subfolder of index_dir if that is given."""
     if index_dir is None:
         return os.path.join(folder, INDEX)
-    # However the folder is named, its shards are found again.
+    # Named after the real path, so that every spelling of the path finds the same shards.
     real = os.fsencode(os.path.realpath(folder))
     name = hashlib.sha256(real).hexdigest()
     return os.path.join(index_dir, name[:12])
 
 
 def open_shards(folder, mark, known, job, size):
-    """All sound shards of a folder, the same on all processes. -> {name: Shard}
+    """Open all undamaged shards of a folder, the same in all processes. -> {name: Shard}
 
-    known: {name: Shard, or None where it is damaged}: those opened before; new ones are added.
+    known: {name: Shard, or None if damaged}, the shards opened before; new ones are added to it.
     size: (T,D) of the model.
     """
-    # Processes of other searches may repack meanwhile: all of ours must see the same shards.
+    # Another search may be repacking: try again until all processes have opened the same shards.
     for attempt in range(100):
-        names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # the oldest first
+        names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # oldest first
         names = job.gather(names)[0]
         complete = False
-        with contextlib.suppress(FileNotFoundError):  # repacked a moment ago: look again
+        with contextlib.suppress(FileNotFoundError):  # removed by another search's repack
             for name in names:
                 if name in known:
                     continue
@@ -346,7 +348,7 @@ def open_shards(folder, mark, known, job, size):
                 if known[name] is None:
                     job.say(
                         f"{escaped(path)} is damaged and left out: its files are encoded again; "
-                        "it may be deleted"
+                        "you can delete it"
                     )
             complete = True
         if all(job.gather(complete)):
@@ -356,13 +358,13 @@ def open_shards(folder, mark, known, job, size):
 
 
 def newest_shards(shards, stamps):
-    """Which shard's rows of a file count: the newest. -> {file name: shard name}
+    """Find the newest shard of each file. -> {file name: shard name}
 
-    shards: {name: Shard}. stamps: {file name: stamp}: a file counts only if it is as it was when
-    it was encoded; None: every file counts.
+    shards: {name: Shard}. stamps: {file name: stamp}. A file's rows are valid only if its stamp is
+    the same as when it was encoded. None: all rows are valid.
     """
     newest = {}
-    # Shards' names are in the order of time: the last that has a file is the newest.
+    # Shards' names sort by time, so the last shard that has a file is its newest.
     for key, shard in sorted(shards.items()):
         for name, stamp, *_ in shard.files:
             if stamps is None or stamps.get(name) == stamp:
@@ -371,9 +373,9 @@ def newest_shards(shards, stamps):
 
 
 def move_means(shards, device, job=ALONE, most=MEANS):
-    """Put this process' pooled frames on the device, `most` bytes of them: every query needs all.
+    """Move this process' pooled frames to the device, up to `most` bytes. list of Shard -> same
 
-    On the CPU they stay in their files, memory-mapped. list of Shard -> list of Shard.
+    Every query reads all of them. On the CPU they stay memory-mapped.
     """
     moved = []
     for s, shard in enumerate(shards):
@@ -387,14 +389,15 @@ def move_means(shards, device, job=ALONE, most=MEANS):
 # ---- repacking ----
 
 def newest_with_missed(folder, where, mark, shards, newest):
-    """`newest`, and the newest rows of files that are not there, which may come back.
+    """Add missing files, which may come back, to `newest`. -> {file name: shard name}
 
-    They count a week from when they were first missed, which a file beside the shards tells, and
-    for as long as the folder that they were in is not there either: it may be a disk.
+    A file is kept for a week after it was first missed, which is recorded in a file beside the
+    shards. It is kept longer while its folder is missing too, as the folder may be on a disk that
+    is not mounted.
     """
     path = os.path.join(where, f"{mark}.missed")
-    since = {}  # name: seconds since 1970
-    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+    since = {}  # name: when it was first missed, in seconds since 1970
+    with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or it is damaged
         since = dict(json.loads(Path(path).read_text(encoding="utf-8")))
     both = newest_shards(shards, None) | newest
     times = {name: since.get(name, time.time()) for name in both if name not in newest}
@@ -408,39 +411,39 @@ def newest_with_missed(folder, where, mark, shards, newest):
 
 
 def repack(folder, mark, shards, newest):
-    """Put what counts of mostly empty shards into new ones; only then are the old ones removed.
+    """Copy the valid rows of small or mostly outdated shards to new shards; then delete the old.
 
-    Also removed are the parts of shards that killed searches left.
+    Also deletes the temporary files of searches that were killed. newest: {file name: shard name}.
     """
     for part in glob.glob(f"{glob.escape(folder)}/{mark}*.part"):
-        remove_parts(part.rsplit(".", 3)[0])  # which leaves those that are being written
-    # Shards are never rewritten: searches that have one open must not see it change.
-    counts = {}  # of each shard: does a file's part of it count?
+        remove_parts(part.rsplit(".", 3)[0])  # keeps those that are being written
+    # Shards are never rewritten, so that searches that have one open don't see it change.
+    valid = {}  # name of a shard: for each of its files, whether its rows are the newest
     chosen = []
     small = []
     for key, shard in shards.items():
-        counts[key] = [newest.get(file.name) == key for file in shard.files]
-        of_files = torch.tensor(counts[key], dtype=torch.bool)
+        valid[key] = [newest.get(file.name) == key for file in shard.files]
+        of_files = torch.tensor(valid[key], dtype=torch.bool)
         rows = of_files[shard.file.long()].sum().item()
-        if not any(counts[key]) or 2 * rows < len(shard.file):
+        if not any(valid[key]) or 2 * rows < len(shard.file):
             chosen.append(key)
         elif 8 * rows < FULL:
             small.append(key)
     if len(chosen) + len(small) >= SMALL:
         chosen += small
-    # A few at a time, as these are in memory together.
+    # A few at a time, because they are in memory together.
     for start in range(0, len(chosen), SMALL):
         old = chosen[start:start + SMALL]
-        shard = join_shards([keep_files(shards[key], counts[key]) for key in old])
+        shard = join_shards([keep_files(shards[key], valid[key]) for key in old])
         if shard.files:
             write_shard(folder, new_name(mark), shard)
         for key in old:
-            with contextlib.suppress(FileNotFoundError):  # another search was faster
+            with contextlib.suppress(FileNotFoundError):  # deleted by another search
                 os.unlink(os.path.join(folder, key))
 
 
 def summary(encoded, files, pieces, reasons, stopped):
-    """What is in the index, and ten of the reasons why something is not, a line each."""
+    """The size of the index in words, and up to ten reasons why files were left out, one a line."""
     line = f"encoded {encoded} videos, {files} in the index, {pieces} pieces"
     if stopped:
         line += "; stopped: the next search encodes the others"

@@ -1,18 +1,18 @@
-"""One text's mass as a picture: where its samples are, beside the right video and a wrong one.
+"""A picture of one text's mass: its samples, with the right video and a wrong one.
 
-The picture is an orthogonal projection, at one scale, on the plane through t, the right video's v
-and the wrong one's: these three stand where they are. What is at right angles to the plane, as
-nearly all of the noise is, can't be seen in it.
+The picture is an orthogonal projection onto the plane through t, the right video's v and the wrong
+one's v, with the same scale on both axes. Distances between these three points are therefore true.
+Nearly all of the noise is perpendicular to the plane and can't be seen.
 """
 import torch
 
 from lib import exact
-from lib.page import BOTTOM, LEFT, RIGHT, TOP, Axes, key
+from lib.page import BOTTOM, LEFT, RIGHT, TOP, Axes, draw_legend
 from tmass import cosine, stochastic_text, support_text
 
-SAMPLES = 200  # that are drawn for each of the two videos
-# Each kind of point has a shape of its own, so that nothing depends on colour: what follows its
-# place in an SVG path. Later kinds lie on earlier ones.
+SAMPLES = 200  # in the picture, for each of the two videos
+# The shape of each kind of point, as an SVG path relative to its position. All shapes differ, so
+# that none depends on colour. Later kinds are drawn over earlier ones.
 MARKS = {
     "wrong": "m-3-3l6 6m0-6l-6 6",
     "right": "h0",
@@ -38,10 +38,11 @@ NEAR_T = ("wrong", "right", "best", "t")
 
 @torch.no_grad()
 def measure_mass(model, t, f, trials, seed):
-    """A text beside two videos. t (D,), f (2,T,D), the right one first -> points, numbers.
+    """Measure a text's mass for two videos. t (D,), f (2,T,D) -> points, numbers
 
-    points: {kind of MARKS: places in the plane (n,2)}, t at (0, 0). numbers: {name: (2,)}. Both are
-    None where nothing is sampled, or there is no wrong video.
+    f: the right video, then a wrong one. points: {kind, as in MARKS: (n,2)}, coordinates in the
+    plane, with t at (0, 0). numbers: {name: (2,)}, a value for each video. Both are None if nothing
+    is sampled, or if f has no wrong video.
     """
     noise = exact.noise_of(model, trials, seed, expected=True)
     if noise is None or len(f) == 1:
@@ -51,9 +52,9 @@ def measure_mass(model, t, f, trials, seed):
     eps = model.noise(trials, seed)                             # (M,D), as in TMASS.score
     best = exact.sample_cosines(t, v, R, eps).max(-1)
     drawn = stochastic_text(t, R[:, None], model.noise(SAMPLES, seed))
-    # Orthonormal (D,2); on the CPU, as not every device can do it.
+    # An orthonormal basis (D,2). On the CPU, because not every device supports QR.
     plane = torch.linalg.qr((v - t).T.cpu()).Q.to(t)
-    # The right v lies to the right of t, and the wrong one above: QR leaves the signs open.
+    # QR leaves the signs open: put the right v to the right of t, and the wrong one above it.
     plane = plane * ((v - t) @ plane).diagonal().sign()
     points = dict(
         wrong=drawn[1],
@@ -66,7 +67,7 @@ def measure_mass(model, t, f, trials, seed):
         t=t[None],
     )
     shrunk = exact.expected_cosine(t, v, R, *noise[:2], 0)
-    spread = R.square()  # of the samples, in each dimension, but for a factor
+    spread = R.square()  # the samples' variance in each dimension, up to a constant factor
     return {kind: (x - t) @ plane for kind, x in points.items()}, {
         "|t|": t.norm().expand(2),
         "mean of R": R.mean(1),
@@ -79,7 +80,7 @@ def measure_mass(model, t, f, trials, seed):
 
 
 def view(points, kinds, about):
-    """The points of some kinds, at one scale. -> SVG."""
+    """Plot the points of some kinds, with the same scale on both axes. about: the label. -> SVG."""
     low, high = torch.cat([points[kind] for kind in kinds]).aminmax(dim=0)
     size = low.new_tensor([RIGHT - LEFT, BOTTOM - TOP])
     half = 0.54 * size * ((high - low) / size).amax().clamp_min(1e-6)
@@ -95,8 +96,8 @@ def view(points, kinds, about):
 
 
 def draw_mass(points):
-    """The points of measure_mass -> HTML: all of them, the samples from near by, and a key."""
+    """Draw the points of measure_mass: all of them, a close-up of the samples, a legend. -> HTML"""
     wide = view(points, MARKS, "along t → v of the right video")
     near = view(points, NEAR_T, "the same, near t")
-    legend = key(NAMES, {kind: "M13 7" + shape for kind, shape in MARKS.items()})
+    legend = draw_legend(NAMES, {kind: "M13 7" + shape for kind, shape in MARKS.items()})
     return f'<div class="mass">{wide}{near}{legend}</div>'

@@ -1,4 +1,4 @@
-"""What eval.py and search.py share: options, output files, and the model that --ckpt names."""
+"""Shared by eval.py and search.py: options, output files, and loading the model of --ckpt."""
 import argparse
 import json
 import os
@@ -8,74 +8,65 @@ import torch
 
 import data
 from lib.common import DataError, WeightsError, check_output, first_line, numeric, output
+from lib.processes import DEVICE
 from lib.validate import MISTAKES
 from lib.video import Segment
 from lib.weights import load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
-def add_common(parser):
-    """Add the options that evaluation and search share. -> what adds another to the last group."""
-    add = parser.add_argument_group("scoring").add_argument
-    add("--trials", type=numeric(int, 0, 10 ** 5), default=20,
-        help="M, samples of the text mass; 0: the point text (default: %(default)s)")
-    add("--expected", action=argparse.BooleanOptionalAction, default=False,
-        help="score by the average best of M in closed form, without noise "
-             "(default: %(default)s)")
-    add("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
-        help="of the samples (default: %(default)s)")
-    add("--prior", choices=PRIORS,
-        help="of the samples (default: as trained; released code: uniform)")
-    add("--prior-std", type=numeric(float, 0, 1e6),
-        help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
-    add("--pooling", choices=POOLINGS,
-        help="how frames become a video; mean and query need no weights "
-             "(default: as trained; CLIP: query)")
-    add("--frames", type=numeric(int, 1, 1000), metavar="T",
-        help="frames sampled per video, where the radius is not tied to the number in "
-             "training, as linear is (default: as trained)")
-    add = parser.add_argument_group("run").add_argument
-    add("--activation", choices=("quickgelu", "gelu"),
-        help="of CLIP, where the guess that is printed is wrong: OpenAI's is quickgelu, "
-             "LAION's gelu")
-    add("--amp", choices=("off", "bf16"), default="off",
-        help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
-             "scores move by about 3e-4 (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the result there too")
-    add("--report", metavar="FILE",
-        help="write a page to look at: one .html file with frames and settings")
-    add("--batch", type=numeric(int, 1, 10 ** 6), default=16,
-        help="videos encoded at once (default: %(default)s)")
-    add("--workers", type=numeric(int, 0, 1000), default=min(8, os.cpu_count() or 1),
-        help="processes that decode videos (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)")
-    return add
+def add_common(p):
+    """Add the options that evaluation and search share; those added next are in the last group."""
+    option = p.option
+    p.group("scoring")
+    option("trials M", "samples of the text mass; 0: the point text", numeric(int, 0, 10 ** 5),
+           20)
+    option("expected", "score by the average best of M in closed form, without noise",
+           default=False, action=argparse.BooleanOptionalAction)
+    option("seed", "of the samples", numeric(int, 0, 2 ** 63 - 1), 24)
+    option("prior", "of the samples (default: as trained; released code: uniform)", PRIORS)
+    option("prior-std", "of the normal prior (default: as trained; released for LSMDC: 0.003)",
+           numeric(float, 0, 1e6))
+    option("pooling", "how frames become a video; mean and query need no weights (default: as "
+           "trained; CLIP: query)", POOLINGS)
+    option("frames T", "frames sampled per video, where the radius is not tied to the number in "
+           "training, as linear is (default: as trained)", numeric(int, 1, 1000))
+    p.group("run")
+    option("activation", "of CLIP, where the guess that is printed is wrong: OpenAI's is "
+           "quickgelu, LAION's gelu", ("quickgelu", "gelu"))
+    option("amp", "bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
+           "scores move by about 3e-4", ("off", "bf16"), "off")
+    option("json FILE", "write the result there too")
+    option("report FILE", "write a page to look at: one .html file with frames and settings")
+    option("batch N", "videos encoded at once", numeric(int, 1, 10 ** 6), 16)
+    option("workers N", "processes that decode videos", numeric(int, 0, 1000),
+           min(8, os.cpu_count() or 1))
+    option("device", "cpu, cuda or mps", default=DEVICE)
 
 
-# What stands at the start of the file that an option writes, and of no other.
+# What the files that each option writes contain near their start, and no other files do.
 OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass scores"}
 
 
 def check_outputs(args):
-    """Before anything long starts: each output can be written, and no other option names it."""
+    """Check early that each output can be written, and that no two options name the same file."""
     named = {os.path.realpath(args.ckpt): "--ckpt"}
     for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
         # --json - is standard output.
         if path is None or (option, path) == ("--json", "-"):
             continue
-        # The file counts, not how it is spelled.
+        # Real paths are compared, because a file's path can be spelled in several ways.
         other = named.setdefault(os.path.realpath(path), option)
         if other != option:
-            raise DataError(f"{option} {path} is the file of {other} too: give each its own")
+            raise DataError(f"{option} {path} is also the file of {other}: give each its own")
         check_output(option, path, mark)
 
 
 def load_model(args, job):
-    """The model of --ckpt as the options want it, on the device. -> (model, tokenizer, config)."""
+    """Load the model of --ckpt, and apply the options to it. -> (model, tokenizer, config)."""
     check_outputs(args)
-    # The first process may download the weights; the others then find them.
+    # The first process may have to download the weights, which the others then find.
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)
     if args.pooling and args.pooling != model.config["pooling"]:
@@ -95,20 +86,21 @@ def load_model(args, job):
     model.prior = args.prior or model.prior
     if args.prior_std is not None:
         model.prior_std = args.prior_std
-    said = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
-            f"{model.config['radius']}"]
-    if model.config["radius"] != "none" and args.trials:  # else nothing is sampled
+    settings = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
+                f"{model.config['radius']}"]
+    if model.config["radius"] != "none" and args.trials:  # otherwise nothing is sampled
         std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
-        drawn = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
-        said += [f"{args.trials} samples", f"prior {model.prior}{std}", drawn]
-    job.say(f"{', '.join(said)}, on {job.device}")
+        noise = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+        settings += [f"{args.trials} samples", f"prior {model.prior}{std}", noise]
+    job.say(f"{', '.join(settings)}, on {job.device}")
     return model, tokenizer, config
 
 
 def read_features(path, model):
-    """Features made elsewhere. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
+    """Load --features. -> Annotations, (t (N,D), f (V,T,D)) on the model's device.
 
-    Where the file does not say captions and clips, as --save does, they have numbers for names.
+    A file of --save also holds captions and clips. If they are missing, texts and videos are named
+    by their numbers. Sets model.frames to T.
     """
     content = read_weights(path)
     device = model.clip.logit_scale.device
@@ -120,7 +112,7 @@ def read_features(path, model):
         V = len(f)
         model.frames = f.shape[1]
         model.config["frames"] = model.frames
-        # Fails where they do not fit each other, or the model.
+        # Raises an error if they don't fit each other or the model.
         model.score(t[:1], f[:1], 1)
         captions = content.get("captions", [f"text {i}" for i in range(N)])
         clips = content.get("clips", [(f"video {v}",) for v in range(V)])
@@ -130,12 +122,12 @@ def read_features(path, model):
             raise ValueError(f"it has N, N, V, V = {sizes}")
     except MISTAKES as error:
         raise DataError(f"--features {path} must hold t (N,D), f (V,T,D) and owner (N,), the "
-                        "numbers of the texts' videos, of the D, and the T if the radius is "
-                        f"linear, of --ckpt: {first_line(error)}") from None
+                        "number of each text's video, with the same D as --ckpt, and the same T "
+                        f"if its radius is linear: {first_line(error)}") from None
     return data.Annotations(segments, captions, owner.tolist()), (t, f)
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     with output("--json", path) as part:
         Path(part).write_text(json.dumps(content, indent=1))

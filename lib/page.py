@@ -1,7 +1,7 @@
-"""What a page is made of: its style, tables, pictures, and charts as inline SVG.
+"""The parts of an HTML page: style, tables, pictures, and charts as inline SVG.
 
-A page is one HTML file, without scripts or anything from the network. Text that comes from users
-(captions, file names) passes `esc`. Charts can be read without colours.
+A page is one HTML file that runs no scripts and loads nothing from the network. Text from users,
+such as captions and file names, must go through `esc`. Charts can be read without colours.
 """
 import base64
 import csv
@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from lib.common import DataError, clock, escaped, first_line, output
 from lib.video import read_segment
 
-# Colours by name, so that the dark scheme changes only these; charts have classes of their own.
+# Colours are variables, so that the dark scheme only redefines these. Charts use their own classes.
 STYLE = """
 :root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
 --rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
@@ -92,7 +92,7 @@ th:first-child{min-width:0}thead th{font-size:.74rem}td small{font-size:.66rem;w
 .key span{display:flex;align-items:center;gap:6px}.key svg{width:26px}
 """
 
-# What .off is filled with: a page needs it once.
+# The pattern that fills .off. A page with charts must include it once.
 HATCH = """
 <svg width="0" height="0" style="position:absolute;width:0;height:0" aria-hidden="true"><defs>
 <pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse"
@@ -102,19 +102,21 @@ HATCH = """
 
 
 def esc(x):
-    """Text as HTML: captions and file names may hold anything."""
+    """Escape any text for HTML."""
     return html.escape(escaped(str(x), keep="\n\t"), quote=True)
 
 
 def page(title, lead, body, settings):
-    """A whole document. title, lead: text; body: HTML; settings: what is a text or a number of it.
+    """A report as an HTML document. title, lead: text; body: HTML.
+
+    settings: a dict; its numbers and strings are listed, together with the versions of libraries.
     """
     versions = dict(Python=platform.python_version(), torch=torch.__version__, av=av.__version__)
     items = ""
     for name, value in {**settings, **versions}.items():
         if isinstance(value, (str, int, float)):
             items += f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
-    # The policy makes sure: whatever a caption holds, nothing is run or fetched.
+    # Whatever a caption contains, under this policy a browser runs no script and loads nothing.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return document(title, f"""{HATCH}
 <header><h1>{esc(title)}</h1><p class="soft">{esc(lead)}</p></header>
@@ -124,7 +126,7 @@ def page(title, lead, body, settings):
 
 
 def document(title, body, policy):
-    """The frame of every page. title: text; body: HTML; policy: what it may fetch and run."""
+    """A complete HTML document. title: text; body: HTML; policy: Content-Security-Policy."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -135,14 +137,14 @@ def document(title, body, policy):
 
 
 def write_page(path, text):
-    """Write a page whole. What is no Unicode in file names becomes a character reference."""
+    """Write a page, whole or not at all. Bytes that aren't valid text become &#NUMBER;."""
     with output("--report", path) as part:
         with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
             file.write(text)
 
 
 def html_table(heads, rows):
-    """A table for a page."""
+    """A table for a page, with the first word of each cell in large type. -> HTML"""
     body = ""
     for first, *others in rows:
         body += f'<tr><th scope="row">{esc(first)}</th>'
@@ -161,30 +163,30 @@ def html_table(heads, rows):
 
 
 def read_picture(path):
-    """A picture file, upright. -> uint8 (1,3,H,W). Raises DataError."""
+    """Read a picture, rotated as its EXIF data says. -> uint8 (1,3,H,W). Raises DataError."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # a damaged file fails in its format's own ways
+    except Exception as error:  # each format's decoder raises its own errors
         raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
     return pil_to_tensor(picture)[None]
 
 
 def shrunk(frame, height=96):
-    """uint8 (3,H,W) -> (3,height,w), in shape."""
-    # Odd shapes are squeezed: a strip as wide as the page would hide the other frames.
+    """Resize a frame. uint8 (3,H,W) -> (3,height,w). Keeps the aspect ratio within limits."""
+    # A very wide frame is squeezed, or it would leave no room for the others.
     width = round(height * frame.shape[2] / frame.shape[1])
     width = max(16, min(4 * height, width))
     return resize(frame, [height, width], antialias=True)
 
 
 def jpeg(frame):
-    """uint8 (3,H,W) -> the bytes of a JPEG."""
+    """Encode a frame. uint8 (3,H,W) -> bytes of a JPEG."""
     return encode_jpeg(frame, quality=75).numpy().tobytes()
 
 
 def embedded(frame):
-    """uint8 (3,H,W) -> the attributes of an <img> with a JPEG in it."""
+    """Embed a frame in a page. uint8 (3,H,W) -> attributes of an <img>."""
     frame = shrunk(frame)
     _, height, width = frame.shape
     source = base64.b64encode(jpeg(frame)).decode()
@@ -192,17 +194,18 @@ def embedded(frame):
 
 
 def nearest_of(times, at):
-    """The number of the time that is nearest to `at`."""
-    away = [abs(time - at) for time in times]
-    return away.index(min(away))
+    """The index of the time nearest to `at`."""
+    distances = [abs(time - at) for time in times]
+    return distances.index(min(distances))
 
 
 def images(times, at, attributes, name=""):
-    """About six of T frames, the one nearest to the time `at` marked. -> HTML
+    """About six of T frames in a row, with the one nearest to the time `at` marked. -> HTML
 
-    attributes: the number of a frame -> those of its <img>. name: said before its time.
+    attributes: function of a frame's index that gives the attributes of its <img>. name: text that
+    comes before the frame's time in its alt text.
     """
-    # Of twelve frames each second one is enough to tell what happens, and large enough to see.
+    # Every second of twelve frames shows what happens, and is large enough to see.
     step = max(1, len(times) // 6)
     nearest = None if at is None else nearest_of(times, at)
     found = ""
@@ -213,7 +216,7 @@ def images(times, at, attributes, name=""):
 
 
 def strip(segment, frames=6, at=None):
-    """About six of a segment's T frames, the one nearest to the time `at` marked. -> HTML."""
+    """`images` of a segment, from which `frames` frames are sampled. -> HTML."""
     try:
         piece = read_segment(segment, frames)
     except DataError as e:
@@ -223,7 +226,7 @@ def strip(segment, frames=6, at=None):
 
 
 def hit(images, rank, score, name, css=""):
-    """One result. images: of `strip`; name: HTML."""
+    """One result as an item of a list. images, name: HTML; css: class of the item. -> HTML"""
     return f"""<li class="{css}"><figure>{images}<figcaption><b>{rank:g}</b>
 <span>score {score:.4f}</span><span class="file">{name}</span></figcaption></figure></li>"""
 
@@ -232,45 +235,45 @@ def hit(images, rank, score, name, css=""):
 
 WIDTH = 480
 HEIGHT = 270
-# The edges of the plot in it, pixels from the left and from the top:
+# The edges of the plotting area, in pixels from the left or the top:
 LEFT = 46
 RIGHT = 466
 TOP = 12
 BOTTOM = 226
-MOST_POINTS = 400  # of a curve
+MOST_POINTS = 400  # a longer curve is thinned out to between this and twice this
 
 
 def ticks(low, high):
-    """Four to nine round numbers between low and high."""
+    """Four to ten evenly spaced round numbers from low to high."""
     step = 10 ** math.floor(math.log10(high - low))
     while high - low < 4 * step:
         step /= 2
-    first = math.ceil(low / step - 1e-9)  # rounding must not cost the tick at an end
+    first = math.ceil(low / step - 1e-9)  # the margin keeps a tick at an end despite rounding
     last = math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
 
 class Axes(NamedTuple):
-    """A plot's axes, which place its marks."""
+    """The axes of a plot, which map values to pixels."""
     x: tuple         # (low, high)
-    y: tuple
+    y: tuple         # (low, high)
     label: str       # of x
     unit: str = ""   # of y
-    names: dict = {}  # {x: text}, in place of numbers
+    names: dict = {}  # {x: text}, labels instead of numbers
 
     def at_x(self, value):
-        """A value of x -> pixels from the left, as SVG's text."""
+        """A value of x -> pixels from the left, as text for SVG."""
         low, high = self.x
         return f"{LEFT + (value - low) / (high - low) * (RIGHT - LEFT):.1f}"
 
     def at_y(self, value):
-        """A value of y -> pixels from the top, as SVG's text."""
+        """A value of y -> pixels from the top, as text for SVG."""
         low, high = self.y
         return f"{BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP):.1f}"
 
     def svg(self, about, marks):
-        """The picture. about: what it shows, for those who can't see it; marks: SVG."""
-        # The grid comes first: marks lie on it, and the axis on them.
+        """Draw the plot. marks: SVG; about: description for screen readers. -> SVG"""
+        # Drawn from back to front: the grid, the marks, the axis.
         grid = ""
         for v in ticks(*self.y):
             grid += f"""<path class="grid" d="M{LEFT} {self.at_y(v)}H{RIGHT}"/>
@@ -286,12 +289,12 @@ text-anchor="middle">{esc(name)}</text>"""
 text-anchor="middle">{esc(self.label)}</text></svg>"""
 
 
-# The marks of a legend; all others are lines.
+# The shapes of marks in a legend, by CSS class. Other classes are shown as a line.
 MARKS = {"on": "M1 13V3H25V13Z", "off": "M1 13V3H25V13Z", "diamond": "M13 1L19 7L13 13L7 7Z"}
 
 
-def key(entries, marks=MARKS):
-    """A legend. entries: {class of the mark: text}; marks: {class: path}."""
+def draw_legend(entries, marks=MARKS):
+    """A legend. entries: {CSS class of a mark: text}; marks: {CSS class: SVG path}. -> HTML"""
     spans = ""
     for css, text in entries.items():
         path = marks.get(css, "M1 7H25")
@@ -301,10 +304,13 @@ def key(entries, marks=MARKS):
 
 
 def histogram_chart(h, about, label):
-    """Relevant and irrelevant pairs over common bins, each as shares of its own kind."""
+    """Histograms of relevant and irrelevant pairs, each in percent of its own kind. -> HTML
+
+    h: the result of lib.report.histogram.
+    """
     edges = h["edges"]
     shares = {}
-    # Relevant pairs are drawn over the others, and are seen through.
+    # Relevant pairs are drawn last, half transparent, so that both can be seen.
     for css, kind in (("off", "irrelevant"), ("on", "relevant")):
         total = max(1, sum(h[kind]))
         shares[css] = [100 * count / total for count in h[kind]]
@@ -316,11 +322,14 @@ def histogram_chart(h, about, label):
         for height, edge in zip(heights, edges[1:]):
             path += f"V{axes.at_y(height)}H{axes.at_x(edge)}"
         marks += f'<path class="{css}" d="{path}V{BOTTOM}Z"/>'
-    return axes.svg(about, marks) + key({"on": "relevant", "off": "irrelevant"})
+    return axes.svg(about, marks) + draw_legend({"on": "relevant", "off": "irrelevant"})
 
 
 def thirds_chart(rows, label, samples):
-    """R@1 by third: a bar with its interval for the samples, a diamond for the point text."""
+    """R@1 of each third: a bar with its interval, and a diamond for the point text. -> HTML
+
+    rows: the result of lib.report.thirds. label: of the x axis. samples: the name of the bars.
+    """
     names = {n: f"{row['third']} ({row['texts']} texts)" for n, row in enumerate(rows)}
     top = max(max(10, row["high"], row["R1_point"]) for row in rows)
     axes = Axes((-0.5, len(rows) - 0.5), (0, min(104, 1.08 * top)), label, "%", names)
@@ -333,35 +342,35 @@ def thirds_chart(rows, label, samples):
 M{x} {y["low"]}m-7 0h14M{x} {y["high"]}m-7 0h14"/>
 <path class="diamond" d="M{x} {y["R1_point"]}m20-7l7 7l-7 7l-7-7Z"/>"""
     about = f"R@1, {label}: " + ", ".join(f"{row['third']} {row['R1']:.1f}" for row in rows)
-    # The bar is what was evaluated; without samples the diamond lies on its top.
+    # The bar shows the scores that were evaluated. Without samples, the diamond is at its top.
     legend = {"on": f"{samples}, 95 % interval", "diamond": "point text"}
-    return axes.svg(about, marks) + key(legend)
+    return axes.svg(about, marks) + draw_legend(legend)
 
 
 def line_chart(curves, about, unit=""):
-    """Curves by training step, which differ in their dashes. curves: {name: [(step, value)]}."""
+    """Curves over training steps, in different dashes. {name: [(step, value)]} -> HTML"""
     steps, values = zip(*itertools.chain(*curves.values()))
     top = max(values) or 1
     axes = Axes((min(steps), max(steps) + 1), (0, 1.05 * top), "step", unit)
     marks = ""
     legend = {}
     for n, (name, curve) in enumerate(curves.items()):
-        curve = [curve[0], *curve]  # one point alone becomes a line of no length: a dot
+        curve = [curve[0], *curve]  # a single point becomes a line of length 0, drawn as a dot
         path = "L".join(f"{axes.at_x(step)} {axes.at_y(value)}" for step, value in curve)
         marks += f'<path class="line{n}" d="M{path}"/>'
         legend[f"line{n}"] = name
-    return axes.svg(about, marks) + key(legend)
+    return axes.svg(about, marks) + draw_legend(legend)
 
 
 def read_curve(rows, name):
-    """The finite values of a log's column. -> [(step, value)]."""
+    """The finite values of a log's column, thinned out if there are many. -> [(step, value)]."""
     curve = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
     curve = [point for point in curve if math.isfinite(point[1])]
     return curve[::max(1, len(curve) // MOST_POINTS)]
 
 
 def training_charts(path):
-    """The curves of a log of train.py. -> {title: chart}, empty where there are none."""
+    """Charts of a log of train.py. -> {title: HTML}, empty if path is not such a log."""
     charts = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -373,6 +382,6 @@ def training_charts(path):
             curves = {name: curve for name in names if (curve := read_curve(rows, name))}
             if curves:
                 charts[title] = line_chart(curves, f"{title} by training step", unit)
-    except (OSError, ValueError, KeyError, TypeError):  # no log, or the log of something else
+    except (OSError, ValueError, KeyError, TypeError):  # no log, or a log in another format
         return {}
     return charts

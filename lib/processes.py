@@ -1,4 +1,4 @@
-"""Processes: the one of several that torchrun started, workers that read data, and signals."""
+"""Processes: this one among those that torchrun started, workers that read data, and signals."""
 import contextlib
 import datetime
 import itertools
@@ -25,36 +25,36 @@ from lib.common import DataError, UserError, curable, first_line, program
 
 
 class Job(NamedTuple):
-    """This process among those that torchrun started, and its device. Alone, nothing is joined."""
+    """This process among those that torchrun started, and its device. By default, it is alone."""
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
 
     def say(self, text):
-        """Print, by one process for all."""
+        """Print, in process 0 only."""
         if self.rank == 0:
             print(text, flush=True)
 
     def sum(self, x):
-        """The sum over the processes, each with its own rows of zeros. (...) -> (...), on all."""
+        """Sum over all processes; each has filled its own rows only. (...) -> (...), on all."""
         if self.world > 1:
-            dist.all_reduce(x)  # x + 0 is exact: the result does not depend on their number
+            dist.all_reduce(x)  # plus zeros: exact for any number of processes
         return x
 
     def gather(self, value):
-        """The values of all processes by rank: plain objects or CPU tensors. -> list, on all."""
+        """Collect plain objects or CPU tensors of all processes. -> list by rank, on all."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def join(self, entries):
-        """The lists of all processes as one, each entry once. -> list, on all."""
+        """Join the lists of all processes, without duplicates. -> list, on all."""
         lists = self.gather(entries)
         return list(dict.fromkeys(itertools.chain(*lists)))
 
     def largest(self, number):
-        """The largest of the processes' whole numbers. -> int, on all."""
+        """The maximum over all processes of an integer. -> int, on all."""
         if self.world > 1:
             number = torch.tensor(number, device=self.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
     @contextlib.contextmanager
     def first_alone(self):
-        """Process 0 runs the block before the others do: it may download or render."""
+        """Let process 0 run the block before the others do: it may download or render."""
         if self.rank > 0:
             dist.barrier()
         yield
@@ -73,15 +73,15 @@ class Job(NamedTuple):
 class Gather(torch.autograd.Function):
     """Join the rows of all processes, with gradient: (n,...) on each -> (Σ n,...) on all, by rank.
 
-    Every process computes the same loss of all rows, hence the same gradient: each keeps that of
-    its own rows, times the number of processes, as DistributedDataParallel averages. What comes out
-    is exactly one process' gradient.
+    Every process computes the same loss of all rows, and so the same gradient. Each keeps the
+    gradient of its own rows, times the number of processes, because DistributedDataParallel
+    averages. The result is exactly the gradient that a single process would compute.
     """
     @staticmethod
     def forward(ctx, job, uneven, x):
-        """uneven: the numbers of rows differ, as --skip-bad left some out; to ask costs a wait."""
+        """uneven: row counts may differ, as --skip-bad drops rows. Exchanging them costs a wait."""
         counts = job.gather(len(x)) if uneven else [len(x)] * job.world
-        # Each adds its own rows to zeros, which is exact.
+        # A sum, where each process fills its own rows, is exact and also works for uneven counts.
         first = sum(counts[:job.rank])
         ctx.job = job
         ctx.rows = slice(first, first + len(x))
@@ -95,13 +95,14 @@ class Gather(torch.autograd.Function):
 
 
 ALONE = Job()
-# Processes wait for each other while one of them downloads, reads more videos than the others, or
-# while a person thinks at a prompt; torch's 10 minutes (NCCL) or 30 (gloo) would end such a job.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of --device, where it is not given
+# Processes wait for each other while one of them downloads or reads more videos than the others, or
+# while a user thinks at a prompt. torch's timeout of 10 minutes (NCCL) or 30 (gloo) is too short.
 PATIENCE = datetime.timedelta(days=7)
 
 
 def start_processes(device):
-    """Join the job that torchrun started, if it did. -> Job. Raises DataError where that fails."""
+    """Join the job that torchrun started, if there is one. -> Job. Raises DataError on failure."""
     rank, world = _place_in_job()
     if world > 1:
         if device.startswith("cuda:"):
@@ -127,9 +128,9 @@ def start_processes(device):
 
 @contextlib.contextmanager
 def _stdout_to_stderr():
-    """What is printed inside goes to standard error: gloo of PyTorch 2.8 prints whom it found."""
+    """Send printed text to standard error: gloo of PyTorch 2.8 prints its connections."""
     sys.stdout.flush()
-    # Both are open: `program` has seen to that.
+    # Both are open: `program` makes sure of it.
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -140,7 +141,7 @@ def _stdout_to_stderr():
 
 
 def _place_in_job():
-    """What torchrun says in the environment. -> (rank, world); (0, 1) for a process alone."""
+    """Read torchrun's environment variables. -> (rank, world); (0, 1) without torchrun."""
     rank = os.environ.get("RANK")
     world = os.environ.get("WORLD_SIZE")
     if rank is None and world is None:
@@ -153,22 +154,22 @@ def _place_in_job():
 
 
 def _try_device(device):
-    """Use a device once. Raises DataError where that fails."""
+    """Use a device once. Raises DataError if that fails."""
     try:
         if device.startswith("mps") and not torch.backends.mps.is_available():
             raise RuntimeError("this machine or this torch has no MPS")
         torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, ImportError) as e:  # torch's ways to say so
+    except (RuntimeError, AssertionError, ImportError) as e:  # depending on the device
         raise DataError(f"--device {device} can't be used ({first_line(e)}): "
                         "try --device cpu") from e
 
 
 def process_died(error):
-    """Whether an error says that another process of the job is gone, as gloo or NCCL put it."""
-    said = re.search("torch.distributed|gloo|nccl|peer", f"{type(error)} {error}", re.IGNORECASE)
-    return dist.is_initialized() and said
+    """Whether an error, of gloo or NCCL, means that another process of the job has died."""
+    match = re.search("torch.distributed|gloo|nccl|peer", f"{type(error)} {error}", re.IGNORECASE)
+    return dist.is_initialized() and match
 
 
 def run(main):
@@ -182,8 +183,8 @@ def run(main):
         status = 2
     if dist.is_initialized():
         if status == 2:
-            # What has failed must not wait for the others, and gloo's threads would now and then
-            # abort a Python that ends by itself.
+            # A process that failed must not wait for the others; and when Python exits normally,
+            # gloo's threads sometimes abort it.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
             os._exit(status)
@@ -196,18 +197,18 @@ def run(main):
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # not on Windows
     SIGNALS.append(signal.SIGHUP)
-_noted = []  # by noting_signals, for whoever waits
+_noted = []  # signals received in noting_signals
 
 
 class Stopped(Exception):
-    """A signal asked the program to stop, and no batch comes that it could stop after."""
+    """A signal asked the program to stop, and no batch arrives after which it could."""
 
 
 @contextlib.contextmanager
 def noting_signals():
-    """Note SIGINT, SIGTERM and SIGHUP for the loop to look at. -> list of those that came.
+    """Record SIGINT, SIGTERM and SIGHUP for the loop to check. -> list of those received.
 
-    The second one of a kind ends the program at once.
+    A second signal of the same kind raises KeyboardInterrupt at once.
     """
     def note(number, frame):
         if number in _noted:
@@ -227,34 +228,35 @@ def noting_signals():
 
 
 # ---- workers that read data ----
-# torch's DataLoader is not used: it hands batches over in a thread, where an error is printed and
-# lost; it raises a worker's death in the middle of any other line; at exit it waits for ever for
-# workers that ignore SIGTERM; and it needs /dev/shm, which is small in a container. Here a worker
-# does one thing at a time: it reads a batch, waits until it is asked for, and hands it over.
+# torch's DataLoader is not used. It hands batches over in a thread, where an error is printed and
+# lost. It reports a worker's death by an exception in the middle of any other line. At exit, it
+# waits forever for workers that ignore SIGTERM. It needs /dev/shm, which is small in a container.
+# Here, a worker does one thing at a time: it reads a batch, waits until the main process asks for
+# it, and hands it over.
 
-GRACE = 3  # seconds in which a worker ends when it is asked to; then it is killed
-STUCK = 5  # seconds without a batch after which a signal is not kept waiting for one
+GRACE = 3  # seconds that workers have to end when asked to; then they are killed
+STUCK = 5  # seconds of waiting for a batch after which a signal no longer waits for it
 _place = (0, 1)
 
 
 def worker_place():
-    """(k, n): this process is the k-th of n that read; (0, 1) where there are no workers."""
+    """(k, n): this process is worker k of n; (0, 1) outside of workers."""
     return _place
 
 
 @contextlib.contextmanager
 def loading(dataset, batches=None, collate=list, workers=0, pin=False):
-    """`with loading(...) as found:` iterates over what `collate` makes of each list of items.
+    """`with loading(...) as found:` iterates over collate(items) for each list of keys in batches.
 
-    batches: lists of the dataset's keys, whose order is kept. None: the dataset is a stream of
-    finished batches, divided by worker_place(), and they come as they are ready. What comes is a
-    list or tuple. Every way out of the block ends the workers within seconds. A worker that dies
-    (out of memory, a crash in a codec) is a DataError, which names the video by `was_reading`.
+    batches: lists of the dataset's keys; their order is kept. None: the dataset is an iterable of
+    finished batches, which it divides by worker_place(); they arrive as they are ready. A batch is
+    a list or tuple. The workers end within seconds, however the block is left. If a worker dies
+    (out of memory, a crash in a codec), a DataError names the video by the dataset's `was_reading`.
     """
-    pool = {}  # the pipe through which a worker hands its batches over: that process
+    pool = {}  # pipe through which a worker hands over its batches -> its process
     ending = multiprocessing.RawValue("b", 0)
     source = (dataset, batches, collate)
-    if os.name == "nt":  # Windows has neither descriptors to send nor signals to hold back
+    if os.name == "nt":  # Windows can neither send descriptors nor block signals
         workers = 0
     try:
         found = _read(*source)
@@ -267,10 +269,10 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
 
 
 def _start(pool, workers, ending, source):
-    """Start the workers, and hold signals back until they can deal with them."""
+    """Start the workers, with signals blocked until each has its own handlers."""
     dataset = source[0]
     context = _context()
-    # Where processes are not forked from this one, one that has imported torch starts them.
+    # If a fork server starts them, it imports torch once for all.
     context.set_forkserver_preload([__name__, type(dataset).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -281,8 +283,8 @@ def _start(pool, workers, ending, source):
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 pool[pipe] = process
-                other_end.close()  # now the end of the process is the end of the pipe
-                # It may have died: that is seen where its batch is waited for.
+                other_end.close()  # now the pipe closes when the process ends
+                # A worker that has died is noticed where its batch is waited for.
                 with contextlib.suppress(ConnectionError):
                     pipe.send(None)  # asks for the first batch
     finally:
@@ -290,10 +292,10 @@ def _start(pool, workers, ending, source):
 
 
 def _context():
-    """How workers are started: as Python does it, but never forked beside other threads.
+    """How workers are started: Python's default, but never a fork beside other threads.
 
-    A fork copies the locks of threads that the copy does not have: gloo's left a worker of Python
-    3.10 waiting for ever for the lock of Python's own list of threads (1 of 10 jobs).
+    A fork copies locks that are held by threads which the copy lacks. gloo's threads left a worker
+    of Python 3.10 waiting forever for the lock of Python's list of threads (1 of 10 jobs).
     """
     method = None
     threads = dist.is_initialized() or threading.active_count() > 1
@@ -303,25 +305,25 @@ def _context():
 
 
 def _work(place, ending, main_end, pipe, source):
-    """The life of a worker."""
+    """What a worker runs."""
     global _place
     _place = place
-    main_end.close()  # only a copy: now the end of the main process is the end of the pipe
+    main_end.close()  # a copy: now the pipe closes when the main process ends
     torch.set_num_threads(1)
     try:
         _obey(ending)
         _answer(pipe, source)
     finally:
-        os._exit(0)  # at once: a signal in the middle of Python's own end would print a stack
+        os._exit(0)  # at once: a signal during Python's own exit would print a stack
 
 
 def _answer(pipe, source):
-    """Hand over a batch whenever the main process asks for one, then None, or what went wrong.
+    """Hand over a batch whenever the main process asks for one; at the end, None or an error.
 
-    True announces a batch, which takes another way than the pipe's: see `_send`.
+    True announces a batch, which does not go through the pipe itself: see `_send`.
     """
     last = None
-    with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the main process has ended
         try:
             with curable("a batch can't be read or handed over"):
                 for batch in _read(*source):
@@ -336,9 +338,9 @@ def _answer(pipe, source):
 
 
 def _obey(ending):
-    """In a worker, take signals from the main process only, and only to end.
+    """In a worker, ignore signals until the main process ends the workers.
 
-    A Ctrl-C, or a SIGTERM to the whole job, is not for the worker: its batch may be wanted.
+    Ctrl-C, or a SIGTERM to the whole job, is not meant for a worker: its batch may be wanted.
     """
     def handle(number, frame):
         if ending.value:
@@ -350,7 +352,7 @@ def _obey(ending):
 
 
 def _read(dataset, batches, collate):
-    """The batches that this process is to read: its share of a stream, or every n-th."""
+    """The batches that this process reads: its share of an iterable dataset, or every n-th."""
     if batches is None:
         yield from dataset
         return
@@ -369,9 +371,9 @@ def _receive(pool, dataset, in_order):
                 message = pipe.recv()
                 if message is True:
                     batch = _received(pipe)
-                    pipe.send(None)  # asks for the one after it
+                    pipe.send(None)  # asks for the next one
         except (EOFError, ConnectionError) as e:
-            raise _death(pool[pipe], dataset) from e
+            raise _death(pool, pipe, dataset) from e
         at_work.remove(pipe)
         if message is True:
             at_work.append(pipe)  # behind the others
@@ -381,7 +383,7 @@ def _receive(pool, dataset, in_order):
 
 
 def _wait(pipes):
-    """Wait for a message. -> a pipe that has one, or whose worker has died."""
+    """Wait until a pipe has a message, or its worker has died. -> that pipe"""
     began = time.monotonic()
     while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
@@ -389,20 +391,21 @@ def _wait(pipes):
     return ready[0]
 
 
-def _death(process, dataset):
-    """The DataError of a worker that ended by itself."""
+def _death(pool, pipe, dataset):
+    """The DataError for a worker that died."""
+    process = pool[pipe]
     process.join(GRACE)
     code = process.exitcode or 0
     why = signal.strsignal(-code) if code < 0 else f"exit status {code}"
     reading = ""
     if hasattr(dataset, "was_reading"):
-        reading = f" while it read {dataset.was_reading(process.pid)}"
+        reading = f" while it read {dataset.was_reading(list(pool).index(pipe))}"
     return DataError(f"a decoding process died{reading} ({why}): check that video, or the "
                      "machine's memory (fewer --workers)")
 
 
 def _end(pool, ending):
-    """End the workers: what they have in hand may be tidied up, for GRACE seconds in all."""
+    """End the workers. All together, they have GRACE seconds to clean up."""
     ending.value = 1
     deadline = time.monotonic() + GRACE
     try:
@@ -417,14 +420,14 @@ def _end(pool, ending):
 
 
 def _pinned(batches):
-    """The batches in page-locked memory, from which a GPU copies them while it computes.
+    """Yield batches in page-locked memory, from which a GPU copies them while it computes.
 
     A thread receives and pins one batch ahead.
     """
     device = torch.cuda.current_device()
 
     def fetch():
-        torch.cuda.set_device(device)  # each thread has one of its own
+        torch.cuda.set_device(device)  # the current device is per thread
         batch = next(batches, ())
         return [x.pin_memory() if torch.is_tensor(x) else x for x in batch]
 
@@ -438,11 +441,11 @@ def _pinned(batches):
         thread.shutdown(wait=False)  # it ends when the workers have ended
 
 
-# A batch goes through a file that is memory, whose descriptor follows the message: tensors are
-# copied once, outlive the worker, and count in no /dev/shm.
+# A batch travels in a file in memory, whose descriptor follows the message. Tensors are copied only
+# once, outlive the worker, and do not fill /dev/shm.
 
 def _send(pipe, batch):
-    """Hand a batch over, a list or tuple."""
+    """Hand over a batch, a list or tuple."""
     if hasattr(os, "memfd_create"):
         file = open(os.memfd_create("batch"), "wb")
     else:  # macOS

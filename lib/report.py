@@ -1,7 +1,8 @@
-"""What lies behind the metrics, for the terminal and as a page to look at.
+"""An analysis of the scores behind the metrics, for the terminal and as an HTML page.
 
-`analyze` computes and `analysis_text` prints: intervals of recall, relevant against irrelevant
-pairs, recall by third. `write_report` and `write_search_report` write a page each (lib/page.py).
+`analyze` computes confidence intervals of recall, compares relevant with irrelevant pairs, and
+splits recall by video complexity; `analysis_text` formats this. `write_report` and
+`write_search_report` each write a page, built from the parts in lib/page.py.
 """
 import functools
 import math
@@ -30,26 +31,26 @@ from lib.video import Segment
 from tmass import cosine
 
 RECALLS = (1, 5, 10)
-MOST_PAIRS = 20_000  # irrelevant pairs that are looked at: a sample where there are more
-BINS = 40            # of a histogram
-RESAMPLES = 2000     # of a bootstrap
+MOST_PAIRS = 20_000  # irrelevant pairs to analyse; if there are more, they are sampled
+BINS = 40            # per histogram
+RESAMPLES = 2000     # per bootstrap
 
 # ---- analysis ----
 
 
 def frame_diversity(f):
-    """Mean cosine distance between two frames of a video. f (V,T,D) -> (V,)."""
+    """Mean cosine distance between the frames of each video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
     f = F.normalize(f, dim=-1)
-    # A frame is at no distance from itself, so the sum may run over the diagonal, too.
+    # The diagonal adds nothing: a frame's distance to itself is 0.
     return (1 - f @ f.mT).sum((1, 2)) / max(1, T * (T - 1))
 
 
 def recall_intervals(ranks, video):
-    """Recall in percent with 95 % intervals. -> {R1, R5, R10: dict(value, low, high)}.
+    """Recall in percent with 95 % bootstrap intervals. -> {R1, R5, R10: dict(value, low, high)}.
 
-    ranks (n,), video (n,): the number of each text's. Texts of one video are found or missed
-    together, so it is videos that are drawn anew, each with all its texts.
+    ranks (n,): of each text; video (n,): number of its video. The bootstrap resamples videos, each
+    with all its texts, because the ranks of texts of the same video are correlated.
     """
     hits = torch.stack([ranks <= k for k in RECALLS], 1).double()
     group = video.unique(return_inverse=True)[1]
@@ -57,7 +58,7 @@ def recall_intervals(ranks, video):
     n = len(texts)
     found = hits.new_zeros(n, len(RECALLS)).index_add(0, group, hits)
     rates = []
-    # One draw at a time: all at once would need RESAMPLES numbers for each video.
+    # One resample at a time: all at once would need RESAMPLES numbers for each video.
     for _ in range(RESAMPLES):
         times = torch.randint(n, (n,)).bincount(minlength=n).double()
         rates.append(times @ found / (times @ texts))
@@ -68,9 +69,10 @@ def recall_intervals(ranks, video):
 
 
 def thirds(values, ranks, video, point_hits):
-    """R@1 by third of the texts' values, with samples and without. All (N,) -> list of dict.
+    """R@1 of the texts with low, middle and high values. All (N,) -> list of a dict for each third.
 
-    Texts of equal values stay together.
+    ranks: with samples; point_hits: whether the point text ranks its video first. Texts with equal
+    values stay together, so thirds may differ in size, and empty ones are left out.
     """
     bounds = values.quantile(values.new_tensor([1 / 3, 2 / 3]))
     third = torch.bucketize(values, bounds)
@@ -78,7 +80,7 @@ def thirds(values, ranks, video, point_hits):
     for k, name in enumerate(("low", "middle", "high")):
         chosen = third == k
         inside = values[chosen].tolist()
-        if inside:  # it is empty where too many texts have the same value
+        if inside:  # empty if too many texts have the same value
             row = recall_intervals(ranks[chosen], video[chosen])["R1"]
             row["R1"] = row.pop("value")
             row["R1_point"] = percent(point_hits[chosen])
@@ -92,10 +94,10 @@ def percent(hits):
 
 
 def irrelevant_pairs(owner, V):
-    """Texts and videos that don't belong together, MOST_PAIRS at most. owner (N,) -> i, j (P,)."""
+    """Irrelevant pairs (text i, video j), at most MOST_PAIRS. owner (N,) -> i (P,), j (P,)."""
     others = max(1, V - 1)
     count = len(owner) * (V - 1)
-    # The pairs are numbered text by text, each text's from the video after its own on.
+    # Pairs are numbered by text, then by video, cyclically from the one after the text's own.
     if count > MOST_PAIRS:
         number = torch.randint(count, (MOST_PAIRS,))
     else:
@@ -106,35 +108,35 @@ def irrelevant_pairs(owner, V):
 
 
 def radius_l1(model, t, f, i, j):
-    """|R_ij|₁ of pairs (i, j). t (N,D), f (V,T,D), i, j (P,) -> (P,), on the CPU."""
+    """|R_ij|₁ of the pairs (i, j). t (N,D), f (V,T,D), i (P,), j (P,) -> (P,), on the CPU."""
     sizes = []
     for texts, videos in zip(i.split(2048), j.split(2048)):
-        R = model.radius(cosine(t[texts, None], f[videos]))  # (P,D), or (P,1): one for all D
+        R = model.radius(cosine(t[texts, None], f[videos]))  # (P,D), or (P,1) if all D are equal
         sizes.append(t.shape[1] * R.abs().mean(-1).cpu())
     return torch.cat(sizes)
 
 
 def margins(sims, owner):
-    """How far the right video is above the best other one. sims (N,V), owner (N,) -> (N,)."""
+    """Score of the right video minus the best wrong one's. sims (N,V), owner (N,) -> (N,)."""
     own = sims.gather(1, owner[:, None])
     others = sims.scatter(1, owner[:, None], -torch.inf)
     return own.squeeze(1) - others.amax(1)
 
 
 def spread(x):
-    """x (P,) -> dict(mean, std), None where there are too few."""
+    """x (P,) -> dict(mean, std), each None if there are too few values."""
     mean = x.mean().item() if len(x) else None
     std = x.std().item() if len(x) > 1 else None
     return dict(mean=mean, std=std)
 
 
 def histogram(pairs):
-    """Counts in common bins; what is not a number is left out. {kind: (P,)} -> dict."""
+    """Counts of finite values in common bins. {kind: (P,)} -> {kind: counts, "edges": edges}."""
     values = torch.cat(list(pairs.values()))
     values = values[values.isfinite()].tolist() or [0, 1]
     low = min(values)
     high = max(values)
-    # Where all are equal, as |R|₁ = 0 of radius none, the bins would have no width.
+    # If all values are equal, as |R|₁ = 0 for radius none, the bins would have no width.
     if high - low < 1e-6 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
@@ -149,11 +151,14 @@ def histogram(pairs):
 @torch.no_grad()
 @torch.random.fork_rng(devices=[])
 def analyze(model, scored, t2v, v2t):
-    """What the scores are made of. An eval.Scored, its ranks t2v (N,) and v2t (V,) -> plain dict.
+    """Analyse an eval.Scored, with its ranks t2v (N,) and v2t (V,). -> dict of plain values
 
-    intervals: of recall. relevant: pairs of a text and its own video; irrelevant: all others, or a
-    seeded sample; of both cos(t, v) of the point text, cos(t_s, v) of the best sample as in sims,
-    |R|₁. complexity: R@1 by third of the texts, with samples and without.
+    - intervals: recall with its confidence intervals.
+    - relevant, irrelevant: mean and standard deviation, over such pairs, of the point text's
+      cos(t, v), the score in sims (cos(t_s, v) of the best sample, or its mean) and |R|₁. Relevant
+      pairs are a text and its own video; irrelevant ones are all others, or a seeded sample.
+    - histograms: of the scores and |R|₁ of these pairs.
+    - point_R1, complexity: R@1 without samples, and R@1 by third of the videos' frame diversity.
     """
     t, f, sims, ann, _, scoring = scored
     trials = scoring["trials"]
@@ -162,10 +167,10 @@ def analyze(model, scored, t2v, v2t):
     torch.manual_seed(seed)
     owner = torch.tensor(ann.owner)
     N, V = sims.shape
-    # cos(t, v), which is what sims are where nothing is sampled.
+    # cos(t, v): without samples, sims already hold it.
     point = exact.score(model, t, f, trials=0).cpu() if trials else sims
     out = dict(trials=trials, seed=seed)
-    described = owner.unique()  # a video without captions has no v2t rank
+    described = owner.unique()  # videos without captions have no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner),
                             v2t=recall_intervals(v2t[described], described))
 
@@ -195,21 +200,21 @@ def analyze(model, scored, t2v, v2t):
 
 # ---- tables ----
 #
-# A table is its heads and its rows of cells, text all of it: `text_table` writes it for the
-# terminal, `html_table` for a page, where only the first word of a cell is large.
+# A table is a pair (heads, rows), in which all cells are str. `text_table` formats it for the
+# terminal, and `html_table` for a page.
 
 WAYS = {"t2v": "t2v", "v2t": "v2t, max over captions"}
-COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # as eval.metrics has them
-# Parts of a result beside its own metrics: how their rows begin, and what must be said of them.
+COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # the order of eval.metrics
+# Optional parts of a result: the start of the label of their rows, and a note for the reader.
 PARTS = {
     "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
             "the other rows."),
-    "first_captions": ("first captions, honest: ", "The released protocol takes each video's "
-                       "first ({texts} texts), as it is defined for one caption per video; the "
-                       "first rows are of all."),
+    "first_captions": ("first captions, honest: ", "The released protocol uses each video's "
+                       "first ({texts} texts), because it is defined for one caption per video; "
+                       "the first rows use all captions."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
-                          "its own ground-truth caption, whatever the query. To compare with "
-                          "published numbers only. (There, each pair has noise of its own.)"),
+                          "its own ground-truth caption, whatever the query. For comparison with "
+                          "published numbers only. (There, each pair has its own noise.)"),
 }
 PAIR_ROWS = {"point": ("cos(t, v), point text", 3), "best": ("cos(t_s, v), best sample", 3),
              "radius": ("|R|₁, radius of the text mass", 1)}
@@ -221,7 +226,7 @@ def number(x, digits=1):
 
 
 def metrics_table(result):
-    """All metrics of a result of eval.summarise."""
+    """A table of all metrics in a result of eval.summarise. -> heads, rows"""
     parts = {"": result}
     for key, (label, _) in PARTS.items():
         if key in result:
@@ -235,7 +240,7 @@ def metrics_table(result):
 
 
 def metrics_notes(result):
-    """What must be said of a result's rows."""
+    """The notes that belong below a result's metrics. -> list of str"""
     released = result.get("released_protocol", {})
     return [note.format(**released) for key, (_, note) in PARTS.items() if key in result]
 
@@ -249,7 +254,7 @@ def intervals_table(a):
 
 
 def pairs_table(a):
-    """Relevant beside irrelevant pairs."""
+    """A table that compares relevant with irrelevant pairs. -> heads, rows"""
     kinds = ("relevant", "irrelevant")
     rows = []
     for key, (label, digits) in PAIR_ROWS.items():
@@ -262,7 +267,7 @@ def pairs_table(a):
 
 
 def thirds_table(a):
-    """R@1 by third of the texts."""
+    """A table of R@1 by third of the texts. -> heads, rows"""
     rows = []
     for x in a["complexity"]:
         rows.append([
@@ -276,7 +281,7 @@ def thirds_table(a):
 
 
 def text_table(heads, rows):
-    """A table for the terminal: the first column to the left, the others to the right."""
+    """Format a table for the terminal, the first column left-aligned, the others right-aligned."""
     lines = [""] * (1 + len(rows))
     align = str.ljust
     for column in zip(heads, *rows):
@@ -287,7 +292,7 @@ def text_table(heads, rows):
 
 
 def metrics_text(result):
-    """The result of eval.summarise for the terminal."""
+    """Format the result of eval.summarise for the terminal."""
     lines = [f"{result['texts']} texts, {result['videos']} videos"]
     lines.append(text_table(*metrics_table(result)))
     for note in metrics_notes(result):
@@ -296,14 +301,14 @@ def metrics_text(result):
 
 
 def about_pairs(a):
-    """How many pairs, and which, in words."""
+    """Which pairs were analysed, and how many, as a phrase."""
     others = "a seeded sample of the irrelevant" if a["irrelevant"]["sampled"] else "all irrelevant"
     return (f"{a['relevant']['pairs']} relevant pairs (a caption and its own video), "
             f"{a['irrelevant']['pairs']} others ({others} ones)")
 
 
 def analysis_text(a):
-    """The result of `analyze` for the terminal."""
+    """Format the result of `analyze` for the terminal."""
     tables = [table(a) for table in (intervals_table, pairs_table, thirds_table)]
     intervals, pairs, complexity = (text_table(*table) for table in tables)
     return f"{intervals}\n\n{about_pairs(a)}\n{pairs}\n\n{complexity}"
@@ -313,7 +318,7 @@ def analysis_text(a):
 
 
 def segment_name(segment):
-    """File name, and the seconds where it is a part of a file."""
+    """The file name of a segment, with its start and end unless it is a whole file."""
     name = os.path.basename(segment.path)
     if segment == Segment(segment.path):
         return name
@@ -322,9 +327,10 @@ def segment_name(segment):
 
 
 def choose_queries(sims, owner, t2v, seed):
-    """Best, worst and random texts, of one video each. sims (N,V) -> {title: texts}.
+    """Choose the best, the worst and random texts. sims (N,V) -> {title: list of text numbers}.
 
-    Best and worst are so by rank, then by the margin to the best wrong video.
+    owner (N,); t2v (N,): ranks. The best texts are those of the lowest rank, and then of the widest
+    margin. No two chosen texts share a video.
     """
     margin = margins(sims, owner).tolist()
     rank = t2v.tolist()
@@ -333,7 +339,7 @@ def choose_queries(sims, owner, t2v, seed):
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(rank), generator=generator).tolist()
     chosen = {}
-    seen = set()  # videos: no card shows the answer of another one
+    seen = set()  # videos: no card may reveal another card's right video
     for title, texts, most in (("Best", best, 2), ("Worst", missed, 2), ("Random", shuffled, 4)):
         chosen[title] = []
         for i in texts:
@@ -345,19 +351,22 @@ def choose_queries(sims, owner, t2v, seed):
 
 
 def moment(path, page_path, seconds, label):
-    """A link from a page to a moment of a video file. label: text. -> HTML."""
+    """Link from a page to a time in a video file. label: text. -> HTML."""
     folder = os.path.dirname(os.path.abspath(page_path))
-    # The bytes of the name: it need not be Unicode.
+    # As bytes, because a file name need not be valid Unicode.
     link = os.fsencode(os.path.relpath(path, folder))
     return f'<a href="{quote(link)}#t={seconds:g}">{esc(label)}</a>'
 
 
 def mass_figure(i, model, scored):
-    """Text i's mass beside its right and its nearest wrong video. -> HTML, empty without them."""
+    """Picture and numbers of text i's mass, with its right and its nearest wrong video. -> HTML.
+
+    Empty if nothing is sampled, or there is only one video.
+    """
     right = scored.ann.owner[i]
     found = scored.sims[i].argsort(descending=True).tolist()
     found.remove(right)
-    # With one video alone there is no wrong one, and nothing to compare.
+    # If there is only one video, then f holds no wrong one.
     f = scored.f[[right, *found[:1]]]
     trials, seed, _ = scored.scoring.values()
     points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
@@ -369,15 +378,16 @@ def mass_figure(i, model, scored):
 
 
 def query_card(i, scored, rank, top, pictures, page_path, mass=""):
-    """The best videos of text i, then the right one where it is not among them. -> HTML.
+    """The `top` best videos for text i, then the right one if it is not among them. -> HTML.
 
-    pictures: segment -> HTML. mass: what `mass_figure` gives.
+    rank: of the right video. pictures: function of a segment that gives HTML. mass: HTML of
+    `mass_figure`.
     """
     sims = scored.sims[i]
     ann = scored.ann
     right = ann.owner[i]
     found = sims.topk(min(top, len(sims))).indices.tolist()
-    # Pairs, not a dict: a rank among ties may be the place of another video.
+    # Not a dict: because of ties, the right video's rank may equal the place of another video.
     places = list(enumerate(found, 1))
     if right not in found:
         places.append((rank, right))
@@ -397,10 +407,10 @@ def query_card(i, scored, rank, top, pictures, page_path, mass=""):
 
 
 def query_cards(model, scored, t2v, page_path):
-    """The best videos of chosen texts, and their masses. -> HTML."""
+    """Cards of `choose_queries`' texts: the best videos for each, and its mass. -> HTML."""
     scored = scored._replace(sims=scored.sims.cpu())
     owner = torch.tensor(scored.ann.owner)
-    pictures = functools.cache(strip)  # no video is decoded twice
+    pictures = functools.cache(strip)  # so that no video is decoded twice
     body = ""
     chosen = choose_queries(scored.sims, owner, t2v, scored.scoring["seed"])
     for title, texts in chosen.items():
@@ -414,7 +424,7 @@ def query_cards(model, scored, t2v, page_path):
 
 
 def figures(pictures):
-    """{title: chart} -> HTML."""
+    """Arrange charts with their titles on cards. {title: HTML} -> HTML."""
     cards = ""
     for title, chart in pictures.items():
         cards += f'<div class="card"><h4>{esc(title)}</h4>{chart}</div>'
@@ -422,7 +432,10 @@ def figures(pictures):
 
 
 def write_report(path, model, result, a, scored, t2v, log):
-    """The page of an evaluation. a: of `analyze`; t2v (N,): the ranks; log: path of train.py's."""
+    """Write the page of an evaluation.
+
+    result: of eval.summarise; a: of `analyze`; t2v (N,): ranks; log: path of train.py's log.
+    """
     notes = ""
     for note in metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
@@ -436,17 +449,17 @@ def write_report(path, model, result, a, scored, t2v, log):
     chart = thirds_chart(a["complexity"], COMPLEXITY, samples)
     complexity = figures({f"t2v R@1 by {COMPLEXITY}": chart})
     body = f"""<section><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
-<p class="soft">Recall in percent. The intervals are those of a bootstrap over videos, each with all
-its texts (seed {a['seed']}): they say nothing about other training seeds.</p>
+<p class="soft">Recall in percent. The intervals come from a bootstrap over videos, each with all
+its texts (seed {a['seed']}). They don't cover the variation between training seeds.</p>
 {html_table(*intervals_table(a))}</section>
 <section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
-the right one; where it is further down, it comes last with its rank. The mass is seen on
+the right one; if it ranks lower, it comes last, with its rank. The mass is projected onto
 the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
-samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide one, add up to
-what the best of {a['trials']} samples is on average.</p>
+samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide mass, add up to
+the average of the best of {a['trials']} samples.</p>
 {query_cards(model, scored, t2v, path)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
-<p class="soft">{esc(about_pairs(a))}; shares are of each kind's own pairs.</p>
+<p class="soft">{esc(about_pairs(a))}; percentages are of each kind's own pairs.</p>
 {html_table(*pairs_table(a))}{figures(pairs)}</section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
@@ -460,7 +473,7 @@ texts: R@1 {a['point_R1']:.1f}).</p>{complexity}</section>"""
 
 
 def write_search_report(path, found, settings):
-    """The page of a search. found: {query: [dict(rank, score, file, at, start, end)]}."""
+    """Write the page of a search. found: {query: [dict(rank, score, file, at, start, end)]}."""
     cards = ""
     for query, results in found.items():
         rows = ""
@@ -472,8 +485,8 @@ def write_search_report(path, found, settings):
             rows += hit(images, x["rank"], x["score"], name)
         cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
                   "</section>")
-    lead = (f"Queries: {len(found)}. Scores order the videos of one query; they are no "
-            "probabilities. The framed picture is the frame nearest to the "
-            "query, and a name leads to it.")
+    lead = (f"Queries: {len(found)}. Scores rank the videos for one query; they are not "
+            "probabilities. The outlined picture is the frame nearest to the "
+            "query, and the file name links to it.")
     body = f'<div class="cards">{cards}</div>'
     write_page(path, page("T-MASS: search results", lead, body, settings))

@@ -1,4 +1,4 @@
-"""What a training run keeps: its lock, what may be resumed or replaced, its log, its checkpoint."""
+"""The files of a training run: lock, log, checkpoint, and what may be resumed or replaced."""
 import argparse
 import contextlib
 import csv
@@ -18,14 +18,14 @@ from lib.validate import check_own, usable
 from lib.weights import read_weights, save_checkpoint
 from tmass import TMASS
 
-START_ONLY = ("resume", "overwrite", "tensorboard")  # settings of this start alone
-# Free to change with --resume: the result stays the same.
+START_ONLY = ("resume", "overwrite", "tensorboard")  # for one start; not saved
+# Settings that may change with --resume: the result stays the same.
 FREE = (*START_ONLY, "out", "workers", "device", "save_every", "log_every", "cache", "skip_bad",
         "grad_checkpoint", "root", "videos")
 
 
 def option(name):
-    """A setting's name on the command line."""
+    """The name of a setting on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -36,7 +36,7 @@ def beside(out, ending):
 
 @contextlib.contextmanager
 def only_run(out):
-    """One run at a time writes --out: a lock beside it, which dies with the process."""
+    """Let only one run at a time write --out, by locking a file beside it."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         check_output("--out", out)
@@ -47,7 +47,7 @@ def only_run(out):
     with lock:
         try:
             import fcntl
-            # The system frees it however this process ends. No flock: workers would inherit it.
+            # The system releases it however this process ends. Workers would inherit a flock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
@@ -64,9 +64,9 @@ def only_run(out):
 
 
 def earlier_run(args):
-    """What --out holds for --resume to go on from; None where a run may start in --out.
+    """The checkpoint in --out for --resume to continue from; None if a new run may start there.
 
-    Only a run without a step may be replaced, or with --overwrite a finished one.
+    A new run may replace a run without a completed step or, with --overwrite, a finished one.
     """
     out = args.out
     for source in filter(None, (args.clip, args.init)):
@@ -77,10 +77,10 @@ def earlier_run(args):
         for ending in (".log.csv", ".bad.txt"):
             path = beside(out, ending)
             if os.path.lexists(path):
-                raise WeightsError(f"{path} is of another run, whose {out} is gone: move it, or "
-                                   "choose another --out")
+                raise WeightsError(f"{path} belongs to another run, whose {out} is gone: move it, "
+                                   "or choose another --out")
         return None
-    # What is not this program's is never replaced, whatever the options.
+    # A file that this program did not write is never replaced, whatever the options.
     content = {}
     with contextlib.suppress(WeightsError):
         content = read_weights(out)
@@ -102,7 +102,7 @@ def earlier_run(args):
 
 
 def checksum(annotations):
-    """Of the captions in their order, each with its video's name and seconds: not of any place."""
+    """Checksum of all captions in order, with names and seconds of their videos; no folders."""
     digest = hashlib.sha256()
     for caption, v in zip(annotations.captions, annotations.owner):
         path, *seconds = annotations.segments[v]
@@ -113,16 +113,16 @@ def checksum(annotations):
 
 
 def check_data(saved, sums, out):
-    """Raise a WeightsError unless the splits are those of the run; checkpoints of old don't say."""
+    """Raise a WeightsError unless the splits are the run's. Old checkpoints don't record them."""
     for split, now in sums.items():
         if saved.get("splits", {}).get(split, now) != now:
             raise WeightsError(f"{out} was trained with another {split} split than this: --resume "
-                               "needs its data, wherever they lie now (--data, --root, --videos), "
+                               "needs its data, wherever it is now (--data, --root, --videos), "
                                "and with --skip-bad the same videos missing")
 
 
 def check_settings(parser, config, path):
-    """The settings of a run as its options take them: a WeightsError where one does not."""
+    """Parse a run's settings as its options would. -> dict. WeightsError if one is refused."""
     def fault(message):
         raise ValueError(message)
 
@@ -132,13 +132,13 @@ def check_settings(parser, config, path):
         for name, value in config.items():
             if value is not None and value is not False:
                 words.append(option(name) if value is True else f"{option(name)}={value}")
-        settings, _ = parser.parse_known_args(words)  # checkpoints of old may have others
+        settings, _ = parser.parse_known_args(words)  # old checkpoints may have others
     return {name: x for name, x in vars(settings).items() if name in config}
 
 
 def check_unchanged(args, content):
-    """Settings given with --resume must be those of the run, unless they change no result."""
-    free = (*FREE, "data") if "splits" in content else FREE  # the data's checksum says more
+    """Refuse settings that differ from the resumed run's, unless they do not affect the result."""
+    free = (*FREE, "data") if "splits" in content else FREE  # its checksum decides
     for name, before in content["config"].items():
         now = getattr(args, name, None)
         if now is not None and now != before and name not in free:
@@ -147,12 +147,12 @@ def check_unchanged(args, content):
 
 
 def go_on():
-    """The command that continues this run: what the user typed, with --resume."""
+    """The command that continues this run: what the user typed, plus --resume."""
     env = os.environ
     words = ["python"]
     if "LOCAL_WORLD_SIZE" in env:
         words = ["torchrun", "--nproc_per_node", env["LOCAL_WORLD_SIZE"]]
-        # On several nodes it is typed on each.
+        # With several nodes, it has to be typed on each.
         if env["GROUP_WORLD_SIZE"] != "1":
             words += ["--nnodes", env["GROUP_WORLD_SIZE"], "--rdzv_backend", "c10d",
                       "--rdzv_endpoint", env["MASTER_ADDR"] + ":29500"]
@@ -167,27 +167,27 @@ def check_run(content, path):
     with usable(path):
         check_own(content)
         if not all(isinstance(line, str) for line in content["bad_videos"]):
-            raise ValueError("bad_videos is no list of lines")
+            raise ValueError("bad_videos is not a list of lines")
         step, R1 = content["best"] or (0, 0)
         if not 0 <= step <= content["step"] or not 0 <= R1 <= 100:
             raise ValueError(f"best is {content['best']!r:.60}")
 
 
 def load_optimizer(optimizer, saved):
-    """Go on from the moments in a saved state_dict(). Raises ValueError if they don't fit."""
-    # The rates are those of the settings, whatever the file says.
+    """Restore the moments of a saved state_dict(). Raises ValueError if they don't fit."""
+    # The learning rates come from the settings, whatever the file says.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(dict(saved, param_groups=groups))
     for group in optimizer.param_groups:
         for p in group["params"]:
-            # load_state_dict compares no shapes.
+            # load_state_dict does not compare shapes.
             for name in ("exp_avg", "exp_avg_sq") if optimizer.state else ():
                 if optimizer.state[p][name].shape != p.shape:
-                    raise ValueError(f"the optimizer's {name} is of another size")
+                    raise ValueError(f"the optimizer's {name} has another size")
 
 
 def board(folder):
-    """The type of --tensorboard: a function that makes the writer, if its package is there."""
+    """The type of --tensorboard -> a function that makes the writer. Fails without its package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -197,15 +197,15 @@ def board(folder):
 
 @dataclass
 class Log:
-    """NAME.log.csv, one row per logged step, and lines on the screen.
+    """Writes NAME.log.csv, one row per logged step, and prints a line for each.
 
-    Resuming drops the rows after the step it starts from. Only process 0 writes a file.
+    Resuming drops the rows after the step it starts from. Only process 0 writes the file.
     """
     args: argparse.Namespace
     job: Job
     checkpoint: "Checkpoint"
     batches: object  # train.Batches
-    # Whether each step since the last reading was finite: on the device, for nothing to wait.
+    # Whether each step since the last check was finite: on the device, so that no step waits.
     flags: list = field(default_factory=list)
     skipped: int = 0
     in_a_row: int = 0
@@ -221,23 +221,23 @@ class Log:
         if start and os.path.isfile(path):
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        # Each row is on the disk at once, for who looks while training goes on.
+        # Line buffering: the file can be followed while training runs.
         self.writer = csv.DictWriter(open(path, "w", buffering=1, newline=""), self.FIELDS)
         self.writer.writeheader()
         self.writer.writerows(rows)
         self.board = None
         if self.args.tensorboard and self.job.rank == 0:
             self.board = self.args.tensorboard(purge_step=start + 1)
-        self.since = time.monotonic()  # of the last row
+        self.since = time.monotonic()  # time of the last row
         self.done = start
 
     def was_finite(self, done):
-        """Name the skipped steps up to `done`: waits for the device. -> was the last one finite?
+        """Report the steps up to `done` that were skipped. -> whether the last step was finite
 
-        Too many in a row end the run: ten, or thirty with fp16, which halves the loss' scale at
-        each until the gradients fit.
+        Too many in a row end the run: 10, or 30 with fp16, which halves the loss scale at each
+        until the gradients fit. This waits for the device.
         """
-        # Read together, they cost one wait.
+        # One copy of all flags costs a single wait.
         flags = torch.stack(self.flags).tolist() if self.flags else []
         self.flags.clear()
         for step, finite in enumerate(flags, done - len(flags) + 1):
@@ -255,7 +255,7 @@ class Log:
         return self.in_a_row == 0
 
     def step(self, done, values, factor):
-        """A line and a row. values: name -> (); reading them waits for the device."""
+        """Print a line and write a row. values: name -> tensor (). This waits for the device."""
         self.was_finite(done)
         args = self.args
         # One copy from the device, not one for each number.
@@ -292,9 +292,9 @@ class Log:
 
 @dataclass
 class Checkpoint:
-    """What training changes, in one file: the result and what resuming needs.
+    """All that training changes, in one file: the result, and what resuming needs.
 
-    The result is the best epoch on the validation split, or without one the latest weights.
+    The result is the best epoch on the validation split or, without one, the latest weights.
     """
     args: argparse.Namespace
     job: Job
@@ -303,12 +303,12 @@ class Checkpoint:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     splits: dict
-    saved: InitVar = None      # what to go on from
+    saved: InitVar = None      # a checkpoint to resume from
     step: int = 0
     best: list = None          # [step, R@1] of the best validation
     best_weights: dict = None
     bad_videos: list = field(default_factory=list)
-    unsaved: int = None        # a step that may be saved at any time
+    unsaved: int = None        # the last step, if it may be saved now
 
     def __post_init__(self, saved):
         self.sums = {name: checksum(annotations) for name, annotations in self.splits.items()}
@@ -324,7 +324,7 @@ class Checkpoint:
                 self.best_weights = saved["model"]
 
     def validated(self, step, R1):
-        """Keep the weights if they are the best so far. R1 in percent."""
+        """Keep the weights if they are the best so far. R1: in percent."""
         if self.best is None or R1 > self.best[1]:
             self.best = [step, R1]
             state = self.model.state_dict()
@@ -332,7 +332,7 @@ class Checkpoint:
             self.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in state.items()}
 
     def save(self, step, finished=False):
-        """For all processes to call; process 0 writes. Once finished, the model is the result."""
+        """Called in all processes; process 0 writes. If finished, the model becomes the result."""
         self.step = step
         self.bad_videos = self.job.join(self.bad_videos)
         state = dict(step=step, best=self.best, bad_videos=self.bad_videos, finished=finished,
@@ -340,7 +340,7 @@ class Checkpoint:
         if not finished:
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
-            # The result is another epoch's: beside it stand the weights to go on from.
+            # The result is an earlier epoch's: the weights to continue from are kept beside it.
             if self.best_weights:
                 state["training"] = dict(model=self.model.state_dict())
         if self.job.rank == 0:
@@ -351,7 +351,7 @@ class Checkpoint:
             self.model.load_state_dict(self.best_weights)
 
     def list_bad(self):
-        """NAME.bad.txt: what --skip-bad left out."""
+        """Write NAME.bad.txt: what --skip-bad left out."""
         lines = self.job.join(self.bad_videos)
         if lines and self.job.rank == 0:
             path = beside(self.args.out, ".bad.txt")
@@ -360,7 +360,7 @@ class Checkpoint:
 
 
 def without_effect(args):
-    """Settings that others make idle."""
+    """Yield the settings that have no effect because of others."""
     if args.radius == "none":
         yield from ("prior", "prior_std", "support_video")
     if args.prior == "uniform":

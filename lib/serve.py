@@ -1,7 +1,7 @@
-"""How search.py is asked and answers: at a prompt, in a pipe, and on the page of `--serve`.
+"""Input and output of search.py: at a prompt, through a pipe, and on the page of `--serve`.
 
-The page lets out the files of the index, by number, and nothing else of this machine: `SearchPage`
-has the index, `Handler` answers a request.
+`SearchPage` is the server and keeps the index; `Handler` answers one request. The server gives
+access to the files of the index, by number, and to no other file of this machine.
 """
 import contextlib
 import functools
@@ -18,10 +18,10 @@ from lib.common import DataError, clock, escaped
 from lib.page import document, esc, images, jpeg, nearest_of, shrunk
 from lib.video import Segment, read_segment
 
-PAUSE = 30  # seconds at least between two looks at what is saved while more is encoded
+PAUSE = 30  # least seconds between updates of the page while videos are being encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
           "form-action 'self'; base-uri 'none'")
-# Of every answer: no other page may show, frame or read this one, or learn what is searched.
+# Sent with every response: other sites can't embed or read the page, or learn what is searched.
 HEADERS = {
     "Allow": "GET, HEAD",
     "Cache-Control": "no-cache",
@@ -43,10 +43,10 @@ video{width:100%;max-height:60vh;margin-top:8px;border-radius:8px;background:#00
 </style>"""
 
 
-# ---- at a prompt, in a pipe ----
+# ---- at a prompt, through a pipe ----
 
 def questions(args, job):
-    """Lists of queries: of the command line; or asked for at a terminal, or read from a pipe."""
+    """Yield lists of queries: from the command line, else one by one from a prompt or a pipe."""
     if args.query:
         yield args.query
         return
@@ -59,7 +59,7 @@ def questions(args, job):
             asked = True
             yield [line.strip()]
         line = None
-        # Nobody reads the answers any more (| head), and no file is to have them.
+        # Stop if the reader of the results has gone (| head) and no file is to be written.
         unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
         if job.rank == 0 and not unread:
             with contextlib.suppress(EOFError):
@@ -67,25 +67,25 @@ def questions(args, job):
         line = job.gather(line)[0]
     if not asked and not terminal:
         raise DataError(
-            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or one a '
-            "line on standard input"
+            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or give '
+            "one query per line on standard input"
         )
 
 
 def count_pieces(index):
-    """How many rows of an Index belong to each of its files. -> (number of the last one + 1,)"""
+    """Number of pieces of each file of an Index, up to the last file that has any. -> (n,)"""
     return index.file[index.file >= 0].bincount()
 
 
 def span(hit, pieces):
-    """Which part of its file a Hit is, in words; "" for the whole. pieces: by count_pieces."""
+    """The part of its file that a Hit covers, as text; "" for all of it. pieces: count_pieces."""
     if pieces[hit.file] == 1:
         return ""
     return f"   ({clock(hit.start)} to {clock(hit.end)})"
 
 
 def table(query, hits, index):
-    """A query's results for people."""
+    """A query's results as a table for the terminal. -> str"""
     lines = [f"\n{escaped(query)}", " rank   score  at       file"]
     pieces = count_pieces(index)
     for rank, hit in enumerate(hits, 1):
@@ -95,8 +95,7 @@ def table(query, hits, index):
 
 
 def print_files(names, end):
-    """File names alone: harmless ones at a terminal, and elsewhere the bytes that open the files.
-    """
+    """Print only file names: escaped on a terminal, and elsewhere the exact bytes of the names."""
     if sys.stdout.isatty() and end == "\n":
         names = map(escaped, names)
     else:
@@ -108,37 +107,37 @@ def print_files(names, end):
 # ---- the page ----
 
 class SearchPage(ThreadingHTTPServer):
-    """Serves the page, a thread for each request, at a host and port."""
+    """Serves the page at a host and port, with one thread per request."""
 
     def __init__(self, host, port):
         self.host = host
         self.index = None
-        self.numbers = {}  # path: its number, for as long as the page is served
-        self.paths = {}    # number, as text: path, of the index's files
-        # Pictures of results are still decoded while the next query waits for the model.
+        self.numbers = {}  # path: its number, which never changes while the server runs
+        self.paths = {}    # number as str: path, for the files of the current index
+        # Separate locks, so that frames can be decoded while the model is searching.
         self.searching = threading.Lock()
         self.decoding = threading.Lock()
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
-            raise DataError(f"--serve {port}: it can't be had at {host} ({error.strerror}): give "
+            raise DataError(f"--serve {port}: can't listen at {host} ({error.strerror}): give "
                             "another port or --host") from None
 
     def run(self, build, search, frames, every):
-        """Serve until Ctrl-C.
+        """Serve until Ctrl-C. The existing index can be searched at once, new videos once saved.
 
-        build: build_index. search: query, Index -> list of Hit; it is called once at a time.
-        frames: T, of a piece. every: minutes between looks for new files.
-        What the index has is shown at once, and what is encoded soon after it is saved.
+        build: build_index with its model and paths. search(query, Index) -> list of Hit; calls
+        never overlap. frames: T of a piece. every: minutes between looks for new files; None: look
+        once.
         """
         self.search = search
         self.frames = frames
         self.due = 0
 
         def show_saved():
-            # To open a large index takes seconds, in which nothing is encoded.
+            # Opening a large index takes seconds, and encoding waits for it.
             if time.monotonic() > self.due:
-                with contextlib.suppress(DataError):  # nothing yet
+                with contextlib.suppress(DataError):  # the index is still empty
                     self.show(build(new=False))
                 self.due = time.monotonic() + PAUSE
 
@@ -156,7 +155,7 @@ class SearchPage(ThreadingHTTPServer):
             return 0
 
     def show(self, index):
-        """Answer from this Index from now on."""
+        """Search this Index from now on. The first call starts the server."""
         for path in index.paths:
             self.numbers.setdefault(path, len(self.numbers))
         self.paths = {str(self.numbers[path]): path for path in index.paths}
@@ -166,40 +165,43 @@ class SearchPage(ThreadingHTTPServer):
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
             if self.host not in ("127.0.0.1", "localhost"):
-                print("whoever can reach that address can search and watch these videos")
+                print("anyone who can reach that address can search and watch these videos")
             sys.stdout.flush()
 
     @functools.lru_cache(maxsize=200)
     def pictures(self, path, start, end):
-        """The frames that are taken of a piece. -> (their times, JPEGs)"""
+        """The sampled frames of a piece. -> (their times, their JPEGs)"""
         piece = read_segment(Segment(path, start, end), self.frames)
         return piece.times, [jpeg(shrunk(frame, 240)) for frame in piece.frames]
 
     def handle_error(self, request, address):
-        """A client that goes away, or sends nonsense, ends nothing, and is not worth a word."""
+        """Ignore clients that disconnect or send malformed requests. Print all other errors."""
         if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
             super().handle_error(request, address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers a request: / is a search box, /?q=TEXT shows what is found too.
+    """Answers a request.
 
-    /video/NUMBER is a file of the index; /frame/NUMBER?at=S is the picture at a time, which is
-    chosen from those of a piece with &start=S&end=S.
+    - `/` is the search box, and `/?q=TEXT` also shows the results.
+    - `/video/NUMBER` is a file of the index.
+    - `/frame/NUMBER?at=S` is its frame at S seconds. With `&start=S&end=S` it is the nearest of
+      the frames sampled from that piece.
     """
 
-    timeout = 60  # seconds in which a client that says nothing is forgotten
+    timeout = 60  # seconds after which the connection of a silent client is closed
 
     def do_GET(self):
-        # Files are named by numbers alone: no path that is asked for is ever opened.
+        # Files are requested by number: no path in a request is ever opened.
         url = urlsplit(self.path)
         values = dict(parse_qsl(url.query))
         kind, _, number = url.path[1:].partition("/")
         send = {"video": self.send_video, "frame": self.send_frame}.get(kind)
         path = self.server.paths.get(number, "")
-        # Who owns another name could make it lead here, and read this page with one of his.
-        name = urlsplit(f"//{self.headers.get('Host')}").hostname
-        if name not in ("localhost", self.server.host, self.connection.getsockname()[0]):
+        # Against DNS rebinding: a site could point its own host name at this server, and its
+        # scripts could then read this page.
+        host = urlsplit(f"//{self.headers.get('Host')}").hostname
+        if host not in ("localhost", self.server.host, self.connection.getsockname()[0]):
             self.send_error(403, "Unknown name", "Start the page with --host and this name")
         elif url.path == "/":
             self.send_page(values.get("q", "").strip())
@@ -216,17 +218,17 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 
     def log_message(self, *unused):
-        """Queries are nobody's business."""
+        """Log nothing, because queries are private."""
 
     def end_headers(self):
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
 
-    # The length is always told: browsers show how long a film is, and jump in it.
     def start(self, status, kind, length, part=None):
-        """Send what comes before the body. part: which of how many bytes it is."""
+        """Send the status and headers. part: range of bytes for Content-Range, as "0-99/1000"."""
         self.send_response(status)
+        # Browsers need the length to seek in a video.
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", length)
         if part:
@@ -239,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_page(self, query):
-        """A search box, and cards of what is found."""
+        """Send the search box, and the results of a query if there is one."""
         index = self.server.index
         title = f"{query} - T-MASS" if query else "T-MASS: search videos"
         pieces = count_pieces(index)
@@ -249,12 +251,12 @@ class Handler(BaseHTTPRequestHandler):
         if query:
             with self.server.searching:
                 hits = self.server.search(query, index)
-            found = f"The best {len(hits)} of {found}; scores order them, and are no probabilities"
+            found = f"The best {len(hits)} of {found}; scores are not probabilities"
             focus = ""
             for rank, hit in enumerate(hits, 1):
                 cards += self.card(rank, hit, index, pieces)
         body = f"""{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>
-<form action="/" role="search"><label for="q">What is to be seen?</label>
+<form action="/" role="search"><label for="q">What do you want to see?</label>
 <input id="q" name="q" type="search" required {focus} value="{esc(query)}">
 <button>Search</button></form><p class="soft">{found}</p>
 <ol class="cards">{cards}</ol></main>"""
@@ -262,10 +264,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_whole("text/html; charset=utf-8", text.encode("utf-8", "replace"))
 
     def card(self, rank, hit, index, pieces):
-        """A Hit: its name, frames, and a player that begins at its moment. -> HTML"""
+        """A Hit with its name, its frames, and a player that starts at its best frame. -> HTML"""
         number = self.server.numbers[index.paths[hit.file]]
 
-        # All frames of a piece have its start and end in common: they are decoded once.
+        # start and end are the same for all frames of a piece, so it is decoded only once.
         def picture(at):
             values = urlencode(dict(at=at, start=hit.start, end=hit.end))
             return esc(f"/frame/{number}?{values}")
@@ -280,7 +282,7 @@ score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
 <video controls preload="none" poster="{picture(hit.at)}" src="{video}"></video></li>"""
 
     def send_video(self, path, values):
-        """A file, or the part of it that is asked for: browsers need that to jump."""
+        """Send a file, or the requested range of its bytes, which browsers need for seeking."""
         kind = mimetypes.guess_type(path)[0] or "video/mp4"
         asked = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
         with open(path, "rb") as file:
@@ -301,13 +303,16 @@ score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
             at, start, end = (float(values.get(name, values["at"])) for name in names)
             with self.server.decoding:
                 times, pictures = self.server.pictures(path, start, end)
-        except (KeyError, ValueError):  # no time, or no picture there
+        except (KeyError, ValueError):  # no valid time, or no frame there
             return self.send_error(404)
         self.send_whole("image/jpeg", pictures[nearest_of(times, at)])
 
 
 def byte_range(first, last, size):
-    """The bytes of a file from `first` to `last`, or its last so many. str, str, int -> range"""
+    """Byte positions from `first` to `last`, inclusive; without `first`, the last `last` bytes.
+
+    first, last: digits or "", as in the header Range. -> range, empty if it starts beyond the end.
+    """
     if not first:
         return range(max(0, size - int(last or size)), size)
     return range(int(first), min(size, int(last or size) + 1))

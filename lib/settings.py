@@ -1,10 +1,10 @@
-"""Settings that stand in files beside other people's weights: heads, norms, activation, pixels."""
+"""Settings in the files beside other projects' weights: heads, norms, activation, pixels."""
 from lib.common import WeightsError
 from lib.tables import read_json
 from lib.validate import explained
 
-# What CLIP takes of each tower's settings in open_clip_config.json; the sizes are read off the
-# weights, patch dropout is for training alone, and anything else changes what is computed.
+# The settings of a tower in open_clip_config.json that may be set. Sizes follow from the weights,
+# and patch dropout matters in training only. Any other setting changes what is computed.
 OPEN_CLIP = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
              "patch_dropout", "context_length", "vocab_size", "heads"}
 
@@ -12,13 +12,14 @@ OPEN_CLIP = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_r
 def settings_beside(path, sd):
     """What tensors don't tell. -> (arguments of CLIP, why this activation, where heads are from)
 
-    By the settings files beside the weights, else by where these come from. path: the file that has
-    the state dict sd. Raises WeightsError for settings that CLIP would not compute.
+    It is read from the settings files beside the weights or, without them, guessed from the origin
+    of the weights. path: the file with the state dict sd. Raises WeightsError for settings that
+    clip_model.CLIP does not support.
     """
     hf = any("text_model." in key for key in sd)
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = read_settings(file)
-    # Hugging Face keeps what pixels are normalised with in a file of its own, open_clip does not.
+    # Hugging Face has a separate file for the mean and std of pixels; open_clip does not.
     pixels = read_settings(path.with_name("preprocessor_config.json")) if hf else {}
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
         found = pixel_settings(pixels, "image_")
@@ -31,17 +32,17 @@ def settings_beside(path, sd):
 
 
 def read_settings(file):
-    """The dict in a file of JSON; {} where there is none."""
+    """The dict in a JSON file; {} if there is no such file."""
     return read_json(file, "the weights beside it", dict) if file.is_file() else {}
 
 
 def activation_by_origin(path, sd, hf):
-    """Which GELU weights without settings were trained with. -> (quick_gelu, why)"""
+    """Guess which GELU weights without settings were trained with. -> (quick_gelu, why)"""
     if hf:
-        return True, "HF's default; a config.json beside the file would tell"
+        return True, "HF's default; to be sure, put its config.json beside the file"
     if "input_resolution" in sd:
         return True, "OpenAI's"
-    # Any other file is open_clip's, whose own models are GELU.
+    # Any other file is from open_clip, whose own models use GELU.
     name = path.name.lower().replace("_", "")
     if "quickgelu" in name or "openai" in name:
         return True, ("an open_clip file with quickgelu or openai in its name; to change: "
@@ -51,7 +52,7 @@ def activation_by_origin(path, sd, hf):
 
 
 def hf_settings(content):
-    """Of a CLIPConfig. It leaves out what is as CLIPVisionConfig and CLIPTextConfig have it."""
+    """Arguments of CLIP from a CLIPConfig, which omits settings that have their default."""
     towers = [content["vision_config"], content.get("text_config", {})]
     vision, text = towers
     hidden_act = the_same("hidden_act", towers, "quick_gelu")
@@ -66,7 +67,7 @@ def hf_settings(content):
 
 
 def the_same(name, towers, default):
-    """A setting that both towers must share here."""
+    """A setting that must be the same in both towers."""
     images, texts = [tower.get(name, default) for tower in towers]
     if images != texts:
         raise WeightsError(f"{name} is {images} for images and {texts} for texts, and "
@@ -75,7 +76,7 @@ def the_same(name, towers, default):
 
 
 def open_clip_settings(content, sd):
-    """Of a CLIP of open_clip."""
+    """Arguments of CLIP from an open_clip_config.json."""
     model = content["model_cfg"]
     vision = model.get("vision_cfg", {})
     text = model.get("text_cfg", {})
@@ -93,7 +94,7 @@ def open_clip_settings(content, sd):
 
 
 def pixel_settings(content, prefix=""):
-    """What pixels are normalised with. -> arguments of CLIP, as far as they are there."""
+    """The mean and std that normalise pixels, as far as they are set. -> arguments of CLIP"""
     found = {}
     for key in content.keys() & {prefix + "mean", prefix + "std"}:
         try:
@@ -105,7 +106,7 @@ def pixel_settings(content, prefix=""):
 
 
 def described(clip, why, heads_by):
-    """A line about a CLIP: what of it was guessed, and what is unusual."""
+    """A line about a CLIP: its size, what was guessed, and what is unusual."""
     config = clip.config
     millions = sum(p.numel() for p in clip.parameters()) / 1e6
     heads = [tower.transformer.resblocks[0].attn.heads for tower in (clip.visual, clip)]

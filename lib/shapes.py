@@ -1,8 +1,8 @@
-"""The data set `shapes`, which makes itself: small mp4 files, and captions that leave facts out.
+"""The synthetic data set `shapes`: small mp4 files, and captions that leave out facts.
 
     python -m lib.shapes --root DIR --videos 1500 100 500
 
-`python train.py` renders that many into data/shapes when it is first called.
+The first `python train.py` renders that many into data/shapes.
 """
 import csv
 import json
@@ -31,13 +31,13 @@ from lib.tables import read_json
 
 # ---- facts and words ----
 # A video is a sequence of shots. A shot has six facts: sky, ground, then shape and colour of the
-# left sticker and of the right one. A caption describes one shot, left sticker first; a fact that
-# it leaves out is -1. Each fact has two wordings; the warm-up's phrases use only the first.
+# left sticker and of the right one. A caption describes one shot, left sticker first; facts that
+# it leaves out are -1. Each fact has two wordings; the warm-up's phrases use only the first.
 # CLIP sees single frames, which show neither order nor motion, so captions don't mention them.
 
 
 def _table(text):
-    """The rows of a table, one a line: cells between bars."""
+    """The rows of a table: one per line, with cells separated by bars."""
     lines = text.strip().splitlines()
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
@@ -105,37 +105,37 @@ POSE = _table("""
     right y      |  0   | .08 | .05
     right angle  |  0   | .12 | .12
     right radius |  .39 | .03 | 0
-""")  # how shots are seen: the mean, how far it differs from shot to shot, and how far it moves
+""")  # how a shot is seen: mean, spread between shots, and how far it moves within a shot
 NUMBERS = [list(map(float, row[1:])) for row in POSE]
 MEAN, SPREAD, REACH = torch.tensor(NUMBERS).T  # each (14,)
 LEFT_OUT = torch.tensor([.06, .06, 0, .04, 0, .04])  # how often a caption leaves out each fact
-CAPTIONS = dict(train=4, val=1, test=8)  # per video; 4,000 queries have a quarter of 500's noise
+CAPTIONS = dict(train=4, val=1, test=8)  # per video; the more queries, the less noise in R@1
 FRAMES = 24  # per video
 RATE = 8  # frames per second
 SIDE = 96  # pixels
-SHAPES_VERSION = 2  # of what is drawn and written; older folders are refused
+SHAPES_VERSION = 2  # raise it when files change; older folders are refused
 
 # ---- drawing ----
-# Coordinates: x from -1 to 1 to the right (n,1,S), y from -1 to 1 upwards (n,S,1); px is a pixel's
-# side in them. A picture is (3,n,S,S), so that an amount (n,S,S) of paint applies to each channel.
+# Coordinates: x from -1 to 1 to the right (n,1,S), y from -1 to 1 upwards (n,S,1); px is the side
+# of a pixel. A picture is (3,n,S,S), so that an amount (n,S,S) of paint applies to each channel.
 
 
 def _paints(row):
-    """The colours RRGGBB in a row's last cell -> tensors (3,1,1,1) in 0..1."""
+    """The colours RRGGBB in the last cell of a row -> tensors (3,1,1,1) in 0..1."""
     colours = [list(bytes.fromhex(code)) for code in row[-1].split()]
     return torch.tensor(colours).view(-1, 3, 1, 1, 1) / 255
 
 
 PAINTS = torch.cat([_paints(row) for row in COLOURS])
-CELLS = 1021  # with a speck each, before they repeat
-# Each cell has four random numbers: x, y and rarity of its speck, and one more; three of them are
-# also the colour of confetti. They are here twice, so that the sum of two indices is an index.
+CELLS = 1021  # with one speck each, before the pattern repeats
+# Each cell has four random numbers: x, y and rarity of its speck, and one more. Three of them are
+# also the colour of confetti. All are repeated once, so that the sum of two indices is an index.
 SPECKS = torch.rand(4, CELLS, generator=torch.Generator().manual_seed(0))
 SPECKS = SPECKS.repeat(1, 2)
 
 
 def _specks(x, y, density, radius, px):
-    """Specks strewn over a plane, at most one in a unit cell.
+    """Specks scattered over a plane, at most one in each unit cell.
 
     x (n,1,S), y (n,S,1) -> amount of speck, number of the cell, both (n,S,S).
     """
@@ -210,7 +210,7 @@ def _span(numbers):
 
 
 def _alike(values):
-    """The different values (n,) -> pairs (value, its rows: a slice where they lie together)."""
+    """Group equal values (n,). -> pairs (value, its rows: a slice if they are adjacent)"""
     for value in values.unique().tolist():
         rows = (values == value).nonzero()[:, 0]
         span = _span(rows)
@@ -219,10 +219,10 @@ def _alike(values):
 
 
 def _draw_scenery(picture, facts, x, y, time, px):
-    """Draw skies and grounds, each only in the rows of pixels where some picture shows it."""
-    # the horizon is never above .15 nor below -.11
-    first = int((y > .15 + px).all(0).sum())  # row that has ground
-    last = int((y > -.11 - px).any(0).sum())  # row that has no sky
+    """Draw skies and grounds, each only in the rows of pixels where one may be visible."""
+    # The horizon is never above .15 nor below -.11.
+    first = int((y > .15 + px).all(0).sum())  # first row with ground
+    last = int((y > -.11 - px).any(0).sum())  # first row without sky
     for sky, rows in _alike(facts[:, 0]):
         above = y[rows, :last]
         picture[:, rows, :last] = _draw_sky(sky, x[rows], above, time[rows], px)
@@ -252,8 +252,8 @@ def _outline(shape, x, y):
         nearer = torch.minimum(x, y)
         farther = torch.maximum(x, y)
         return torch.maximum(nearer - .3, farther - .9)
-    # Triangle and star are fans of equal sectors, folded into one half of a sector. Their edge
-    # there runs from the tip (1, 0) to a corner (ex, ey) before it.
+    # Triangle and star consist of equal sectors, all folded into one half of a sector. In it, their
+    # edge runs from the tip (1, 0) to a corner at (1 - ex, ey).
     tips, inner, grow = (3, .5, .08) if name == "triangle" else (5, .45, .04)
     half = math.pi / tips
     turn = torch.atan2(x, y) / (2 * half) + .5
@@ -266,7 +266,7 @@ def _outline(shape, x, y):
 
 
 def _draw_sticker(picture, facts, pose, x, y, px):
-    """Put a sticker on each picture: a shadow, a white rim, and a shape that is lighter at the top.
+    """Draw a sticker on each picture: a shadow, a white rim, and a shape that is lighter on top.
 
     facts (n,2): shape and colour. pose (n,4): x, y, angle, radius.
     """
@@ -277,7 +277,7 @@ def _draw_sticker(picture, facts, pose, x, y, px):
         across = right * angle.cos() - up * angle.sin()
         along = right * angle.sin() + up * angle.cos()
         distance = _outline(shape, across, along).mul_(radius)
-        # where a shadow or a rim is seen in some picture (S,S): the rest stays as it is
+        # Where some picture shows shadow or rim (S,S). The rest stays as it is.
         near = distance.amin(0) < .4 / 2.2 + px
         height = _span(near.any(1).nonzero())
         width = _span(near.any(0).nonzero())
@@ -290,7 +290,7 @@ def _draw_sticker(picture, facts, pose, x, y, px):
         spot = picture[:, rows, height, width]
         spot *= (1 - shadow) * (1 - rim)
         spot += (rim - inside) + paint * bright
-        picture[:, rows, height, width] = spot  # which is a copy where rows are not a slice
+        picture[:, rows, height, width] = spot  # spot is a copy if rows are not a slice
 
 
 def draw_shots(facts, pose, size):
@@ -314,25 +314,25 @@ def draw_shots(facts, pose, size):
             picture[:, rows] = picture[:, rows].lerp(paint, amount)
     _draw_sticker(picture, facts[:, 2:4], pose[:, 6:10], x, y, px)
     _draw_sticker(picture, facts[:, 4:6], pose[:, 10:14], x, y, px)
-    # in place: pages of memory cost as much as the arithmetic
+    # In place: new memory pages cost as much as the arithmetic.
     picture.mul_(light).mul_(255).clamp_(0, 255)
     return picture.byte().transpose(0, 1)
 
 
-# ---- shots, captions and videos by chance ----
+# ---- random shots, captions and videos ----
 
 
 def random_shots(n, generator):
-    """-> facts (n,6) of n shots, and the pose (n,14) in which they are seen (`draw_shots`)."""
+    """Draw n shots at random. -> their facts (n,6) and poses (n,14), as for `draw_shots`"""
     facts = [torch.randint(len(words), (n,), generator=generator) for words in WORDS]
     u = torch.rand(n, 14, generator=generator) * 2 - 1
     return torch.stack(facts, 1), MEAN + SPREAD * u
 
 
 def _describe(facts, generator, forms, second):
-    """A caption for each shot, whose words are the second ones with probability `second`.
+    """A caption for each shot. Each wording is the second one with probability `second`.
 
-    facts (n,6) -> (n texts, the facts that they mention (n,6), -1 elsewhere).
+    facts (n,6) -> (n texts, the facts that they mention (n,6), -1 for the others)
     """
     n = len(facts)
     u, v = torch.rand(2, n, 6, generator=generator)
@@ -354,7 +354,7 @@ def _describe(facts, generator, forms, second):
 
 
 def shapes_pictures(n, generator, size=32):
-    """Fresh pairs for the warm-up, in plain words. -> (uint8 (n,3,size,size), n phrases)."""
+    """Random pairs for the warm-up, in the first wording. -> (uint8 (n,3,size,size), n phrases)"""
     facts, pose = random_shots(n, generator)
     phrases, _ = _describe(facts, generator, FORMS[:1], second=0)
     return draw_shots(facts, pose, size), phrases
@@ -363,7 +363,7 @@ def shapes_pictures(n, generator, size=32):
 def _animate(pose, generator):
     """The pose of each shot (shots,14) -> each frame's shot (FRAMES,) and pose (FRAMES,14).
 
-    No shot is shorter than 5 frames, so that 6 sampled frames see every shot.
+    No shot is shorter than 5 frames, so that 6 sampled frames include every shot.
     """
     shots = len(pose)
     extra = torch.randint(shots, (FRAMES - 5 * shots,), generator=generator)
@@ -383,8 +383,8 @@ def _animate(pose, generator):
 class ShapesVideos(Dataset):
     """All videos, by number. Item i -> captions, facts of the shots (S,6), facts mentioned (n,6).
 
-    It is drawn by a generator of its own, and written to its file unless that is there. The facts
-    are lists. The item is a DataError if a file can't be written: raising one ends a worker.
+    Each video has its own random generator, and is rendered unless its file exists. Facts are
+    lists. If a file can't be written, the item is a DataError; raising it would end the worker.
     """
 
     def __init__(self, folder, train, val, test, seed):
@@ -407,7 +407,7 @@ class ShapesVideos(Dataset):
         described = torch.randint(shots, (captions,), generator=generator)
         texts, says = _describe(facts[described], generator, FORMS, second=.2)
         try:
-            if not path.exists() or not path.stat().st_size:  # a power cut can leave an empty file
+            if not path.exists() or not path.stat().st_size:  # empty after a power cut
                 shot, pose = _animate(pose, generator)
                 write_video(path, draw_shots(facts[shot], pose, SIDE), RATE)
         except (OSError, av.FFmpegError) as e:
@@ -419,7 +419,7 @@ class ShapesVideos(Dataset):
 def write_video(path, frames, rate):
     """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file."""
     H, W = frames.shape[2:]
-    options = {"preset": "superfast", "crf": "22"}  # slower presets write other bytes each time
+    options = {"preset": "superfast", "crf": "22"}  # slower presets write different bytes each time
     with written_whole(path, flush=False) as part, av.open(part, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate, options, width=W, height=H, pix_fmt="yuv420p")
         stream.thread_type = "FRAME"
@@ -436,11 +436,11 @@ def write_video(path, frames, rate):
 
 
 def oracle_ceiling(facts, owner, says, target):
-    """The R@1, in percent, of a search that knows all facts.
+    """The expected R@1, in percent, of a search that knows all facts.
 
-    A caption fits a video if it fits one of its shots; among the videos that fit it picks one at
-    random. facts (S,6) and owner (S,): all shots and their videos. says (N,6), -1 where a caption
-    leaves a fact out, and target (N,): the captions and their videos.
+    A caption fits a video if it fits one of its shots. Among the videos that fit, the search picks
+    one at random. facts (S,6) and owner (S,): all shots and their videos. says (N,6), -1 for facts
+    that a caption leaves out, and target (N,): all captions and their videos.
     """
     total = 0
     for said, video in zip(says, target.tolist()):
@@ -455,9 +455,10 @@ def _about(root):
 
 
 def shapes_of(root):
-    """What a folder holds of this data set. -> (settings, is it whole?); ({}, False): it is free.
+    """What a folder holds of this data set. -> (settings, whether it is complete)
 
-    Raises DataError for a folder that holds anything else, or an older version.
+    ({}, False) for an empty or missing folder. Raises DataError if it holds anything else, or
+    another version.
     """
     root = Path(root)
     try:
@@ -470,17 +471,17 @@ def shapes_of(root):
         raise DataError(f"{root} is neither empty nor made by shapes.py: choose another --root") \
             from None
     if version != SHAPES_VERSION:
-        raise DataError(f"{root} holds version {version} of shapes, and this is version "
-                        f"{SHAPES_VERSION}: delete it, then make it anew: "
+        raise DataError(f"{root} holds version {version} of shapes, but this is version "
+                        f"{SHAPES_VERSION}: delete it, then render it again: "
                         f"python -m lib.shapes --root {root} --videos {numbers}")
     return settings, (root / "captions.csv").exists()
 
 
 def shapes_table(root):
-    """-> the path of captions.csv, or a DataError if the data set has not been rendered."""
+    """The path of captions.csv. Raises DataError if the data set has not been rendered."""
     settings, whole = shapes_of(root)
     if not whole:
-        missing = "no whole data set" if settings else "no data set"
+        missing = "an incomplete data set" if settings else "no data set"
         numbers = "{train} {val} {test} --seed {seed}" if settings else "1500 100 500"
         numbers = numbers.format(**settings)
         raise DataError(f"{root} holds {missing} shapes: `python train.py` renders it, or "
@@ -489,10 +490,10 @@ def shapes_table(root):
 
 
 def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
-    """Make the data set unless one is there: shapes.json (settings, ceiling), videos, captions.csv.
+    """Render the data set unless it exists: shapes.json (settings, ceiling), videos, captions.csv.
 
-    captions.csv is written last, and a rendering that was stopped goes on with the next call. The
-    files are the same for any number of workers.
+    captions.csv is written last; the next call continues a rendering that was stopped. The files
+    are the same for any number of workers.
     """
     root = Path(root)
     wanted = dict(version=SHAPES_VERSION, train=train, val=val, test=test, seed=seed)
@@ -500,7 +501,7 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
     if whole:
         return
     if begun and begun != wanted:
-        raise DataError(f"{root} holds an unfinished data set, of {begun}: delete it, or choose "
+        raise DataError(f"{root} holds an unfinished data set with {begun}: delete it, or choose "
                         "another --root")
     if workers is None:
         workers = min(8, os.cpu_count() or 1)
@@ -523,7 +524,7 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
 
 
 def _render(videos, workers):
-    """Write all files. -> the rows of captions.csv, the test split's oracle_ceiling or None."""
+    """Write all videos. -> (rows of captions.csv, oracle_ceiling of the test split or None)"""
     rows = [("video", "caption", "split")]
     facts, owner, says, target = [], [], [], []
     progress = Progress(f"rendering {videos.folder.parent}", len(videos))
@@ -549,7 +550,7 @@ def _render(videos, workers):
 
 
 def shapes_ceiling(root=None):
-    """The ceiling that rendering wrote down, in percent; None if there is none."""
+    """The ceiling that was recorded when rendering, in percent; None if there is none."""
     try:
         ceiling = _about(root or "data/shapes")["ceiling"]
         return ceiling if 0 <= ceiling <= 100 else None
@@ -562,11 +563,10 @@ def shapes_ceiling(root=None):
 
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--root", required=True, help="folder to write into")
-    p.add_argument("--videos", type=numeric(int, 0), nargs=3, metavar=("TRAIN", "VAL", "TEST"),
-                   required=True, help="number of videos per split")
-    p.add_argument("--seed", type=numeric(int, 0), default=24,
-                   help="of everything random (default: %(default)s)")
+    p.option("root DIR", "folder to write into", required=True)
+    p.option("videos", "number of videos per split", numeric(int, 0), nargs=3,
+             metavar=("TRAIN", "VAL", "TEST"), required=True)
+    p.option("seed", "of everything random", numeric(int, 0), 24)
     args = p.parse_args(argv)
     wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
     render_shapes(args.root, **wanted)

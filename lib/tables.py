@@ -1,4 +1,4 @@
-"""Files of annotations: text, JSON, csv. A DataError names the line that is wrong."""
+"""Annotation files: text, JSON, csv. A DataError names the line that is wrong."""
 import bisect
 import csv
 import functools
@@ -13,7 +13,7 @@ from lib.common import DataError, escaped, first_few
 
 
 def read_text(path, what):
-    """A text file's content. Raises a DataError that says which file is missing, and its place."""
+    """Read a text file. Raises a DataError that names a missing file and where it belongs."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -28,23 +28,23 @@ def read_text(path, what):
 
 
 def read_json(path, what, kind):
-    """A JSON file that holds a dict or a list, as `kind` says."""
+    """Read a JSON file that must hold a value of type `kind`, dict or list."""
     content = read_text(path, what)
     try:
         content = json.loads(content)
-    # Not JSON, or a number of 5,000 digits; 100,000 brackets in each other.
+    # Not JSON, or a number of 5,000 digits (ValueError); 100,000 nested brackets (RecursionError).
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(content, kind):
         expected = "object" if kind is dict else "list"
-        raise DataError(f"{path}: holds no JSON {expected}; fetch the file again")
+        raise DataError(f"{path} is not a JSON {expected}; fetch the file again")
     return content
 
 
 def read_table(path, what, columns):
-    """Rows of a csv file, whose header has `columns` at least. -> list of (line number, dict)."""
+    """Rows of a csv file whose header must have `columns`. -> list of (line number, dict)"""
     reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
-    # No DictReader: it does not tell in which line a row begins, and people look there.
+    # Not a DictReader: it does not tell where a row begins, which is where people look for it.
     rows = []
     line = 1
     try:
@@ -53,37 +53,36 @@ def read_table(path, what, columns):
                 rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, row {line}: {error}; check its double quotes: one that is opened "
-                        "there must be closed, one within a text is written twice") from None
+        raise DataError(f"{path}, row {line}: {error}; check its double quotes: one that opens "
+                        "there must be closed, and one within a text is written twice") from None
     header = [name.strip() for name in rows.pop(0)[1]] if rows else []
     missing = [name for name in columns if name not in header]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {header}")
     for name in filter(None, header):
         if header.count(name) > 1:
-            raise DataError(f"{path} has the column {name} {header.count(name)} times: one is "
-                            "enough")
+            raise DataError(f"{path} has the column {name} {header.count(name)} times: keep one")
     if not rows:
         raise DataError(f"{path} has a header, but no row below it")
     for line, fields in rows:
         if len(fields) != len(header):
-            raise DataError(f"{path}, row {line}: not as many fields as the header has "
+            raise DataError(f"{path}, row {line}: not as many fields as in the header "
                             f"({len(fields)}, not {len(header)}); a text with commas belongs in "
                             "double quotes")
     return [(line, dict(zip(header, fields))) for line, fields in rows]
 
 
 def field_of(entry, key, where, kind=str):
-    """A value of a JSON object, of the type that it must have."""
+    """The value of a key in a JSON object. Raises a DataError unless it has type `kind`."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        raise DataError(f"{where}: has no {key!r} as expected; fetch the file again")
+        raise DataError(f"{where}: {key!r} is missing or of another type; fetch the file again")
     return entry[key]
 
 
 def sentences(entry, key, where):
-    """A video's captions; none where it has no entry."""
+    """A video's list of captions; empty if the video has no entry."""
     texts = entry.get(key) or []
-    # A string would pass as a list of letters.
+    # A string would otherwise pass as a list of letters.
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
     return texts
@@ -93,15 +92,16 @@ def sentences(entry, key, where):
 
 
 def has_splits(path):
-    """Whether a csv has a split column."""
+    """Whether a csv file has a split column."""
     return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"])[0][1]
 
 
 def split_by_name(files):
-    """80 % train, 10 % val, 10 % test by a hash of the file's name: adding videos moves none.
+    """80 % train, 10 % val, 10 % test by a hash of the file's name. -> list of splits
 
-    Only where train or test would get fewer than two files (nearly never from 60 on) do the nearest
-    by hash make up the two (of two or three files, the one): these may move when the list grows.
+    Adding videos does not move the others, with one exception. If train or test would get fewer
+    than two files (or than one, of two or three files), the files with the nearest hashes fill it
+    up. They may move when the list grows. From 60 files on, this almost never happens.
     """
     def tenth_and_code(name):
         code = zlib.crc32(os.fsencode(name))
@@ -118,12 +118,12 @@ def split_by_name(files):
 
 
 def listed_ids(path, what):
-    """The ids in a list of videos; some lists have them as names of files."""
+    """The ids in a list of videos; some lists give them as file names."""
     return [video.split(".")[0] for video in read_text(path, what).split()]
 
 
 def warn_of_silent(table, videos, described):
-    """A warning that names the videos of a table which no caption describes."""
+    """Print a warning that names the videos of a table which no caption describes."""
     silent = sorted(set(videos) - set(described))
     if silent:
         warn_once(f"{table}: {len(silent)} of its {len(videos)} videos have no caption: "
@@ -132,7 +132,7 @@ def warn_of_silent(table, videos, described):
 
 @functools.cache
 def warn_once(line):
-    """A warning, once though several splits read the same file."""
-    # By one process for all: torchrun would print it as often as there are GPUs.
+    """Print a warning only once, even if several splits read the same file."""
+    # In one process only: otherwise, torchrun would print it once per GPU.
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {escaped(line)}", file=sys.stderr)

@@ -1,6 +1,5 @@
-"""Whether what a checkpoint says makes sense: asked before anything is built from it."""
+"""Checks that a checkpoint's content makes sense, before anything is built from it."""
 import contextlib
-from collections import OrderedDict
 from textwrap import shorten
 
 import torch
@@ -8,18 +7,18 @@ import torch
 from clip_model import Tokenizer, sizes_of
 from lib.common import WeightsError, curable, cure, first_few
 
-# A file is anybody's: in the code that makes something of what it says, these are its mistakes.
+# A file may hold anything. While it is interpreted, these errors are due to its content.
 MISTAKES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @contextlib.contextmanager
 def explained(path, what, advice):
-    """A mistake in a file, whatever error shows it, becomes a WeightsError of one line."""
+    """Turn any error caused by the content of a file into a WeightsError of one line."""
     with curable(f"{path}: no room to load it"):
         try:
             yield
         except MISTAKES as error:
-            # A limit of the machine is not the file's fault.
+            # Not the file's fault, but a limit of the machine.
             if cure(error):
                 raise
             why = shorten(str(error), 500)
@@ -29,24 +28,24 @@ def explained(path, what, advice):
 
 
 def usable(path):
-    """`explained` for a checkpoint of ours."""
+    """`explained` for our own checkpoints."""
     return explained(path, "a checkpoint of train.py that can't be used",
                      "use the program that wrote it, or train again")
 
 
-COUNT = (int, 0, 2 ** 62)
-AMOUNT = (int, 1, 1000)
-WEIGHT = ((int, float), 0, 1e6)
-SHARE = ((int, float), 0, 1)
-FLAG = (bool,)
-TEXT = (str,)
-# What a checkpoint of ours says beside its tensors: the names, their type, least and most.
+COUNT = ("int", 0, 2 ** 62)
+AMOUNT = ("int", 1, 1000)
+WEIGHT = ("int float", 0, 1e6)
+SHARE = ("int float", 0, 1)
+FLAG = ("bool",)
+TEXT = ("str",)
+# The settings in our checkpoints: name or names -> (type or types, least, most).
 SETTINGS = {
     "clip": {
         "quick_gelu": FLAG,
         "vision_heads text_heads": AMOUNT,
         "norm_eps": SHARE,
-        "mean std resize": ((list, tuple),),
+        "mean std resize": ("list tuple",),
         "open_clip": TEXT,
     },
     "tmass": {
@@ -54,36 +53,37 @@ SETTINGS = {
         "dropout": SHARE,
         "prior_std support_weight ce_weight": WEIGHT,
     },
-    # What evaluation reads; the options of train.py check the rest before a run is resumed.
+    # Only what evaluation reads. Before a run is resumed, train.py's options check the rest.
     "config": {"data": TEXT, "val_videos seed": COUNT},
 }
 STATE = {
     "version step": COUNT,
     "finished": FLAG,
-    "clip tmass config model optimizer scaler training splits": ((dict, OrderedDict),),
-    "merges bad_videos": (list,),
+    "clip tmass config model optimizer scaler training splits": ("dict OrderedDict",),
+    "merges bad_videos": ("list",),
 }
 
 
 def check_range(values, table, where=""):
-    """Raise a WeightsError where a value is of another type than the table's, or out of range."""
+    """Raise a WeightsError if a value is out of range, or of a type that the table lacks."""
     for names, (kinds, *ends) in table.items():
         for name in values.keys() & names.split():
             value = values[name]
-            kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-            # No isinstance: True is no whole number here.
-            if type(value) not in kinds or ends and not ends[0] <= value <= ends[1]:
-                wanted = " or ".join(kind.__name__ for kind in kinds)
+            known = type(value).__name__ in kinds.split()  # isinstance would accept True as an int
+            if not known or ends and not ends[0] <= value <= ends[1]:
+                wanted = kinds.replace(" ", " or ")
                 limits = f" from {ends[0]} to {ends[1]}" if ends else ""
                 raise WeightsError(f"{where}{name} is {value!r:.60}, expected {wanted}{limits}")
 
 
 def check_own(content):
-    """Raise an error, a WeightsError if it can, unless all that a checkpoint of ours says makes
-    sense. Nothing is built before: some of it would take for ever, or all memory."""
+    """Raise an error, if possible a WeightsError, unless the content of our checkpoint makes sense.
+
+    This comes before anything is built, which could take forever, or all memory.
+    """
     check_range(content, STATE)
     if content["version"] != 1:
-        raise WeightsError(f"it is of version {content['version']}, and this program reads "
+        raise WeightsError(f"it has version {content['version']}, but this program reads "
                            "version 1")
     for section, table in SETTINGS.items():
         check_range(content[section], table, f"{section}.")
@@ -93,15 +93,15 @@ def check_own(content):
     sizes = sizes_of({name.removeprefix("clip."): x for name, x in content["model"].items()})
     for recorded in (content, content["clip"]):
         for name in recorded.keys() & sizes.keys():
-            # As text: 16.0 and True are no sizes, even where they are equal to one.
+            # Compare as text: 16.0 == 16 and True == 1, but neither is a size.
             if repr(recorded[name]) != repr(sizes[name]):
-                raise WeightsError(f"{name} is {recorded[name]!r:.60}, and {sizes[name]} in its "
+                raise WeightsError(f"{name} is {recorded[name]!r:.60}, but {sizes[name]} in its "
                                    "weights")
     check_merges(content["merges"], sizes["vocab_size"])
 
 
 def check_merges(merges, vocab_size):
-    """Raise a ValueError unless merges join what is known by then, and make that vocabulary."""
+    """Raise a WeightsError unless merges join known symbols and give a vocabulary of that size."""
     tokenizer = Tokenizer(merges)
     if len(tokenizer.rank) < len(merges) or tokenizer.vocab_size != vocab_size:
         raise WeightsError(f"{len(tokenizer.rank)} different merges do not make a vocabulary of "
@@ -109,22 +109,22 @@ def check_merges(merges, vocab_size):
     known = set(Tokenizer().symbols)
     for pair in tokenizer.rank:
         if not known.issuperset(pair):
-            raise WeightsError(f"merge {' '.join(pair)!r} joins what no merge before it made")
+            raise WeightsError(f"merge {' '.join(pair)!r} joins what no earlier merge made")
         known.add("".join(pair))
 
 
 def check_tensors(sd):
-    """Raise a WeightsError unless all values are plain tensors of floats, with values."""
+    """Raise a WeightsError unless all values are plain float tensors, with data."""
     wrong = []
     for key, x in sd.items():
         plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
         if not plain or not (x.is_floating_point() or key.endswith("num_batches_tracked")):
             wrong.append(key)
     if wrong:
-        raise WeightsError("expected a state dict, a dict of float tensors; these are none: "
+        raise WeightsError("expected a state dict, a dict of float tensors; these are not: "
                            f"{listed(wrong)}")
 
 
 def listed(names):
-    """The first few names, in one line."""
+    """The first few names, on one line."""
     return ", ".join(first_few(sorted(map(str, names))))

@@ -1,6 +1,6 @@
-"""Frames of a video file: which are taken, how they are decoded exactly, and a cache of them.
+"""Frames of a video file: which ones are sampled, how they are decoded exactly, and a cache.
 
-A video opens no file but itself. Every error is a DataError that names the file.
+Reading a video never opens another file. Every error is a DataError that names the file.
 """
 import bisect
 import contextlib
@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from lib.common import DataError, written_whole
 
-# of films, cameras, discs and the web
+# Files of films, cameras, discs and the web.
 SUFFIXES = tuple((
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .3gp .ogv .mts .m2ts .m2t .vob .3g2 "
     ".asf .f4v .mxf .dv .divx .ogm .m2v .mpe .gif"
@@ -31,14 +31,14 @@ SUFFIXES = tuple((
 
 
 class Segment(NamedTuple):
-    """A video file, or the seconds [start, end) of one. None: from its beginning, or to its end."""
+    """A video file, or the seconds [start, end) of one. None: from its beginning, to its end."""
     path: str
     start: float | None = None
     end: float | None = None
 
 
 class Piece(NamedTuple):
-    """T decoded frames of the seconds [start, end) of a file: their times, and uint8 (T,3,H,W)."""
+    """T decoded frames of the seconds [start, end) of a file: their times and uint8 (T,3,H,W)."""
     start: float
     end: float
     times: list
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def spelled(path):
-    """A path as the disk spells it, where é is one character or two; a missing one as it is."""
+    """A path as the disk spells it, with é as one character or two. A missing one is unchanged."""
     path = os.fspath(path)
     folder, name = os.path.split(path)
     if path.isascii() or not name or os.path.exists(path):
@@ -60,44 +60,44 @@ def spelled(path):
 
 
 def as_segment(segment_or_path):
-    """A Segment as it is; a path as the Segment that is the whole file."""
+    """Return a Segment as it is, and a path as the Segment of the whole file."""
     if isinstance(segment_or_path, Segment):
         return segment_or_path
     return Segment(os.fspath(segment_or_path))
 
 
 def read_frames(segment_or_path, frames):
-    """T frames, taken evenly, of a Segment or a file. -> uint8 (T,3,H,W), upright.
+    """T evenly spaced frames of a Segment or a file. -> uint8 (T,3,H,W), upright
 
-    Raises DataError, which names the file.
+    Raises a DataError that names the file.
     """
     return read_segment(as_segment(segment_or_path), frames).frames
 
 
 def read_segment(segment, frames):
-    """The Piece of T frames that a Segment is. Seconds are those that a player shows."""
+    """Read a Segment as one Piece of T frames. Times are in seconds, as a player shows them."""
     [piece] = _read(segment.path, frames, lambda times: [_range_of(segment, times)])
     return piece
 
 
 def read_pieces(path, frames, window=0):
-    """The Pieces of about `window` seconds that a file is cut into, in order. -> iterator
+    """Cut a file into Pieces of about `window` seconds. -> iterator, in order
 
-    A file shorter than 1.5 windows is one Piece, and so is any file with window 0. The file is
-    opened, and its table of packets read, once for all of them.
+    A file of at most 1.5 windows is one Piece, and so is any file if window is 0. An mp4/mov or
+    matroska/webm file is opened, and its packet table read, only once.
     """
     return _read(path, frames, lambda times: _cut(times, window))
 
 
 # ---- which frames ----
-# A range (a, b) stands for the frames a, ..., b - 1. Times are in seconds as a player shows them,
-# sorted, one for each frame of the file.
+# A range (a, b) means frames a, ..., b - 1. `times` holds one time for each frame of the file, in
+# seconds as a player shows them, sorted.
 
 
 def sample_indices(n, frames):
-    """The T of n frames that are taken: the middle of each of T equal intervals.
+    """Which T of n frames are sampled: the middle of each of T equal intervals. -> list
 
-    If there are fewer than T, all of them, and then the last one again.
+    If n < T, all frames are taken, and the last one is repeated.
     """
     k = min(n, frames)
     middles = [(n * i // k + n * (i + 1) // k - 1) // 2 for i in range(k)]
@@ -105,12 +105,12 @@ def sample_indices(n, frames):
 
 
 def _chosen(a, b, T):
-    """The numbers of the T frames that are taken of a range."""
+    """The numbers of the T frames that are sampled from a range."""
     return [a + i for i in sample_indices(b - a, T)]
 
 
 def _range_of(segment, times):
-    """The range that begins in a segment; if none does, the frame that is on the screen then."""
+    """The range that begins within a segment; if none does, the frame that is shown then."""
     start = segment.start or 0
     a = bisect.bisect_left(times, start - 1e-6)
     b = len(times)
@@ -125,12 +125,12 @@ def _range_of(segment, times):
 
 
 def _end(times):
-    """When the last frame ends: it stays as long as the others do on average."""
+    """When the last frame ends, if it lasts as long as the others do on average."""
     return times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1)
 
 
 def _cut(times, window):
-    """The ranges of equal parts of about `window` seconds; the whole if it is not much longer."""
+    """Ranges of equal parts of about `window` seconds; a single one if times last little longer."""
     start = times[0]
     length = _end(times) - start
     n = 1
@@ -138,16 +138,16 @@ def _cut(times, window):
         n = round(min(len(times), length / window))
     bounds = [bisect.bisect_left(times, start + length * k / n - 1e-6) for k in range(n)]
     bounds.append(len(times))
-    # a part is empty where a single frame lasts longer
+    # A part is empty where a single frame lasts longer than it.
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
 
 
 def _seconds(times, origin, rate=25):
-    """Seconds as a player shows them, sorted, from those of frames in order, None where unknown.
+    """Convert time stamps of frames to seconds as a player shows them, sorted.
 
-    origin: when the file starts, be it with sound, in microseconds or None. Where recordings were
-    joined, times start anew: they go on where the last one ended. rate: frames per second, for
-    times that are unknown.
+    times: in seconds, in file order; None where unknown. origin: start of the file, which may be
+    that of its sound, in microseconds, or None. rate: frames per second, for unknown times. Where
+    recordings were joined, time stamps start anew; here, they continue where the last one ended.
     """
     step = float(1 / rate)
     earlier = max(1, 4 * step)  # frames may be out of order by a few
@@ -158,14 +158,14 @@ def _seconds(times, origin, rate=25):
     for time in times:
         if time is None:
             time = last + step - shift
-        # of a clock that wraps after 26 hours, ten hours later is earlier too
+        # When a clock wraps after 26 hours, ten hours later is in fact earlier.
         elif not -earlier < time + shift - last < 36_000:
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
     seconds.sort()
     start = seconds[0]
-    if origin is not None and origin / av.time_base < start - 1e-5:  # more than it is rounded
+    if origin is not None and origin / av.time_base < start - 1e-5:  # more than rounding
         start = origin / av.time_base
     return [time - start for time in seconds]
 
@@ -174,10 +174,10 @@ def _seconds(times, origin, rate=25):
 
 
 def _read(path, T, cut):
-    """Yield a Piece for each range that `cut` makes of the times of all frames.
+    """Yield a Piece for each range that cut(times of all frames) returns.
 
-    mp4/mov and matroska/webm tell every frame's time without decoding: `_seek_frames`. Any other
-    file, and what is left of one where that fails, is decoded from the start: `_count_frames`.
+    mp4/mov and matroska/webm give every frame's time without decoding: `_seek_frames`. Any other
+    file, and the rest of a file where this fails, is decoded from the start: `_count_frames`.
     """
     if not os.path.exists(path):
         raise DataError(f"video {path} is missing")
@@ -187,11 +187,11 @@ def _read(path, T, cut):
     try:
         file, stream = _open(path)
         with file:
-            pieces = None
-            # palettes come with the first packet that is read, and never again
+            pieces = [None]
+            # A palette comes with the first packet that is read, and never again.
             if file.format.name in SEEKABLE and stream.pix_fmt != "pal8":
                 pieces = _seek_frames(file, stream, T, cut)
-            for piece in pieces or [None]:
+            for piece in pieces:
                 if piece is None:
                     break
                 yield piece
@@ -199,31 +199,30 @@ def _read(path, T, cut):
             else:
                 return
         yield from itertools.islice(_count_frames(path, T, cut), done, None)
-    except (MemoryError, RuntimeError) as e:  # the second is torch's word for it
+    except (MemoryError, RuntimeError) as e:  # torch raises the second
         raise DataError(f"video {path} needs more memory than there is") from e
     except av.FFmpegError as e:
         _check_disk(path)
         raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from e
 
 
-# Containers of moving pictures that open no file but their own: no playlists, lists of files or
-# numbered pictures.
+# Video formats that never open another file: no playlists, no lists of files, no numbered pictures.
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-AREA = 2 ** 19  # pixels of a frame: more than encoders look at, and 1.5 MB where they come from 8K
-# Titles of old files are not always UTF-8. PyAV reads them by itself from version 19 on; before, it
-# has to be asked to.
+AREA = 2 ** 19  # pixels per frame at most: more than encoders use, and 1.5 MB even from 8K video
+# Titles in old files are not always UTF-8. From version 19 on, PyAV accepts them by default;
+# earlier ones need an option.
 ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 def _open(path):
-    """-> (open file, its best stream of moving pictures)."""
+    """Open a file. -> (file, its best video stream)"""
     only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
-    try:  # absolute, or "12:30.mp4" would be a protocol named 12
+    try:  # absolute: in "12:30.mp4", 12 would be a protocol
         file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
-    except av.ArgumentError:  # FFmpeg's word for a format that is not in the list
+    except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
@@ -237,16 +236,16 @@ def _open(path):
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
                         "decoded")
-    # a single frame is a preview, though it be marked as the best
+    # A stream of a single frame is a preview, even if it is marked as the best.
     stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
-    # frame threads cost workers more than they give
+    # Decoding threads cost workers more than they gain.
     stream.codec_context.thread_type = "NONE"
     return file, stream
 
 
 @contextlib.contextmanager
 def _damage_allowed():
-    """What is damaged costs itself only. Want of memory is no damage."""
+    """Skip damaged parts of a file. Lack of memory is not damage."""
     try:
         yield
     except MemoryError:
@@ -256,7 +255,7 @@ def _damage_allowed():
 
 
 def _packets(file, stream):
-    """The packets as far as the file goes: where it is damaged, what came before still counts."""
+    """Yield the packets up to the end or to damage. Raises DataError if the disk fails."""
     position = 0
     with _damage_allowed():
         for packet in file.demux(stream):
@@ -266,7 +265,7 @@ def _packets(file, stream):
 
 
 def _check_disk(path, position=0):
-    """Raise DataError where the system can't read on: FFmpeg calls that the end, or damage."""
+    """Raise DataError if the system can't read the rest: to FFmpeg, that is its end, or damage."""
     try:
         with open(path, "rb") as file:
             file.seek(position)
@@ -277,18 +276,18 @@ def _check_disk(path, position=0):
 
 
 def _seek_frames(file, stream, T, cut):
-    """The fast way of _read: seek to the keyframe before each frame that is taken.
+    """The fast way of `_read`: seek to the keyframe before each frame that is wanted.
 
-    Yields Pieces, and None where it does not apply or a frame is not found.
+    Yields Pieces; then None, if this way does not apply or a frame is not found.
     """
-    shown = []  # when frames are shown, in the stream's unit of time
-    keys = []
+    shown = []  # presentation times of the frames, in the stream's time base
+    keys = []  # those of keyframes
     for packet in _packets(file, stream):
         if packet.size and not packet.is_discard:
             shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-    # joined: times start anew, and so do those of keyframes
+    # In joined recordings, time stamps start anew, also those of keyframes.
     if not shown or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
         yield None
         return
@@ -305,7 +304,7 @@ def _seek_frames(file, stream, T, cut):
             key = shown[0]
             if keys:
                 key = keys[max(0, bisect.bisect_right(keys, shown[i]) - 1)]
-            if key != last_key:  # else decoding goes on where it is
+            if key != last_key:  # otherwise, decoding continues from here
                 file.seek(key, stream=stream)
                 packets = _packets(file, stream)
                 last_key = key
@@ -318,42 +317,42 @@ def _seek_frames(file, stream, T, cut):
 
 
 def _decode_until(i, packets, stream, wanted, found):
-    """Add to `found` {number: pixels} all frames `wanted` {pts: number}, until frame i is found.
+    """Decode until frame i. wanted: {pts: number}. Adds these frames to found: {number: pixels}.
 
-    Packets that are not wanted are decoded only if other frames refer to them.
+    A packet that is not wanted is decoded only if other frames refer to it.
     """
     for packet in packets:
-        needed = packet.pts in wanted or not packet.size  # an empty one gives the last frames
+        needed = packet.pts in wanted or not packet.size  # an empty one flushes the last frames
         stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         with _damage_allowed():
             for frame in packet.decode():
                 if frame.pts in wanted:
                     found[wanted[frame.pts]] = _pixels(frame, stream)
-        if max(found, default=-1) >= i:  # frames come in order: i will not come after a later one
+        if max(found, default=-1) >= i:  # in order: i is found or missing
             return
 
 
 def _count_frames(path, T, cut):
-    """The exact way of _read for any file: decode from the start, and count. Yields Pieces.
+    """The way of `_read` that is exact for any file: decode from the start and count -> Pieces.
 
-    The times of the frames need one pass over the file, their pixels another. A single Piece mostly
-    needs but one: the packets nearly always tell the times of the frames, so that those to be taken
-    are known before.
+    One pass over the file finds the times of all frames, and another their pixels. A single Piece
+    usually needs only the first: the time stamps of the packets nearly always tell in advance which
+    frames to keep.
     """
     file, stream = _open(path)
     with file:
-        # avi tells when frames are decoded, a few before they are shown
+        # avi stores when frames are decoded, which is a few frames before they are shown.
         start = None if file.format.name == "avi" else file.start_time
         rate = stream.codec_context.framerate
-        # the guess looks at times, of which few may be known
+        # The guess is made from time stamps, and there may be few.
         if not rate or start is None:
             rate = stream.guessed_rate or 25
         stamps = []
         for packet in _packets(file, stream):
             if packet.size:
-                stamps.append(packet.pts and float(packet.pts * stream.time_base))  # None stays
+                stamps.append(packet.pts and float(packet.pts * stream.time_base))
     expected = []
-    with contextlib.suppress(DataError):  # a start after the end: the true times will tell
+    with contextlib.suppress(DataError):  # starts after the end: wait for the true times
         ranges = cut(_seconds(stamps, start, rate)) if stamps else []
         if len(ranges) == 1:
             expected = _chosen(*ranges[0], T)
@@ -380,7 +379,7 @@ def _count_frames(path, T, cut):
 
 
 def _decode(path):
-    """Every frame of a file, in order, and its stream; a damaged packet costs its frames only."""
+    """Yield every frame of a file, in order, and its stream. Damaged packets are skipped."""
     file, stream = _open(path)
     with file:
         for packet in _packets(file, stream):
@@ -390,20 +389,20 @@ def _decode(path):
 
 
 def _pixels(frame, stream):
-    """A decoded frame -> uint8 (3,H,W): upright, of square pixels, AREA of them at most."""
-    ratio = float(stream.sample_aspect_ratio or 1)  # of a pixel's width to its height
+    """A decoded frame -> uint8 (3,H,W): upright, with square pixels, AREA of them at most."""
+    ratio = float(stream.sample_aspect_ratio or 1)  # width of a pixel over its height
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
-    # of a longer strip, encoders look at a small part of what it would be resized to
+    # Of a longer strip, encoders use a small part of what it would be resized to.
     W = min(W, 99 * H)
     H = min(H, 99 * W)
-    # PyAV 19 keeps the threads of a conversion: in a process forked later they are missing, and it
-    # waits for them.
+    # PyAV 19 keeps the threads of a conversion. A process forked later lacks them, and would wait
+    # for them forever.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
     x = x.view(H, plane.line_size)[:, :W * 3].reshape(H, W, 3)  # lines are padded
-    # frame.side_data would keep every frame for ever, in PyAV before 19
+    # Before PyAV 19, frame.side_data would keep every frame in memory forever.
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = struct.unpack_from("5i", matrix)
@@ -420,12 +419,12 @@ def _pixels(frame, stream):
     return x.permute(2, 0, 1).contiguous()
 
 
-PQ = 16  # as FFmpeg numbers transfer curves
+PQ = 16  # FFmpeg's numbers of transfer curves
 HLG = 18
 
 
 def _from_hdr(x, curve):
-    """HDR uint8 (H,W,3) -> the colours of ordinary video, where white is 203 nits. ITU-R BT.2100"""
+    """HDR uint8 (H,W,3) -> ordinary colours (BT.709), with white at 203 nits. See ITU-R BT.2100."""
     code = torch.arange(256) / 255
     if curve == PQ:
         power = code ** (32 / 2523)
@@ -435,7 +434,7 @@ def _from_hdr(x, curve):
         bright = ((code - 0.55991073) / 0.17883277).exp() + 0.28466892
         light = torch.where(code > 0.5, bright, 4 * code ** 2) / 12
         light = light ** 1.2 * 1000  # on a screen of 1000 nits
-    to_bt709 = torch.tensor([  # red, green and blue of BT.2020, a row each
+    to_bt709 = torch.tensor([  # rows: red, green and blue of BT.2020
         [1.6605, -0.1246, -0.0182],
         [-0.5876, 1.1329, -0.1006],
         [-0.0728, -0.0083, 1.1187],
@@ -445,7 +444,7 @@ def _from_hdr(x, curve):
 
 
 def _piece(path, times, a, b, chosen, found):
-    """The Piece of a range from the frames chosen, as far as they were found {number: (3,H,W)}."""
+    """The Piece of a range from the chosen frames. found: those decoded, {number: (3,H,W)}."""
     frames = [found.get(i) for i in chosen]
     if not found.keys() & chosen:
         raise DataError(f"video {path} has no frame that can be decoded")
@@ -454,7 +453,7 @@ def _piece(path, times, a, b, chosen, found):
 
 
 def _fill(frames):
-    """A frame that is None becomes the one before, or the first there is, whose size all get."""
+    """Replace None by the frame before it or the first one, and resize all to the first one."""
     last = next(x for x in frames if x is not None)
     size = last.shape[1:]
     filled = []
@@ -467,16 +466,16 @@ def _fill(frames):
 
 # ---- cache ----
 
-EDITION = 3  # of what is decoded: one more where pixels or times change, and files are made again
+EDITION = 3  # raise it when decoded pixels or times change: then all cache files are made again
 
 
 class FrameCache:
-    """The T frames of each Segment in a file, as JPEG (quality 95, short side at most 256).
+    """Keeps the T frames of each Segment in a file, as JPEG (quality 95, short side at most 256).
 
-    A file counts only while the video's size, time of change, T and span are what they were. Any
-    number of processes may share a folder. Where it can't be written, videos are decoded each time,
+    A file is valid only while the video's size, modification time, T and span stay the same. Any
+    number of processes may share a folder. If it can't be written, videos are decoded each time,
     after one warning. Frames pass through JPEG the first time too, so that a run sees the same
-    pixels whatever the cache held before.
+    pixels whether or not they were cached before.
     """
 
     def __init__(self, folder, frames):
@@ -489,13 +488,17 @@ class FrameCache:
             self._warn(e)
 
     def read(self, segment):
-        """Its frames, from the cache or decoded into it. -> uint8 (T,3,H,W); raises DataError."""
+        """Read a Segment from the cache, or decode it into the cache. -> uint8 (T,3,H,W)
+
+        Raises DataError.
+        """
         path = os.path.abspath(segment.path)
         try:
             stat = os.stat(path)
         except OSError:
             return read_frames(segment, self.frames)  # says what is wrong
         span = [self.frames, *segment[1:]]
+        # Size and time are not in the name, so that a changed video replaces its old frames.
         key = [EDITION, path, stat.st_size, stat.st_mtime_ns, *span]
         name = hashlib.sha1(json.dumps([path, *span]).encode()).hexdigest()
         file = self.folder / f"{name}.jpegs"
@@ -514,7 +517,7 @@ class FrameCache:
         return torch.stack(decode_jpeg(jpegs, ImageReadMode.RGB))
 
     def _save(self, file, key, jpegs):
-        """A line of JSON, then the pictures one after the other."""
+        """Write a line of JSON, then all pictures in order."""
         sizes = [*map(len, jpegs)]
         body = torch.cat(jpegs).numpy().tobytes()
         head = json.dumps([key, sizes, zlib.crc32(body)])
@@ -522,7 +525,7 @@ class FrameCache:
             Path(part).write_bytes(head.encode() + b"\n" + body)
 
     def _load(self, file, key):
-        """What _save wrote with this key. -> uint8 (T,3,H,W), or ValueError if it is another."""
+        """Load what `_save` wrote. -> uint8 (T,3,H,W). Raises ValueError if the key differs."""
         head, body = file.read_bytes().split(b"\n", 1)
         saved, sizes, crc = json.loads(head)
         if saved != key or zlib.crc32(body) != crc:
@@ -535,6 +538,6 @@ class FrameCache:
             self.warned.fill_(1)
             why = error.strerror or error
             if isinstance(error, FileExistsError):
-                why = "that is a file"
+                why = "it is a file"
             print(f"warning: frame cache {self.folder} can't be written ({why}): videos are "
                   "decoded each time", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Weights and checkpoints: OpenAI, Hugging Face, open_clip, released T-MASS and X-Pool, our own."""
+"""Weights and checkpoints: OpenAI, Hugging Face, open_clip, released T-MASS and X-Pool, ours."""
 import hashlib
 import http.client
 import json
@@ -50,7 +50,7 @@ def load_vocabulary():
 
 
 def find_weights(name_or_path):
-    """A name of MODELS or OTHER_NAMES (downloaded on first use), a file, or a folder. -> file"""
+    """A name of MODELS or OTHER_NAMES (downloaded on first use), a file, or a folder -> Path."""
     path = Path(name_or_path)
     if path.is_dir():
         return file_in(path)
@@ -65,7 +65,7 @@ def find_weights(name_or_path):
 
 
 def file_in(folder):
-    """The file of weights in a folder as save_pretrained and open_clip write it."""
+    """The weights file in a folder that save_pretrained or open_clip wrote."""
     for name in FILES:
         for file in (folder / name, folder / f"{name}.index.json"):
             if file.is_file():
@@ -77,20 +77,20 @@ def file_in(folder):
 def fetch(url, sha256):
     """Download a file once, into the cache folder (TMASS_CACHE, else ~/.cache/tmass). -> its path
 
-    A file that is there already is used if its SHA-256 is right.
+    A file that is already there is used if its SHA-256 is right.
     """
     name = os.path.basename(url)
     folder = Path(os.environ.get("TMASS_CACHE") or "~/.cache/tmass").expanduser()
     path = folder / name
     try:
         if path.is_file():
-            # At once: the model will take more memory than its file does here.
+            # Read in one go: the model will need more memory than its file does here.
             if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return path
             print(f"{path}: wrong SHA-256 (incomplete, or another file), downloading it again")
         folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {path}", flush=True)
-        # Written under another name, and renamed only if the hash is right.
+        # This writes to a temporary name, and renames the file only if its hash is right.
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise WeightsError(f"{name}: could not be downloaded from {url}: {error}; put the file "
@@ -102,9 +102,9 @@ def fetch(url, sha256):
 # ---- files of weights ----
 
 def read_weights(path):
-    """TorchScript archive, torch.save or .safetensors file -> the dict in it, on the CPU.
+    """Read a TorchScript archive, torch.save or .safetensors file. -> the dict in it, on the CPU
 
-    The dict is a state dict, or holds one beside other things.
+    The dict is a state dict, or holds one beside other entries.
     """
     path = Path(path)
     if path.is_dir():
@@ -117,14 +117,14 @@ def read_weights(path):
             weights = content_of(path)
         except WeightsError:
             raise
-        # A file of another kind fails in pickle, zip or torch in many ways.
+        # Files of other kinds fail in many ways, in pickle, zipfile or torch.
         except Exception as error:
             if cure(error):
                 raise
             why = "truncated, or not a TorchScript archive, torch.save or .safetensors file"
             if "GLOBAL" in str(error):
                 why = ("it holds Python objects beside tensors, and loading those could run any "
-                       "code; if you trust it, write a clean file: python -c \"import torch; "
+                       "code; if you trust the file, write a clean file: python -c \"import torch; "
                        f"c = torch.load({str(path)!r}, weights_only=False); "
                        f"c = next((c[k] for k in {HOLDERS} if k in c), c) if type(c) is dict "
                        "else c; torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, "
@@ -132,12 +132,12 @@ def read_weights(path):
             raise WeightsError(f"{path}: no readable weights: {why}") from None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise WeightsError(f"{path}: no readable weights: expected a dict of named tensors, "
-                           f"found another {type(weights).__name__}")
+                           f"not this {type(weights).__name__}")
     return weights
 
 
 def content_of(path):
-    """What a file of weights holds, by its kind."""
+    """Read a weights file according to its kind. -> its content"""
     entries = zip_entries(path)
     if path.name.endswith(".index.json"):
         return read_parts(path)
@@ -145,17 +145,17 @@ def content_of(path):
         return load_file(path)
     if any(name.endswith("/constants.pkl") for name in entries):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files stay
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files use it
             return torch.jit.load(path, map_location="cpu").state_dict()
     with torch.serialization.safe_globals(numpy_scalars()):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def zip_entries(path):
-    """The names in a zip, as torch writes them; [] of another file. Its checksums are compared."""
+    """The names in a zip, which is what torch writes, with valid checksums; [] for other files."""
     if not zipfile.is_zipfile(path):
         return []
-    # torch does not compare the checksums itself.
+    # torch itself does not verify the checksums.
     with zipfile.ZipFile(path) as file:
         if part := file.testzip():
             raise WeightsError(f"{path}: damaged, the checksum of {part} is wrong: get the file "
@@ -164,17 +164,17 @@ def zip_entries(path):
 
 
 def read_parts(path):
-    """The weights of all files that an index, as save_pretrained writes it, names."""
+    """The weights of all files that an index of save_pretrained names."""
     files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     weights = {}
     for name in sorted(files):
-        weights |= read_weights(path.with_name(name))  # a plain name: nothing beyond the folder
+        weights |= read_weights(path.with_name(name))  # refuses a path into another folder
     return weights
 
 
 def numpy_scalars():
-    """What numbers of numpy, as people note them beside weights, are made of. Without code."""
-    import numpy  # as torchvision does
+    """The types that make up NumPy numbers, often saved beside weights. None of them runs code."""
+    import numpy  # which torchvision requires
     scalar = numpy.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     types = {type(numpy.dtype(code)) for code in "?bhilqBHILQefd"}
@@ -182,24 +182,24 @@ def numpy_scalars():
 
 
 HOLDERS = ("state_dict", "model_state_dict", "model")
-# What torch.compile and FSDP put into names, DistributedDataParallel and Lightning before them.
+# Added to names: within, by torch.compile and FSDP; before, by DistributedDataParallel, Lightning.
 INNER = r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
 WRAPPERS = re.compile(rf"^(module\.|model\.|{INNER})+|{INNER}")
 
 
 def state_dict_in(weights):
-    """The state dict that a file holds, or is, without what wrappers add to its names."""
+    """The state dict in a file's content, without what wrappers add to its names."""
     while inner := [weights[key] for key in HOLDERS if isinstance(weights.get(key), dict)]:
         weights = inner[0]
     sd = {}
     for key, x in weights.items():
         key = WRAPPERS.sub("", str(key))
-        # The temperature is a vector of one in some files.
+        # In some files, the temperature has shape (1,).
         sd[key] = x.reshape(()) if key.endswith("logit_scale") and torch.is_tensor(x) else x
     return sd
 
 
-HF_NAMES = {  # part of a name in transformers' CLIPModel: in OpenAI's CLIP; in this order
+HF_NAMES = {  # part of a name in transformers' CLIPModel -> in OpenAI's CLIP; in this order
     "vision_model.": "visual.",
     "text_model.": "",
     "visual_projection.weight": "visual.proj",
@@ -224,7 +224,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids
 
 def to_openai_names(sd):
     """State dict of HF's CLIPModel, of either open_clip class or of OpenAI's CLIP -> OpenAI's."""
-    # In open_clip's CustomTextCLIP, names of the text tower begin with text.
+    # In open_clip's CustomTextCLIP, the names of the text tower begin with "text.".
     sd = {key.removeprefix("text."): x for key, x in sd.items() if not key.endswith(NOT_WEIGHTS)}
     check_tensors(sd)
     if not any(key.startswith("text_model.") for key in sd):
@@ -244,7 +244,7 @@ def to_openai_names(sd):
 
 
 def renamed(key, names):
-    """A name with each part that is a key of `names` replaced, in their order."""
+    """Replace each part of a name that is a key of `names`, in their order."""
     for theirs, openai in names.items():
         key = key.replace(theirs, openai)
     return key
@@ -253,11 +253,11 @@ def renamed(key, names):
 # ---- any CLIP ----
 
 def load_clip(name_or_path, quick_gelu=None):
-    """A name or a file (`find_weights`) -> CLIP in float32; prints what it loaded.
+    """Load a CLIP by its name or file (`find_weights`) -> CLIP in float32; print what it is.
 
     Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, and the CLIP in our
-    checkpoints and in those of T-MASS and X-Pool as released.
-    quick_gelu: where what the files say of it is wrong.
+    checkpoints and in released ones of T-MASS and X-Pool. open_clip: names -> OpenCLIP.
+    quick_gelu: overrides what the files say about it.
     """
     if str(name_or_path).startswith(PREFIX):
         return load_open_clip(str(name_or_path), quick_gelu)
@@ -270,28 +270,28 @@ def load_clip(name_or_path, quick_gelu=None):
 
 
 def load_open_clip(name, quick_gelu=None):
-    """A name of open_clip's, with a tag or a file of weights -> OpenCLIP."""
+    """A name after open_clip:, perhaps with a tag or a weights file -> OpenCLIP."""
     model, tag, file = split_name(name)
     load = not file and (tag or ":" in model)
     clip = OpenCLIP(model, tag, load, quick_gelu)
     origin = ""
     if file:
         load_strictly(clip.model, state_dict_in(read_weights(file)), f"open_clip's {model}")
-        origin = ", as open_clip's weights of it" if clip.agreed else ", by default"
+        origin = ", as for open_clip's own weights" if clip.agreed else ", by default"
         if clip.differing:
-            print(f"warning: {name}: open_clip's weights of it differ in "
-                  f"{', '.join(clip.differing)}: name those that the file is like: "
+            print(f"warning: {name}: open_clip's own weights differ in "
+                  f"{', '.join(clip.differing)}: give the tag that fits the file: "
                   f"{PREFIX}{model}/TAG={file}")
     elif not load:
-        print(f"{name}: random weights; for others give {name}/TAG or {name}=FILE")
+        print(f"{name}: random weights; for trained ones give {name}/TAG or {name}=FILE")
     millions = sum(p.numel() for p in clip.parameters()) / 1e6
-    print(f"{name}: {millions:.1f} M parameters, {clip.image_size} px images, pixels less "
+    print(f"{name}: {millions:.1f} M parameters, {clip.image_size} px images, pixels minus "
           f"{clip.config['mean']} over {clip.config['std']}, resized by {clip.resize[0]}{origin}")
     return clip
 
 
 def clip_from(weights, path, **asked):
-    """The CLIP in what `read_weights` found in a file."""
+    """Build the CLIP whose weights `read_weights` found in a file."""
     sd = state_dict_in(weights)
     in_checkpoint = {k.removeprefix("clip."): x for k, x in sd.items() if k.startswith("clip.")}
     sd = in_checkpoint or sd
@@ -309,16 +309,16 @@ def clip_from(weights, path, **asked):
 # ---- checkpoints ----
 
 def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
-    """Write one file that needs no other: config, weights, tokenizer, state.
+    """Write one self-contained file: config, weights, tokenizer, state.
 
-    weights: a state dict in place of the model's. state: tensors and plain values only.
+    weights: a state dict to save instead of the model's. state: tensors and plain values only.
     A kill at any moment leaves the old file or the new one. Weights that are not finite are
     refused. Raises WeightsError.
     """
     intact = f"an earlier {path}, if any, is intact"
     own = model.state_dict()
     weights = weights or own
-    # Both: the best weights are kept while the ones in training go on, and may go wrong.
+    # Check both: training may have diverged after the best weights were kept.
     if broken := not_finite(weights) or not_finite(own):
         raise WeightsError(f"checkpoint {path} not written: weights that are not finite "
                            f"({listed(broken)}); {intact}")
@@ -334,7 +334,7 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
         **state,
     )
     try:
-        # Given a name, torch.save would hide the system's error, such as a full disk.
+        # Given a name instead, torch.save would hide the system's error, such as a full disk.
         with written_whole(path) as part, open(part, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
@@ -343,8 +343,8 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
 
 
 def not_finite(state):
-    """The names of tensors with a value that is infinite or no number."""
-    # One wait for the device in all, and a sum is 10 times as fast as isfinite().
+    """The names of tensors that contain an infinity or NaN."""
+    # This waits for the device only once, and a sum is 10 times as fast as isfinite().
     sums = torch.stack([x.sum(dtype=torch.float32) for x in state.values()])
     if sums.sum().isfinite():
         return []
@@ -354,9 +354,9 @@ def not_finite(state):
 def load_checkpoint(name_or_path, activation=None):
     """A name or file of weights -> (model in eval mode on the CPU, tokenizer, config dict).
 
-    A checkpoint of ours or of T-MASS or X-Pool as released; or any CLIP that `load_clip` takes:
-    then nothing was trained further, frames are pooled by `query`, and there is no radius.
-    activation: quickgelu or gelu, where what the file says of it is wrong.
+    Takes our checkpoints, released ones of T-MASS and X-Pool, and any CLIP that `load_clip` takes.
+    A CLIP is used zero-shot: frames are pooled by `query`, and there is no radius.
+    activation: quickgelu or gelu, overrides what the file says.
     """
     asked = {"quick_gelu": activation == "quickgelu"} if activation else {}
     if str(name_or_path).startswith(PREFIX):
@@ -377,7 +377,7 @@ def load_checkpoint(name_or_path, activation=None):
 
 
 def build_own(content, path, **asked):
-    """What save_checkpoint wrote -> (model, tokenizer, config)."""
+    """Rebuild what save_checkpoint wrote. -> (model, tokenizer, config)"""
     with usable(path):
         check_own(content)
         settings = content["clip"] | asked
@@ -386,17 +386,17 @@ def build_own(content, path, **asked):
             model = TMASS(clip, **content["tmass"])
             tokenizer = clip.tokenizer
         else:
-            with torch.device("meta"):  # no memory, no random numbers: the weights are given
+            with torch.device("meta"):  # no memory or random numbers: the weights follow
                 model = TMASS(CLIP(**settings), **content["tmass"])
             tokenizer = Tokenizer(content["merges"], content["context_length"])
-        # Half precision, to which people convert files, is taken too.
+        # Users may have converted the file to half precision.
         weights = {name: x.float() if x.is_floating_point() else x
                    for name, x in content["model"].items()}
         load_strictly(model, weights, "its own settings")
         return model, tokenizer, content["config"]
 
 
-RELEASED_NAMES = {  # part of a name in a released checkpoint: here; in this order
+RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this order
     "pool_frames.": "pool.",
     "stochastic.std_branch.": "radius.",
     "cross_attn.": "",
@@ -411,7 +411,7 @@ def _load_foreign(content, path, **asked):
     released = any(key.startswith("pool_frames.") for key in sd)
     clip = clip_from(content, path, **asked)
     head = {}
-    # What stands beside CLIP in a released file is all of pooling and radius, and nothing else.
+    # In a released file, all entries outside of CLIP belong to pooling or radius.
     if released:
         head = {renamed(k, RELEASED_NAMES): x.float() for k, x in sd.items() if k[:5] != "clip."}
         head.pop("radius.learnable_scalar", None)  # the released code never reads it
@@ -423,7 +423,7 @@ def _load_foreign(content, path, **asked):
 
 
 def method_of(head):
-    """The settings of TMASS for what a released checkpoint has beside CLIP; {} is CLIP alone."""
+    """The settings of TMASS for a released checkpoint's tensors beside CLIP; {}: CLIP alone."""
     if "radius.linear.weight" in head:
         frames = head["radius.linear.weight"].shape[1]
         return dict(frames=frames, prior="uniform", support_video="batch")
@@ -432,7 +432,7 @@ def method_of(head):
 
 
 def vocabulary_of(clip, path):
-    """CLIP's vocabulary -> Tokenizer, if it is the one that the weights were trained with."""
+    """CLIP's vocabulary -> Tokenizer. WeightsError if the weights have another number of tokens."""
     tokenizer = load_vocabulary()
     expected = clip.config["vocab_size"]
     if tokenizer.vocab_size != expected:
@@ -448,5 +448,5 @@ def load_strictly(module, sd, what):
     try:
         module.load_state_dict(sd, assign=True)
     except RuntimeError as error:
-        # Torch lists the names by kinds of fault, and by lines.
+        # torch's message has many lines: `shorten` makes one of them.
         raise WeightsError(f"weights that don't fit {what}: {shorten(str(error), 500)}") from None

@@ -733,3 +733,21 @@ def test_preprocessing_is_pils_bicubic_pipeline_within_two_levels():
             f"embedding by {moved:.1e}"
         )
         assert levels.mean() <= 2 and moved < 0.01
+
+
+@pytest.mark.parametrize(
+    "vision_width, text_width, heads",
+    [
+        (768, 512, (12, 8)),  # ViT-B
+        (1024, 768, (16, 12)),  # ViT-L
+        (1280, 1024, (16, 16)),  # ViT-H
+        (1408, 1024, (16, 16)),  # ViT-g
+        (1664, 1280, (16, 20)),  # ViT-bigG
+    ],
+)
+def test_heads_of_published_sizes(vision_width, text_width, heads):
+    """Of open_clip's configurations; a state dict without settings does not tell them."""
+    with torch.device("meta"):
+        clip = CLIP(64, 28, 14, vision_width, 1, 8, 260, text_width, 1)
+    towers = (clip.visual, clip)
+    assert tuple(tower.transformer.resblocks[0].attn.heads for tower in towers) == heads

@@ -312,7 +312,7 @@ def test_outputs_replace_only_what_their_option_wrote(tmp_path, monkeypatch):
         if mine:
             check_output("--save", "result", mark)
         else:
-            with pytest.raises(DataError, match="^--save result exists and is no file that --save"):
+            with pytest.raises(DataError, match="^--save result exists and was not written by --s"):
                 check_output("--save", "result", mark)
             check_output("--save", "result")
         assert Path("result").read_bytes() == content and os.listdir() == ["result"]

@@ -102,7 +102,7 @@ def test_the_fast_way_is_taken_and_agrees(folder, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(decode, "_count_frames", None)  # would raise
         assert torch.equal(read_frames(Segment(path), 12), fast)
-    monkeypatch.setattr(decode, "_seek_frames", lambda *_: None)
+    monkeypatch.setattr(decode, "_seek_frames", lambda *_: [None])
     assert torch.equal(read_frames(Segment(path), 12), fast)
 
 
@@ -479,7 +479,7 @@ def test_the_warning_says_what_is_wrong_with_the_cache(film, tmp_path, monkeypat
     assert close(FrameCache(tmp_path / "file", 4).read(film), read_frames(film, 4))
     assert (tmp_path / "file").read_text() == "mine"
     assert capfd.readouterr().err == (
-        f"warning: frame cache {tmp_path}/file can't be written (that is a file): "
+        f"warning: frame cache {tmp_path}/file can't be written (it is a file): "
         "videos are decoded each time\n"
     )
     monkeypatch.setattr(decode, "written_whole", on_a_full_disk)
@@ -778,11 +778,11 @@ def test_missing_and_broken_annotation_files(tmp_path):
         ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1"),
         ("[]", "JSON object"),
         ("{}", "'sentences'"),
-        ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: has no 'caption'"),
+        ('{"sentences": [{"video_id": "video1"}]}', "sentence 1: 'caption' is missing"),
         ('{"sentences": [{"video_id": "video1", "caption": ""}]}', "sentence 1: empty caption"),
         (
             '{"sentences": [{"video_id": "video1", "caption": "x"}, {}]}',
-            "sentence 2: has no 'video_id'",
+            "sentence 2: 'video_id' is missing",
         ),
     ):
         (root / "MSRVTT_data.json").unlink() if content is None else (
@@ -1001,7 +1001,7 @@ def test_lists_whose_ids_fit_no_caption(tmp_path, capsys):
     assert err == "warning: train_list.txt: 2 of its 3 videos have no caption: c_5_6, d_7_8\n"
     rest = ["--root", str(tmp_path), "--list", str(tmp_path / "list.csv")]
     assert data.main(["check", "--data", "msvd", *rest]) == 1
-    assert "test: no caption is of this split" in (tmp_path / "list.csv").read_text()
+    assert "test: no caption belongs to this split" in (tmp_path / "list.csv").read_text()
     vatex = [dict(videoID="abcdefghijk_000001_000011", enCap=["x"])]
     (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(vatex))
     (tmp_path / "test_list.txt").write_text(
@@ -1228,7 +1228,7 @@ def test_check_lists_everything(folder, tmp_path, capsys):
     ):
         assert program(lambda: data.main(["check", "--data", name, "--list", str(path)])) == 2
         err = capsys.readouterr().err
-        assert re.match(f"error: --list {path} (cannot be written|exists and is no file)", err)
+        assert re.match(f"error: --list {path} (cannot be written|exists and was not written)", err)
         assert err.count("\n") == 1
     assert open(name).read() == before and (tmp_path / "link.csv").is_symlink()
 

@@ -130,18 +130,18 @@ def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeyp
     config, out = load(dict(one=GREY, two=dict(GREY)), small + file)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5) and config["quick_gelu"]
     assert config["resize"] == ("squash", "bilinear")
-    assert "resized by squash, as open_clip's weights of it" in out and "warning" not in out
+    assert "resized by squash, as for open_clip's own weights" in out and "warning" not in out
 
     dark = GREY | dict(mean=(0.1, 0.1, 0.1), quick_gelu=False)
     config, out = load(dict(one=GREY, two=dark), small + file)
-    assert "differ in mean, quick_gelu: name those that the file is like" in out
+    assert "differ in mean, quick_gelu: give the tag that fits the file" in out
     assert f"open_clip:{small}/TAG=" in out
     assert config["mean"][0] == 0.48145466 and config["std"] == (0.5, 0.5, 0.5)
     config, out = load(dict(one=GREY, two=dark), f"{small}/two{file}")
     assert config["mean"] == (0.1, 0.1, 0.1) and "warning" not in out
     config, _ = load(dict(one=GREY, two=dark), f"{small}/two{file}", True)
     assert config["quick_gelu"]
-    with pytest.raises(WeightsError, match="has no weights tow of it; it has one, two"):
+    with pytest.raises(WeightsError, match="has no weights tow for it; it has one, two"):
         load(dict(one=GREY, two=dark), f"{small}/tow{file}")
     assert "by default" in load({}, small + file)[1]
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_runs_no_code_and_writes_nowhere(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a" / "b"))
-    with pytest.raises(WeightsError, match="vocabulary could not be had") as error:
+    with pytest.raises(WeightsError, match="vocabulary can't be loaded") as error:
         load_checkpoint(tmp_path / "m.pt")
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
     assert not [*tmp_path.rglob("escaped")]
@@ -330,7 +330,7 @@ def test_a_vocabulary_that_can_not_be_had(tmp_path, cache):
     name = published(tmp_path / "folder", cache)
     for name in (name, "ViT-B-16-SigLIP2/webli"):
         model = name.removesuffix("/webli")
-        words = f"{model}: its vocabulary could not be had: "
+        words = f"{model}: its vocabulary can't be loaded: "
         with pytest.raises(WeightsError, match=words) as error:
             load_checkpoint(f"open_clip:{name}")
         assert "\n" not in str(error.value)

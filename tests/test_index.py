@@ -252,6 +252,19 @@ def test_what_is_encoded_is_kept_and_searched(
     assert "encoded 0 videos, 60 in the index" in ask(*options, "--update")[1]
 
 
+def test_saving_is_due_only_if_there_is_something_to_save(tmp_path, monkeypatch):
+    """--serve opens the index anew after each save: a long video must not make it do so in vain."""
+    monkeypatch.setattr(store, "OLD", 0)
+    writer = store.ShardWriter(tmp_path, "mark")
+    assert not writer.save_if_due()
+    file = store.File("a.mp4", (1, 1), "damaged")
+    nothing = torch.zeros(0, 4, 8), torch.zeros(0, 4), torch.zeros(0, 2)
+    writer.parts.append(store.file_shard(*nothing, file))
+    time.sleep(0.01)
+    assert writer.save_if_due() and len(list(tmp_path.glob("mark*.shard"))) == 1
+    assert not writer.save_if_due()
+
+
 # ---- what can be asked ----
 
 @pytest.mark.parametrize("pooling", ["xpool", "mean", "query"])

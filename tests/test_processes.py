@@ -24,8 +24,10 @@ from conftest import free_port
 from videos import numbered, write_video
 
 import lib.processes
+from data import VideoDataset
 from lib.common import DataError
 from lib.processes import loading, noting_signals, start_processes, worker_place
+from lib.video import Segment
 
 ROOT = Path(lib.processes.__file__).resolve().parent.parent
 LIMIT = 30  # seconds from the mishap to the end of a program; before, it was for ever
@@ -291,6 +293,24 @@ def test_a_worker_that_dies_before_it_is_asked_is_said_to_have_died(monkeypatch)
     with pytest.raises(DataError, match="a decoding process died .exit status 9"):
         with loading(Numbers(at0="exit"), [[0]], together, workers=1) as found:
             list(found)
+
+
+def name_or_exit(segment):
+    """Reads a video: its name; bad.mp4 ends the worker."""
+    if segment.path == "bad.mp4":
+        os._exit(9)
+    return segment.path
+
+
+def test_the_video_that_a_dead_worker_was_reading_is_named():
+    dataset = VideoDataset([Segment(name) for name in ("0.mp4", "1.mp4", "bad.mp4")], 4, str)
+    dataset.read = name_or_exit
+    names = []
+    with pytest.raises(DataError, match=r"died while it read bad\.mp4 .exit status 9"):
+        with loading(dataset, [[0], [1], [2]], workers=3) as found:
+            for batch in found:
+                names += batch
+    assert names == ["0.mp4", "1.mp4"]
 
 
 def test_the_first_error_is_kept():

@@ -52,7 +52,7 @@ def literal_released(model, t, f, caption_of, trials):
 @pytest.mark.parametrize("trials", [0, 1, 8])
 def test_released_scores_equal_the_literal_protocol(method, trials):
     """More texts than videos, captions of the videos in any order among them."""
-    model = make(**method)
+    model = make(dropout=0.3, **method)
     t, f = features(9, 6, frames=method["frames"])
     caption_of = torch.tensor([4, 0, 8, 1, 7, 2])
     got, want = (
@@ -60,6 +60,9 @@ def test_released_scores_equal_the_literal_protocol(method, trials):
         literal_released(model, t, f, caption_of, trials),
     )
     assert (got - want).abs().max() < 5e-6
+    model.train()
+    training = released_scores(model, t, f, caption_of, trials)
+    assert torch.equal(training, got) and model.pool.training  # nothing was dropped
     honest = model.score(t, f, trials)
     own = got[caption_of, torch.arange(6)]
     assert (own - honest[caption_of, torch.arange(6)]).abs().max() < 5e-6

@@ -92,7 +92,7 @@ def test_killed_while_rendering_goes_on(tmp_path, capsys):
     before = contents(cut)
     with pytest.raises(
         DataError,
-        match="unfinished data set, of .*'train': 60.*: delete it, or choose another --root",
+        match="unfinished data set with .*'train': 60.*: delete it, or choose another --root",
     ):
         render_shapes(cut, train=4, val=0, test=2, seed=6, workers=0)
     assert contents(cut) == before
@@ -147,8 +147,8 @@ def test_an_old_version_is_recognised_and_kept(root, tmp_path):
         ):
             with pytest.raises(
                 DataError,
-                match=f"holds version {version} of shapes, and this is version 2: delete it, "
-                r"then make it anew: python -m lib.shapes --root \S*old --videos 6 2 4$",
+                match=f"holds version {version} of shapes, but this is version 2: delete it, "
+                r"then render it again: python -m lib.shapes --root \S*old --videos 6 2 4$",
             ):
                 act()
         assert contents(old) == before

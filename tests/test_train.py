@@ -577,7 +577,7 @@ def test_out_replaces_nothing_but_a_run_that_may_go(here, call):
         reason = "model.pt is what --clip or --init starts from"
         refused(*call(*SMALL, *same_file), reason)
     Path("new.log.csv").write_text("step\n1\n")
-    refused(*call(*SMALL, "--out", "new.pt"), "new.log.csv is of another run, whose new.pt")
+    refused(*call(*SMALL, "--out", "new.pt"), "new.log.csv belongs to another run, whose new.pt")
     Path("new.log.csv").unlink()
     assert kept == {p: p.read_bytes() for p in here.iterdir() if p.is_file()}
     assert os.path.islink("link.pt")
@@ -904,7 +904,7 @@ def test_what_of_the_data_counts_for_nothing_is_said(own_copy, call):
     long = "red " * 50
     Path("set/my.csv").write_text(table.replace("the picture turns from red to green", long))
     status, out, err = call(*SMALL, "--epochs", 0, "--skip-bad")
-    assert status == 0 and "val: all of its 5 videos are missing" in out, err
+    assert status == 0 and "val: all 5 videos are missing" in out, err
     assert "train: 1 captions are longer than the encoder's 48 tokens, and are cut" in out
     assert "the first: red red" in out
 
@@ -1091,7 +1091,7 @@ def test_commands_to_go_on_with(monkeypatch):
 
 
 def test_few_pairs_slow_runs_and_no_steps_are_said_plainly(here, call, capsys):
-    reason = "my.csv: 26 training pairs make no batch of 27: lower --batch"
+    reason = "my.csv: 26 training pairs are too few for a batch of 27: lower --batch"
     refused(*call(*SMALL, "--batch", 27), reason)
     status, out, _ = call(*SMALL, "--epochs", 0)
     assert status == 0 and "0 steps of 4 pairs" in out
@@ -1198,7 +1198,7 @@ def test_bad_input(own_copy, call):
         ("--out", "file/model.pt"): "file/model.pt",
         ("--out", "file"): "file",
         ("--batch", 1): "--batch",
-        ("--batch", 100): "make no batch of 100: lower --batch",
+        ("--batch", 100): "are too few for a batch of 100: lower --batch",
         ("--batch", "many"): "many",
         ("--pooling", "max"): "max",
         ("--dropout", 1): "--dropout",
@@ -1216,7 +1216,7 @@ def test_bad_input(own_copy, call):
         ("--device", "gpu"): "gpu",
         ("--device", "meta"): "--device meta",
         ("--device", "cuda:99"): "--device cuda:99",
-        ("--activation", "gelu"): "--activation is that of weights which are loaded",
+        ("--activation", "gelu"): "--activation is for weights that are loaded",
     }
     before = sorted(p.name for p in own_copy.iterdir())
     for args, reason in cases.items():

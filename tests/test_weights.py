@@ -150,7 +150,7 @@ def test_finite_weights_are_seen_to_be_in_one_wait_for_the_device(monkeypatch):
     (lambda path: torch.save({"weight": torch.ones(2)}, path),
      "m.pt: not a checkpoint of train.py.*not a CLIP"),
     (lambda path: torch.save({"state_dict": 5}, path),
-     "m.pt: not a checkpoint of train.py.*none: state_dict"),
+     "m.pt: not a checkpoint of train.py.*not: state_dict"),
 ])
 def test_files_that_are_no_checkpoint_are_named(tmp_path, write, message):
     write(tmp_path / "m.pt")
@@ -274,7 +274,7 @@ def test_settings_of_other_types_are_one_line(tmp_path, soon, number):
 
 
 @pytest.mark.parametrize("merges, message", [
-    (["ab c", "a b"], "'ab c' joins what no merge before it made"),
+    (["ab c", "a b"], "'ab c' joins what no earlier merge made"),
     (["a b", "a b"], "1 different merges do not make a vocabulary of 516"),
 ])
 def test_merges_that_no_training_writes(tmp_path, merges, message):
