@@ -171,7 +171,7 @@ def video_finder(root, videos=None):
     """
     base = Path(videos or root)
     folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
-    folders = list(filter(Path.is_dir, folders))
+    folders = [*filter(Path.is_dir, folders)]
     if not folders and not videos:
         folders = [base / "videos"]  # where they belong
     folders.append(base)

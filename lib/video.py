@@ -150,16 +150,17 @@ def _seconds(times, origin, rate=25):
     recordings were joined, time stamps start anew; here, they continue where the last one ended.
     """
     step = float(1 / rate)
-    earlier = max(1, 4 * step)  # frames may be out of order by a few
     shift = 0
-    starts = (time - k * step for k, time in enumerate(times) if time is not None)
-    last = next(starts, 0) - step
+    last = next(
+        (time - k * step for k, time in enumerate(times) if time is not None), 0
+    ) - step
     seconds = []
     for time in times:
         if time is None:
             time = last + step - shift
-        # When a clock wraps after 26 hours, ten hours later is in fact earlier.
-        elif not -earlier < time + shift - last < 36_000:
+        # Frames may be out of order by a few. When a clock wraps after 26 hours, ten hours later is
+        # in fact earlier.
+        elif not -max(1, 4 * step) < time + shift - last < 36_000:
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
@@ -343,10 +344,9 @@ def _count_frames(path, T, cut):
     with file:
         # avi stores when frames are decoded, which is a few frames before they are shown.
         start = None if file.format.name == "avi" else file.start_time
-        rate = stream.codec_context.framerate
-        # The guess is made from time stamps, and there may be few.
-        if not rate or start is None:
-            rate = stream.guessed_rate or 25
+        # FFmpeg's guess is made from time stamps where there are any, be it only a few.
+        rate = start is not None and stream.codec_context.framerate
+        rate = rate or stream.guessed_rate or 25
         stamps = []
         for packet in _packets(file, stream):
             if packet.size:
