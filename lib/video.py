@@ -220,9 +220,11 @@ ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors
 
 def _open(path):
     """Open a file. -> (file, its best video stream)"""
-    only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
     try:  # absolute: in "12:30.mp4", 12 would be a protocol
-        file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
+        file = av.open(
+            os.path.abspath(path),
+            options=dict(protocol_whitelist="file", format_whitelist=DEMUXERS), **ANY_TITLE
+        )
     except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
