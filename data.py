@@ -118,7 +118,7 @@ class VideoDataset:
 
     def was_reading(self, worker):
         """The path that a crashed worker was reading."""
-        noted = self.reading[worker % len(self.reading)].item()
+        noted = self.reading[worker % len(self.reading)]
         return self.segments[noted - 1].path if noted else "an unknown video"
 
 
@@ -157,19 +157,21 @@ def readable(items, skip_bad):
 # ---- files of videos ----
 
 UNPACKED = (  # folders that the data sets' archives unpack to
-    "videos", "videos/all", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo",
-    "YouTubeClips", "Charades_v1_480",
+    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
+    "Charades_v1", "Charades_v1_480",
 )
 
 
 def video_finder(root, videos=None):
     """Make find(name) -> Segment of a whole file, which may have another suffix than the name.
 
-    find searches the folders UNPACKED below `videos` (default: root), then that folder itself. If a
-    video is missing, the Segment has the path where the file belongs.
+    find searches the folders UNPACKED below `videos` (default: root) and below a folder videos in
+    it, then that folder itself. If a video is missing, the Segment has the path where the file
+    belongs.
     """
     base = Path(videos or root)
-    folders = [base / name for name in UNPACKED if (base / name).is_dir()]
+    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
+    folders = [*filter(Path.is_dir, folders)]
     if not folders and not videos:
         folders = [base / "videos"]  # where they belong
     folders.append(base)
@@ -196,8 +198,9 @@ def read_csv(path, root, split):
 
     The paths of the videos are relative to root.
     """
-    what = "--data, a csv file with the columns video and caption"
-    for line, row in read_table(Path(path), what, ["video", "caption"]):
+    for line, row in read_table(
+        Path(path), "--data, a csv file with the columns video and caption", ["video", "caption"]
+    ):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:
@@ -208,7 +211,8 @@ def read_csv(path, root, split):
         if not name:
             raise DataError(f"{where}: empty video; fill it in or delete the row")
         try:
-            start, end = (_seconds(row.get(column, "")) for column in ("start", "end"))
+            texts = [row.get(column, "").strip() for column in ("start", "end")]
+            start, end = (float(text) if text else None for text in texts)
         except ValueError:
             raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must "
                             "be seconds") from None
@@ -217,10 +221,6 @@ def read_csv(path, root, split):
             raise DataError(f"{where}: end {end} must come after start {start}, and neither may be "
                             "negative")
         yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
-
-
-def _seconds(text):
-    return float(text) if text.strip() else None
 
 
 def read_msrvtt(root, split, find, size="9k"):
@@ -469,7 +469,8 @@ def _collect(rows):
         if segment not in number:
             number[segment] = len(number)
             where.append(line)
-        captions.append(caption.strip())
+        # JSON can hold half a character, which no file or terminal can.
+        captions.append(caption.strip().encode(errors="replace").decode())
         owner.append(number[segment])
     return Annotations(list(number), captions, owner, where)
 
@@ -529,7 +530,7 @@ def present(annotations, skip_bad=False):
         raise DataError(f"{len(missing)} of {len(annotations.segments)} videos are missing: "
                         f"{'; '.join(first_few(missing))}: put them there, name their folder with "
                         "--videos, or leave them out with --skip-bad")
-    return annotations.take(existing) if missing else annotations, missing
+    return annotations.take(existing), missing
 
 
 # ---- command line ----

@@ -21,17 +21,17 @@ def read_text(path, what):
                         "--root") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {byte:#x}); save it as "
-                        "UTF-8") from None
+        raise DataError(f"{path}, row {line}: not UTF-8 text (byte "
+                        f"{error.object[error.start]:#x}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from None
 
 
 def read_json(path, what, kind):
     """Read a JSON file that must hold a value of type `kind`, dict or list."""
+    content = read_text(path, what)
     try:
-        content = json.loads(read_text(path, what))
+        content = json.loads(content)
     # Not JSON, or a number of 5,000 digits (ValueError); 100,000 nested brackets (RecursionError).
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); fetch the file again") from None
@@ -119,7 +119,7 @@ def split_by_name(files):
 
 def listed_ids(path, what):
     """The ids in a list of videos; some lists give them as file names."""
-    return [video.removesuffix(".avi") for video in read_text(path, what).split()]
+    return [video.split(".")[0] for video in read_text(path, what).split()]
 
 
 def warn_of_silent(table, videos, described):

@@ -100,8 +100,7 @@ def sample_indices(n, frames):
     If n < T, all frames are taken, and the last one is repeated.
     """
     k = min(n, frames)
-    starts = [n * i // k for i in range(k + 1)]
-    middles = [(start + end - 1) // 2 for start, end in zip(starts, starts[1:])]
+    middles = [(n * i // k + n * (i + 1) // k - 1) // 2 for i in range(k)]
     return middles + [n - 1] * (frames - k)
 
 
@@ -111,16 +110,17 @@ def _chosen(a, b, T):
 
 
 def _range_of(segment, times):
-    """The range of frames within a segment; at least one frame."""
-    a = 0
+    """The range that begins within a segment; if none does, the frame that is shown then."""
+    start = segment.start or 0
+    a = bisect.bisect_left(times, start - 1e-6)
     b = len(times)
-    if segment.start is not None:
-        a = bisect.bisect_left(times, segment.start - 1e-6)
     if segment.end is not None:
         b = bisect.bisect_left(times, segment.end - 1e-6)
-    if a >= len(times):
+    if a == len(times) and start + 1e-6 > _end(times):
         raise DataError(f"video {segment.path} ends after {times[-1]:.1f} s, before the clip's "
-                        f"start at {segment.start} s")
+                        f"start at {start} s")
+    if a >= b:
+        a = max(0, bisect.bisect_right(times, start + 1e-6) - 1)
     return a, max(b, a + 1)
 
 
@@ -149,16 +149,18 @@ def _seconds(times, origin, rate=25):
     that of its sound, in microseconds, or None. rate: frames per second, for unknown times. Where
     recordings were joined, time stamps start anew; here, they continue where the last one ended.
     """
-    step = 1 / rate
-    earlier = max(1, 4 * step)  # frames may be out of order by a few
-    later = 36_000  # when a clock wraps after 26 hours, this is in fact earlier
+    step = float(1 / rate)
     shift = 0
-    last = (times[0] or 0) - step
+    last = next(
+        (time - k * step for k, time in enumerate(times) if time is not None), 0
+    ) - step
     seconds = []
     for time in times:
         if time is None:
             time = last + step - shift
-        elif not -earlier < time + shift - last < later:
+        # Frames may be out of order by a few. When a clock wraps after 26 hours, ten hours later is
+        # in fact earlier.
+        elif not -max(1, 4 * step) < time + shift - last < 36_000:
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
@@ -178,7 +180,6 @@ def _read(path, T, cut):
     mp4/mov and matroska/webm give every frame's time without decoding: `_seek_frames`. Any other
     file, and the rest of a file where this fails, is decoded from the start: `_count_frames`.
     """
-    path = str(path)
     if not os.path.exists(path):
         raise DataError(f"video {path} is missing")
     if os.path.getsize(path) == 0:
@@ -188,7 +189,8 @@ def _read(path, T, cut):
         file, stream = _open(path)
         with file:
             pieces = [None]
-            if "mp4" in file.format.name or "matroska" in file.format.name:
+            # A palette comes with the first packet that is read, and never again.
+            if file.format.name in SEEKABLE and stream.pix_fmt != "pal8":
                 pieces = _seek_frames(file, stream, T, cut)
             for piece in pieces:
                 if piece is None:
@@ -209,7 +211,7 @@ def _read(path, T, cut):
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
-CHUNK = 2 ** 20  # bytes
+SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 AREA = 2 ** 19  # pixels per frame at most: more than encoders use, and 1.5 MB even from 8K video
 # Titles in old files are not always UTF-8. From version 19 on, PyAV accepts them by default;
 # earlier ones need an option.
@@ -218,19 +220,21 @@ ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors
 
 def _open(path):
     """Open a file. -> (file, its best video stream)"""
-    only = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
     try:  # absolute: in "12:30.mp4", 12 would be a protocol
-        file = av.open(os.path.abspath(path), options=only, **ANY_TITLE)
+        file = av.open(
+            os.path.abspath(path),
+            options=dict(protocol_whitelist="file", format_whitelist=DEMUXERS), **ANY_TITLE
+        )
     except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
     best = file.streams.best("video")
-    streams = []
-    for stream in file.streams.video:
-        cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.codec_context is not None and not cover:
-            streams.append(stream)
+    streams = [
+        stream for stream in file.streams.video
+        if stream.codec_context
+        and not stream.disposition & av.stream.Disposition.attached_pic
+    ]
     if not streams:
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
@@ -247,9 +251,10 @@ def _damage_allowed():
     """Skip damaged parts of a file. Lack of memory is not damage."""
     try:
         yield
-    except av.FFmpegError as e:
-        if isinstance(e, MemoryError):
-            raise
+    except MemoryError:
+        raise
+    except av.FFmpegError:
+        pass
 
 
 def _packets(file, stream):
@@ -267,7 +272,7 @@ def _check_disk(path, position=0):
     try:
         with open(path, "rb") as file:
             file.seek(position)
-            while file.read(CHUNK):
+            while file.read(2 ** 20):
                 pass
     except OSError as e:
         raise DataError(f"video {path} can't be read: {e.strerror}") from e
@@ -285,13 +290,12 @@ def _seek_frames(file, stream, T, cut):
             shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-    if not shown or None in shown or len(set(shown)) < len(shown):  # joined recordings
+    # In joined recordings, time stamps start anew, also those of keyframes.
+    if not shown or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
         yield None
         return
     shown.sort()
-    keys.sort()
-    times = [float(pts * stream.time_base) for pts in shown]
-    times = _seconds(times, file.start_time)
+    times = _seconds([float(pts * stream.time_base) for pts in shown], file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -302,8 +306,7 @@ def _seek_frames(file, stream, T, cut):
                 continue
             key = shown[0]
             if keys:
-                before = bisect.bisect_right(keys, shown[i]) - 1
-                key = keys[max(0, before)]
+                key = keys[max(0, bisect.bisect_right(keys, shown[i]) - 1)]
             if key != last_key:  # otherwise, decoding continues from here
                 file.seek(key, stream=stream)
                 packets = _packets(file, stream)
@@ -341,10 +344,11 @@ def _count_frames(path, T, cut):
     """
     file, stream = _open(path)
     with file:
-        # Raw streams have no time stamps; FFmpeg makes up their average rate.
-        rate = float(stream.guessed_rate or stream.average_rate or 25)
         # avi stores when frames are decoded, which is a few frames before they are shown.
         start = None if file.format.name == "avi" else file.start_time
+        # FFmpeg's guess is made from time stamps where there are any, be it only a few.
+        rate = start is not None and stream.codec_context.framerate
+        rate = rate or stream.guessed_rate or 25
         stamps = []
         for packet in _packets(file, stream):
             if packet.size:
@@ -392,12 +396,14 @@ def _pixels(frame, stream):
     scale = min(1, (AREA / (frame.width * frame.height * ratio)) ** 0.5)
     W = max(1, round(frame.width * ratio * scale))
     H = max(1, round(frame.height * scale))
+    # Of a longer strip, encoders use a small part of what it would be resized to.
+    W = min(W, 99 * H)
+    H = min(H, 99 * W)
     # PyAV 19 keeps the threads of a conversion. A process forked later lacks them, and would wait
     # for them forever.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
-    x = x.view(H, plane.line_size)[:, :W * 3]  # lines are padded
-    x = x.reshape(H, W, 3)
+    x = x.view(H, plane.line_size)[:, :W * 3].reshape(H, W, 3)  # lines are padded
     # Before PyAV 19, frame.side_data would keep every frame in memory forever.
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:
@@ -442,7 +448,7 @@ def _from_hdr(x, curve):
 def _piece(path, times, a, b, chosen, found):
     """The Piece of a range from the chosen frames. found: those decoded, {number: (3,H,W)}."""
     frames = [found.get(i) for i in chosen]
-    if all(x is None for x in frames):
+    if not found.keys() & chosen:
         raise DataError(f"video {path} has no frame that can be decoded")
     end = times[b] if b < len(times) else _end(times)
     return Piece(times[a], end, [times[i] for i in chosen], torch.stack(_fill(frames)))
@@ -455,15 +461,14 @@ def _fill(frames):
     filled = []
     for x in frames:
         if x is not None:
-            same = x.shape[1:] == size
-            last = x if same else v2.functional.resize(x, size, antialias=True)
+            last = v2.functional.resize(x, size, antialias=True)
         filled.append(last)
     return filled
 
 
 # ---- cache ----
 
-EDITION = 2  # raise it when decoded pixels or times change: then all cache files are made again
+EDITION = 3  # raise it when decoded pixels or times change: then all cache files are made again
 
 
 class FrameCache:
@@ -494,7 +499,7 @@ class FrameCache:
             stat = os.stat(path)
         except OSError:
             return read_frames(segment, self.frames)  # says what is wrong
-        span = [self.frames, segment.start, segment.end]
+        span = [self.frames, *segment[1:]]
         # Size and time are not in the name, so that a changed video replaces its old frames.
         key = [EDITION, path, stat.st_size, stat.st_mtime_ns, *span]
         name = hashlib.sha1(json.dumps([path, *span]).encode()).hexdigest()
@@ -506,7 +511,7 @@ class FrameCache:
         frames = read_frames(segment, self.frames)
         if min(frames.shape[-2:]) > 256:
             frames = v2.functional.resize(frames, 256, antialias=True)
-        jpegs = [encode_jpeg(x, quality=95) for x in frames]
+        jpegs = encode_jpeg(list(frames), quality=95)
         try:
             self._save(file, key, jpegs)
         except OSError as e:
@@ -515,7 +520,7 @@ class FrameCache:
 
     def _save(self, file, key, jpegs):
         """Write a line of JSON, then all pictures in order."""
-        sizes = [len(x) for x in jpegs]
+        sizes = [*map(len, jpegs)]
         body = torch.cat(jpegs).numpy().tobytes()
         head = json.dumps([key, sizes, zlib.crc32(body)])
         with written_whole(file, flush=False) as part:  # a damaged file is made again
@@ -531,7 +536,7 @@ class FrameCache:
         return torch.stack(decode_jpeg(list(jpegs), ImageReadMode.RGB))
 
     def _warn(self, error):
-        if not self.warned.item():
+        if not self.warned:
             self.warned.fill_(1)
             why = error.strerror or error
             if isinstance(error, FileExistsError):

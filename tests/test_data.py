@@ -788,7 +788,7 @@ def test_missing_and_broken_annotation_files(tmp_path):
         load_annotations("msrvtt", tmp_path / "nowhere")
     root = msrvtt(tmp_path)
     for content, message in (
-        (None, "is missing: it belongs to msrvtt"),
+        (None, f"{root}/MSRVTT_data.json is missing: it belongs to msrvtt"),
         ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1"),
         ("[]", "JSON object"),
         ("{}", "'sentences'"),
@@ -805,6 +805,7 @@ def test_missing_and_broken_annotation_files(tmp_path):
         with pytest.raises(DataError, match="MSRVTT_data.json") as e:
             load_annotations("msrvtt", root)
         assert message in str(e.value)
+        assert (content is None) == str(e.value).startswith(message)
 
 
 GOOD = "0001_American_Beauty_00.00.51.926-00.00.54.129"
@@ -1017,7 +1018,9 @@ def test_lists_whose_ids_fit_no_caption(tmp_path, capsys):
     assert "test: no caption belongs to this split" in (tmp_path / "list.csv").read_text()
     vatex = [dict(videoID="abcdefghijk_000001_000011", enCap=["x"])]
     (tmp_path / "vatex_validation_v1.0.json").write_text(json.dumps(vatex))
-    (tmp_path / "test_list.txt").write_text("abcdefghijk_000001_000011 bbcdefghijk_000001_000011")
+    (tmp_path / "test_list.txt").write_text(
+        "abcdefghijk_000001_000011.mp4 bbcdefghijk_000001_000011"
+    )
     assert load_annotations("vatex", tmp_path, "test").captions == ["x"]
     assert "test_list.txt: 1 of its 2 videos have no caption: bbc" in capsys.readouterr().err
     msrvtt(tmp_path)
@@ -1036,7 +1039,9 @@ def test_a_csv_may_lack_a_split_to_validate_with_and_no_other(tmp_path):
     assert data.main(["check", "--data", name]) == 0
 
 
-@pytest.mark.parametrize("folder", ["videos", "videos/all", "all", "YouTubeClips", "."])
+@pytest.mark.parametrize(
+    "folder", ["videos", "videos/all", "all", "YouTubeClips", "videos/YouTubeClips", "."]
+)
 def test_videos_may_lie_elsewhere_as_their_site_packs_them(tmp_path, folder):
     root, store = tmp_path / "annotations", tmp_path / "store"
     root.mkdir()
@@ -1106,6 +1111,15 @@ def test_captions_of_another_kind(tmp_path, bad):
             continue
         with pytest.raises(DataError, match=file):
             load_annotations(name, tmp_path)
+
+
+def test_half_characters_in_json(tmp_path):
+    """JSON can hold them, and no file, terminal or tokenizer can."""
+    sentence = r"a dog \ud83d runs, a \ud83d\ude00 too"
+    (tmp_path / "captions_msvd.json").write_text('{"a_1_2": ["' + sentence + '"]}')
+    (tmp_path / "test_list.txt").write_text("a_1_2")
+    ann = load_annotations("msvd", tmp_path, "test")
+    assert ann.captions == ["a dog ? runs, a \U0001f600 too"]
 
 
 def test_real_annotation_files(shared, tmp_path):

@@ -52,6 +52,27 @@ def test_times_that_start_anew_go_on(tmp_path, name):
     assert numbers(read_frames(Segment(path, 4.5, 5.5), 8)) == [36, 37, 38, 39, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_recordings_whose_times_begin_a_little_apart_are_joined(tmp_path, order):
+    """No two frames have the same time: sorted as they are, the two would be mixed."""
+    for name in order:
+        start = dict(a=0, b=21)[name]  # milliseconds
+        with av.open(str(tmp_path / f"{name}.mkv"), "w") as file:
+            stream = file.add_stream("mjpeg", rate=1000)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuvj420p"
+            for k, x in enumerate(numbered(40)):
+                frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+                frame.pts = start + 125 * k
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(b"".join((tmp_path / f"{name}.mkv").read_bytes() for name in order))
+    pieces = list(read_pieces(path, 40, 5))
+    assert [numbers(piece.frames) for piece in pieces] == 2 * [list(range(40))]
+    assert pieces[-1].end == pytest.approx(10, abs=0.2)
+
+
 def test_discs_and_recordings_of_another_rate_are_joined(tmp_path):
     path = joined(tmp_path / "aa.mpg", numbered(40), fps=25, codec="mpeg2video", bf=2)
     piece = read_segment(Segment(path, 1.5, 1.7), 5)
@@ -112,6 +133,70 @@ def test_sound_may_begin_before_the_picture(tmp_path, name):
         read_frames(Segment(path, 8.5), 4)
 
 
+def without_times(ts, unknown):
+    """An MPEG-TS file of one stream in which the pictures k with unknown(k) have no time."""
+    ts = bytearray(ts)
+    k = 0
+    for at in range(0, len(ts), 188):
+        begins = ts[at + 1] & 0x40
+        more = 1 + ts[at + 4] if ts[at + 3] & 0x20 else 0
+        at += 4 + more
+        if begins and ts[at:at + 4] == b"\0\0\1\xe0":
+            if unknown(k):
+                ts[at + 7] &= 0x3f
+                n = ts[at + 8]
+                ts[at + 9:at + 9 + n] = b"\xff" * n
+            k += 1
+    return bytes(ts)
+
+
+@pytest.mark.parametrize("late", [0, 5000])
+@pytest.mark.parametrize("unknown", [
+    lambda k: k == 0,
+    lambda k: k < 20,
+    lambda k: k % 12,
+    lambda k: k % 2,
+])
+def test_times_that_are_unknown_lie_between_those_that_are_known(tmp_path, late, unknown):
+    path = tmp_path / "x.ts"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.options = "yuv420p", dict(bf="2", g="12")
+        stream.codec_context.thread_type = "FRAME"
+        for k, x in enumerate(numbered(60)):
+            frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+            frame.pts = 10 * late + k
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    path.write_bytes(without_times(path.read_bytes(), unknown))
+    piece = read_segment(Segment(path, 3, 4), 10)
+    assert numbers(piece.frames) == list(range(30, 40))
+    assert piece.times == close([3 + k / 10 for k in range(10)])
+    [whole] = read_pieces(path, 6)
+    assert (whole.start, whole.end) == close((0, 6))
+
+
+@pytest.mark.parametrize("name", ["slides.mp4", "slides.ts"])
+def test_a_segment_in_which_no_frame_begins_shows_the_one_before(tmp_path, name):
+    path = tmp_path / name
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for k, x in enumerate(numbered(4)):
+            frame = av.VideoFrame.from_ndarray(x.numpy(), format="rgb24")
+            frame.pts, frame.time_base = 10_000 * k, Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    spans = [(3, 7), (None, 0), (10, 10), (10, 20), (19.9, 20), (31, 35), (39, None)]
+    for span, shown in zip(spans, (0, 0, 1, 1, 1, 3, 3)):
+        assert numbers(read_frames(Segment(path, *span), 2)) == [shown] * 2, span
+    with pytest.raises(DataError, match="before the clip's start at 40 s"):
+        read_frames(Segment(path, 40, 41), 2)
+
+
 # ---- which stream ----
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
@@ -131,6 +216,12 @@ def test_a_preview_of_one_frame_is_not_the_video(tmp_path, name):
 
 
 # ---- upright, in shape ----
+
+def test_colours_of_a_palette(tmp_path):
+    """It comes with the first packet that is read, and not again after seeking."""
+    write_video(tmp_path / "x.mov", numbered(20), codec="qtrle", pix_fmt="gray")
+    assert numbers(read_frames(tmp_path / "x.mov", 20)) == list(range(20))
+
 
 LEVELS = {(-1, -1): 30, (1, -1): 90, (-1, 1): 150, (1, 1): 210}  # by corner: x to the right, y down
 
@@ -180,6 +271,16 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, turned, size):
             stream.set_display_rotation(90)
     write_video(tmp_path / name, corners(64, 64), setup=setup)
     assert read_frames(tmp_path / name, 3).shape == (3, 3, *size)
+
+
+@pytest.mark.parametrize("H, W", [(2, 66_000), (16_000, 16)])
+def test_strips_are_no_load(tmp_path, H, W):
+    """A short side of 224 would make gigabytes of them, and no JPEG is so long."""
+    strip = torch.full((1, H, W, 3), 90, dtype=torch.uint8)
+    write_video(tmp_path / "x.mkv", strip, codec="ffv1")
+    frames = FrameCache(tmp_path / "cache", 1).read(Segment(tmp_path / "x.mkv"))
+    assert max(frames.shape[-2:]) <= 99 * min(frames.shape[-2:])
+    assert (frames.int() - 90).abs().max() < 8
 
 
 def brightness(curve, light):
