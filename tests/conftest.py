@@ -16,6 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+with contextlib.suppress(ImportError):  # optional; torch.hub shows downloads with it
+    from tqdm import tqdm
+
+    # Its monitor is a thread that never ends, and workers are not forked beside other threads.
+    tqdm.monitor_interval = 0
 
 
 def free_port():
