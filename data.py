@@ -198,9 +198,8 @@ def read_csv(path, root, split):
 
     The paths of the videos are relative to root.
     """
-    for line, row in read_table(
-        Path(path), "--data, a csv file with the columns video and caption", ["video", "caption"]
-    ):
+    what = "--data, a csv file with the columns video and caption"
+    for line, row in read_table(Path(path), what, ["video", "caption"]):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:

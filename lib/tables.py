@@ -21,8 +21,9 @@ def read_text(path, what):
                         "--root") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, row {line}: not UTF-8 text (byte "
-                        f"{error.object[error.start]:#x}); save it as UTF-8") from None
+        byte = error.object[error.start]
+        raise DataError(f"{path}, row {line}: not UTF-8 text (byte {byte:#x}); save it as "
+                        "UTF-8") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from None
 

@@ -100,7 +100,8 @@ def sample_indices(n, frames):
     If n < T, all frames are taken, and the last one is repeated.
     """
     k = min(n, frames)
-    middles = [(n * i // k + n * (i + 1) // k - 1) // 2 for i in range(k)]
+    starts = [n * i // k for i in range(k + 1)]
+    middles = [(start + end - 1) // 2 for start, end in zip(starts, starts[1:])]
     return middles + [n - 1] * (frames - k)
 
 
@@ -150,17 +151,18 @@ def _seconds(times, origin, rate=25):
     recordings were joined, time stamps start anew; here, they continue where the last one ended.
     """
     step = float(1 / rate)
+    earlier = max(1, 4 * step)  # frames may be out of order by a few
+    later = 36_000  # when a clock wraps after 26 hours, this is in fact earlier
     shift = 0
-    last = next(
-        (time - k * step for k, time in enumerate(times) if time is not None), 0
-    ) - step
+    known = [k for k, time in enumerate(times) if time is not None]
+    last = -step  # as if a frame came just before the first one
+    if known:
+        last += times[known[0]] - known[0] * step
     seconds = []
     for time in times:
         if time is None:
             time = last + step - shift
-        # Frames may be out of order by a few. When a clock wraps after 26 hours, ten hours later is
-        # in fact earlier.
-        elif not -max(1, 4 * step) < time + shift - last < 36_000:
+        elif not -earlier < time + shift - last < later:
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
@@ -212,6 +214,7 @@ DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+OPTIONS = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
 AREA = 2 ** 19  # pixels per frame at most: more than encoders use, and 1.5 MB even from 8K video
 # Titles in old files are not always UTF-8. From version 19 on, PyAV accepts them by default;
 # earlier ones need an option.
@@ -221,20 +224,17 @@ ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors
 def _open(path):
     """Open a file. -> (file, its best video stream)"""
     try:  # absolute: in "12:30.mp4", 12 would be a protocol
-        file = av.open(
-            os.path.abspath(path),
-            options=dict(protocol_whitelist="file", format_whitelist=DEMUXERS), **ANY_TITLE
-        )
+        file = av.open(os.path.abspath(path), options=OPTIONS, **ANY_TITLE)
     except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
         raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
     best = file.streams.best("video")
-    streams = [
-        stream for stream in file.streams.video
-        if stream.codec_context
-        and not stream.disposition & av.stream.Disposition.attached_pic
-    ]
+    streams = []
+    for stream in file.streams.video:
+        cover = stream.disposition & av.stream.Disposition.attached_pic
+        if stream.codec_context and not cover:
+            streams.append(stream)
     if not streams:
         file.close()
         raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
@@ -295,7 +295,8 @@ def _seek_frames(file, stream, T, cut):
         yield None
         return
     shown.sort()
-    times = _seconds([float(pts * stream.time_base) for pts in shown], file.start_time)
+    times = [float(pts * stream.time_base) for pts in shown]
+    times = _seconds(times, file.start_time)
     ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
     wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
     found = {}
@@ -306,7 +307,8 @@ def _seek_frames(file, stream, T, cut):
                 continue
             key = shown[0]
             if keys:
-                key = keys[max(0, bisect.bisect_right(keys, shown[i]) - 1)]
+                before = bisect.bisect_right(keys, shown[i]) - 1
+                key = keys[max(0, before)]
             if key != last_key:  # otherwise, decoding continues from here
                 file.seek(key, stream=stream)
                 packets = _packets(file, stream)
@@ -403,7 +405,8 @@ def _pixels(frame, stream):
     # for them forever.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
     x = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
-    x = x.view(H, plane.line_size)[:, :W * 3].reshape(H, W, 3)  # lines are padded
+    x = x.view(H, plane.line_size)[:, :W * 3]  # lines are padded
+    x = x.reshape(H, W, 3)
     # Before PyAV 19, frame.side_data would keep every frame in memory forever.
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:
