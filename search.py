@@ -17,7 +17,6 @@ command line.
 import contextlib
 import functools
 import itertools
-import json
 import os
 import signal
 import sys
@@ -32,9 +31,9 @@ import data
 from eval import encode_texts, lowest_if_nan, refuse_lone
 from lib import exact
 from lib import index as store
-from lib.common import DataError, Parser, Progress, WeightsError, cure, numeric
+from lib.common import DataError, Parser, Progress, WeightsError, cure, escaped, numeric
 from lib.index import INDEX, File, ShardWriter, list_videos, move_means
-from lib.options import add_common, load_model, write_json
+from lib.options import add_common, load_model
 from lib.page import read_picture
 from lib.processes import (
     ALONE,
@@ -45,8 +44,7 @@ from lib.processes import (
     start_processes,
     worker_place,
 )
-from lib.report import write_search_report
-from lib.serve import SearchPage, print_files, questions, table
+from lib.serve import SearchPage, print_files, questions, table, write_results
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 from tmass import cosine
 
@@ -493,9 +491,16 @@ def parse_args(argv=None):
         p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
     if not all(query.strip() for query in args.query):
         p.error("the query is empty: say what to look for")
-    if args.query and (args.update or args.serve is not None):
-        p.error("--update and --serve take no query")
     args.files |= args.end == "\0"
+    results = args.query or args.files or args.json or args.report
+    if results and (args.update or args.serve is not None):
+        p.error("--update and --serve take no query, and nothing that is for its results")
+    if args.update and args.no_new:
+        p.error("--update looks for new files: drop -n")
+    if args.every and args.serve is None:
+        p.error("--every goes with --serve")
+    if args.index == "":
+        p.error("--index is empty: name a folder")
     if args.files and args.json == "-":
         p.error("file names and --json - would be mixed on standard output: give --json FILE")
     return args
@@ -515,17 +520,26 @@ def search_present(model, t, index, args, job=ALONE):
 
 
 def answer(model, tokenizer, index, args, job):
-    """Search for every query and print the results. -> {query: [dict of rank, score, ...]}"""
+    """Print the results of every query. -> {query: [dict of rank, score, ...]}, exit status."""
     found = {}
+    status = 0
     for queries in questions(args, job):
-        t = encode_queries(model, tokenizer, queries, job, args.amp)
+        try:
+            t = encode_queries(model, tokenizer, queries, job, args.amp)
+        except DataError as error:
+            if args.query:
+                raise
+            # One of several that are asked one by one: the others have their answers.
+            if job.rank == 0:
+                print(f"error: {escaped(str(error))}", file=sys.stderr)
+            status = 2
+            continue
         results = search_present(model, t, index, args, job)
         for query, hits in zip(queries, results):
             if not hits:
                 if (index.file < 0).all():
-                    raise DataError(
-                        "the videos of the index are gone: run without -n to find others"
-                    )
+                    raise DataError("the videos of the index are gone: run without -n to find "
+                                    "others")
                 raise WeightsError(
                     f"{args.ckpt}: no score of {query!r} is a finite number, so nothing can be "
                     "ranked: its weights are damaged, or its training went wrong"
@@ -539,22 +553,7 @@ def answer(model, tokenizer, index, args, job):
                 print_files([record["file"] for record in found[query]], args.end)
             elif not args.files and args.json != "-":
                 job.say(table(query, hits, index))
-    return found
-
-
-def write_results(model, found, args):
-    """Write the files of --json and --report."""
-    if args.json == "-":
-        print(json.dumps(found, indent=1), flush=True)
-    elif args.json:
-        write_json(args.json, found)
-    if args.report:
-        names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
-        settings = {name: getattr(args, name) for name in names}
-        settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
-        settings["videos"] = " ".join(args.videos)
-        write_search_report(args.report, found, settings)
-        print(f"report: {args.report}", file=sys.stderr)
+    return found, status
 
 
 def main(argv=None):
@@ -590,10 +589,10 @@ def main(argv=None):
         index = build()
     if args.update:
         return 2 if index.unsaved else 0
-    found = answer(model, tokenizer, index, args, job)
+    found, status = answer(model, tokenizer, index, args, job)
     if job.rank == 0:
         write_results(model, found, args)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

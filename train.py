@@ -50,7 +50,7 @@ from lib.runs import (
 )
 from lib.shapes import render_shapes, shapes_pictures
 from lib.video import FrameCache
-from lib.weights import build_own, load_checkpoint, load_strictly
+from lib.weights import ACTIVATIONS, build_own, load_checkpoint, load_strictly
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
 
 # ---- settings ----
@@ -388,8 +388,7 @@ def parser():
     p.group("model")
     option("clip NAME", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
            "weights, or tiny")
-    option("activation", "of --clip, where the guess that is printed is wrong",
-           ("quickgelu", "gelu"))
+    option("activation", "of --clip, where the guess that is printed is wrong", ACTIVATIONS)
     option("init FILE", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
     option("frames T", "T, frames sampled per video: time and memory grow with it", size)
     option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "

@@ -97,6 +97,7 @@ def videos_below(folder, refused):
     Links to folders are followed, but each folder is visited once. refused: list to which error
     messages are added.
     """
+    folder = os.fspath(folder)
     found = {}
     seen = set()
 

@@ -12,7 +12,7 @@ from lib.processes import DEVICE
 from lib.report import segment_name
 from lib.validate import MISTAKES
 from lib.video import Segment
-from lib.weights import load_checkpoint, read_weights
+from lib.weights import ACTIVATIONS, load_checkpoint, read_weights
 from tmass import POOLINGS, PRIORS
 
 
@@ -34,7 +34,7 @@ def add_common(p):
            "training, as linear is (default: as trained)", numeric(int, 1, 1000))
     p.group("run")
     option("activation", "of CLIP, where the guess that is printed is wrong: OpenAI's is "
-           "quickgelu, LAION's gelu", ("quickgelu", "gelu"))
+           "quickgelu, LAION's gelu", ACTIVATIONS)
     option("amp", "bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
            "scores move by about 3e-4", ("off", "bf16"), "off")
     option("json FILE", "write the result there too")
@@ -52,6 +52,8 @@ OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass s
 def check_outputs(args):
     """Check early that each output can be written, and that no two options name the same file."""
     named = {os.path.realpath(args.ckpt): "--ckpt"}
+    if getattr(args, "features", None):
+        named[os.path.realpath(args.features)] = "--features"
     for option, mark in OUTPUTS.items():
         path = getattr(args, option[2:], None)
         # --json - is standard output.

@@ -6,6 +6,7 @@ access to the files of the index, by number, and to no other file of this machin
 import contextlib
 import functools
 import html
+import json
 import mimetypes
 import os
 import re
@@ -16,7 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from lib.common import DataError, clock, escaped
+from lib.options import write_json
 from lib.page import document, esc, found_segment, images, jpeg, nearest_of, shrunk
+from lib.report import write_search_report
 from lib.video import read_segment
 
 PAUSE = 30  # least seconds between updates of the page while videos are being encoded
@@ -105,6 +108,21 @@ def print_files(names, end):
         errors = sys.getfilesystemencodeerrors()
         sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
     print(*names, sep=end, end=end, flush=True)
+
+
+def write_results(model, found, args):
+    """Write the files of --json and --report."""
+    if args.json == "-":
+        print(json.dumps(found, indent=1), flush=True)
+    elif args.json:
+        write_json(args.json, found)
+    if args.report:
+        names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
+        settings = {name: getattr(args, name) for name in names}
+        settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
+        settings["videos"] = " ".join(args.videos)
+        write_search_report(args.report, found, settings)
+        print(f"report: {args.report}", file=sys.stderr)
 
 
 # ---- the page ----

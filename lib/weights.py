@@ -40,6 +40,7 @@ OTHER_NAMES = {
     "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14",
 }
+ACTIVATIONS = {"quickgelu": True, "gelu": False}
 FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
          "open_clip_pytorch_model.bin")
 
@@ -359,9 +360,9 @@ def load_checkpoint(name_or_path, activation=None):
 
     Takes our checkpoints, released ones of T-MASS and X-Pool, and any CLIP that `load_clip` takes.
     A CLIP is used zero-shot: frames are pooled by `query`, and there is no radius.
-    activation: quickgelu or gelu, overrides what the file says.
+    activation: a key of ACTIVATIONS, overrides what the file says.
     """
-    asked = {"quick_gelu": activation == "quickgelu"} if activation else {}
+    asked = {"quick_gelu": ACTIVATIONS[activation]} if activation else {}
     if str(name_or_path).startswith(PREFIX):
         clip = load_clip(name_or_path, **asked)
         model = TMASS(clip, **method_of({}))

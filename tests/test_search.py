@@ -502,6 +502,12 @@ def test_queries_from_a_pipe_and_output_for_programs(
     lines(b"\n")
     out, err = ask("--videos", videos, expect=2)
     assert "error: no query" in err and out == ""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    lines(f"a dog\n{broken}\nmore\n".encode())
+    out, err = ask("--videos", videos, "--json", tmp_path / "y.json", expect=2)
+    assert list(json.loads((tmp_path / "y.json").read_text())) == ["a dog", "more"]
+    assert err.count("error: ") == 1 and "broken.png" in err
     command = [sys.executable, str(ROOT / "search.py"), "--videos", str(videos),
                "--ckpt", str(folder / "model.pt"),
                "--device", "cpu"]
@@ -516,6 +522,16 @@ def test_queries_from_a_pipe_and_output_for_programs(
             job.stdin.close()
         err = job.stderr.read().decode()
         assert job.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.mark.parametrize("words", [
+    "--update -n", "--update --json x.json", "--update -f", "--serve --report x.html",
+    "--serve -0", "--every 5", "--index="])
+def test_options_that_would_do_nothing_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        se.parse_args(["--videos", "x", *words.split()])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --")
 
 
 @pytest.mark.slow
