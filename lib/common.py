@@ -214,7 +214,7 @@ class Progress:
         print(f"{line}{left} left{more}".ljust(78), end=end, file=sys.stderr, flush=True)
 
 
-class Output:
+class _Output:
     """A standard stream whose failure does not end the program.
 
     Once its reader has gone or its disk is full, printed text is discarded, and `error` keeps the
@@ -248,16 +248,16 @@ class Output:
 
 
 @contextlib.contextmanager
-def lasting_streams():
-    """Make sys.stdout and sys.stderr `Output`s in this block; reopen closed ones on os.devnull."""
+def _lasting_streams():
+    """Make sys.stdout and sys.stderr `_Output`s in this block; reopen closed ones on os.devnull."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # otherwise the next file to be opened would become the standard stream
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(os.devnull)
-    out = Output(sys.stdout)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Output(sys.stderr)):
+    out = _Output(sys.stdout)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(_Output(sys.stderr)):
         yield out
 
 
@@ -382,7 +382,7 @@ def program(main, *mistakes):
     A user's mistake (UserError or one of `mistakes`) or an error of the system prints one line on
     stderr and gives status 2. Standard output need not be read to its end (| head).
     """
-    with lasting_streams() as out:
+    with _lasting_streams() as out:
         try:
             status = main()
             out.flush()

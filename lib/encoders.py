@@ -31,7 +31,7 @@ def package():
 
 
 @contextlib.contextmanager
-def explaining(what):
+def _explaining(what):
     """Turn any error of open_clip or of its downloads into a WeightsError of one line."""
     logging.disable(logging.WARNING)  # it reports every attempt to download
     try:
@@ -56,7 +56,7 @@ def split_name(name):
     return NAME.fullmatch(name).groups()
 
 
-def wanted_by(name, tag):
+def _wanted_by(name, tag):
     """The settings that open_clip records for its weights of a model, for one tag or for all.
 
     -> ({setting: value} on which they agree, [setting on which they differ])
@@ -130,14 +130,14 @@ class OpenCLIP(nn.Module):
     def __init__(self, open_clip, tag=None, load=False, quick_gelu=None, files=(), **settings):
         super().__init__()
         library = package()
-        self.agreed, self.differing = wanted_by(open_clip, tag)
+        self.agreed, self.differing = _wanted_by(open_clip, tag)
         # Some models with GELU have tags, such as openai, that were trained with QuickGELU.
         if quick_gelu is None:
             quick_gelu = bool(self.agreed.get("quick_gelu"))
-        with explaining(PREFIX + open_clip), source(open_clip, files) as place:
+        with _explaining(PREFIX + open_clip), source(open_clip, files) as place:
             model_cfg = library.get_model_config(place)
             # First, as the weights may be gigabytes to download.
-            with explaining(f"{PREFIX}{open_clip}: its vocabulary can't be loaded"):
+            with _explaining(f"{PREFIX}{open_clip}: its vocabulary can't be loaded"):
                 self.tokenizer = library.get_tokenizer(place)
             self.model = library.create_model(
                 place,

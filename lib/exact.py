@@ -3,11 +3,11 @@
 `TMASS.score` pools every video for every text through D x D matrices, and compares M noisy copies
 of every text with every pooled video. This module avoids that work:
 
-- `xpool_span`: whatever the text, a pooled video lies in the span of a few vectors. They are
+- `_xpool_span`: whatever the text, a pooled video lies in the span of a few vectors. They are
   computed once per video, and for each text only the coefficients remain to be computed.
 - `sample_cosines`: cos(t + R·ε_m, v) of M samples needs only three products with the samples, and
   no copies of the text.
-- `best_of_scalar`: if all dimensions share one R, then R factors out of these products, and no
+- `_best_of_scalar`: if all dimensions share one R, then R factors out of these products, and no
   vector of width D is computed for a pair.
 - `expected_cosine`: the mean of the best of M samples, over the noise, needs no samples at all.
 
@@ -31,7 +31,7 @@ TINY = 1e-16  # lower bound for a squared length in a denominator
 # to their spanning vectors Z (V,K,D) and the coefficients c (V,K,N).
 
 
-def xpool_span(pool, t):
+def _xpool_span(pool, t):
     """The span of XPool, K = T*H + 2.
 
     For given attention weights a, psi is affine in LN1(f) except for the normalisations in LN2 and
@@ -55,7 +55,7 @@ def xpool_span(pool, t):
     and (a/s, 1) for a.
     """
     H = pool.heads
-    q = xpool_query(pool, t)                                # (H,N,D)
+    q = _xpool_query(pool, t)                               # (H,N,D)
     # Wo_h Wv_h as one matrix saves a product for every frame.
     Wo = pool.out.weight.unflatten(1, (H, -1))              # (D,H,D/H)
     Wv = pool.v.weight.unflatten(0, (H, -1))                # (H,D/H,D)
@@ -86,7 +86,7 @@ def xpool_span(pool, t):
     return span
 
 
-def xpool_query(pool, t):
+def _xpool_query(pool, t):
     """The queries, projected to be multiplied with frames: q·(Wk x) = (Wkᵀ q)·x. (N,D) -> (H,N,D).
 
     The bias of k is left out: it adds the same number to all logits of a query, which doesn't
@@ -97,13 +97,13 @@ def xpool_query(pool, t):
     return torch.einsum("nhd,hde->hne", q, Wk) / math.sqrt(q.shape[-1])
 
 
-def pool_few(pool, t, f):
+def _pool_few(pool, t, f):
     """XPool.forward reordered to be fast for few texts. t (N,D), f (V,T,D) -> v (N,V,D).
 
     As Σ_j a_j Wv x_j = Wv Σ_j a_j x_j, pooled vectors are multiplied by Wv instead of all frames.
     """
     f = pool.ln1(f)
-    q = xpool_query(pool, t)
+    q = _xpool_query(pool, t)
     a = torch.einsum("hnd,vtd->hnvt", q, f).softmax(-1)
     o = torch.einsum("hnvt,vtd->hnvd", a, f)
     Wv = pool.v.weight.unflatten(0, (pool.heads, -1))
@@ -112,12 +112,12 @@ def pool_few(pool, t, f):
     return pool.ln3(x + pool.linear(x))
 
 
-def mean_span(pool, t):
+def _mean_span(pool, t):
     """The span of MeanPool, K = 1: the mean frame, with coefficient 1."""
     return lambda f: (f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t)))
 
 
-def query_span(pool, t):
+def _query_span(pool, t):
     """The span of QueryPool, K = T: the normalised frames, with the softmax as coefficients."""
     t = F.normalize(t, dim=-1)
 
@@ -129,7 +129,7 @@ def query_span(pool, t):
 
 
 # Looked up by exact type, because a subclass may compute something else.
-SPANS = {XPool: xpool_span, MeanPool: mean_span, QueryPool: query_span}
+SPANS = {XPool: _xpool_span, MeanPool: _mean_span, QueryPool: _query_span}
 
 
 def centred(x):
@@ -157,10 +157,10 @@ def sample_cosines(t, v, R, eps, products=None):
     along = (R * v) @ eps.T
     across = (R * t) @ eps.T
     square = R.square() @ eps.square().T
-    return cosines_of_products(*products, along, across, square)
+    return _cosines_of_products(*products, along, across, square)
 
 
-def cosines_of_products(tv, vv, tt, along, across, square):
+def _cosines_of_products(tv, vv, tt, along, across, square):
     """(t·v + (R·v)·ε) / (|v| |t_s|) with |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε).
 
     tv, vv, tt: t·v, |v|², |t|², each (...). along, across, square: (R·v)·ε, (R·t)·ε, (R·R)·(ε·ε),
@@ -212,13 +212,13 @@ def expected_cosine(t, v, R, mean, std, largest):
     return (cv + largest * spread) / (squared(v).clamp_min(TINY) * tau2).sqrt()
 
 
-def best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
+def _best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
     """best_of for R (V,N,1), which factors out of sums. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
     if torch.is_tensor(noise):
         along = c.mT @ (Z @ noise.T) * R
         across = t @ noise.T * R
         square = noise.square().sum(-1) * R.square()
-        cosines = cosines_of_products(tv, vv, tt, along, across, square)
+        cosines = _cosines_of_products(tv, vv, tt, along, across, square)
         return cosines.amax(-1)
     # expected_cosine, where c = t + shift: cv is c·v, cc is |c|², gg is |g/R|², v_sum is Σ_d v_d.
     mean, std, largest = noise
@@ -272,7 +272,7 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     if N <= T:  # a span takes 2T products with D x D matrices per video, pool_few 3 per pair
         span_of = None
         if type(pool) is XPool:
-            pool = functools.partial(pool_few, pool)
+            pool = functools.partial(_pool_few, pool)
 
     # Pairs at a time: `wide` if each needs vectors of width D, `pairs` if only coefficients.
     floats = int(chunk_mb * 2 ** 18)
@@ -293,31 +293,31 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     with torch.autocast(t.device.type, enabled=False):
         noise = noise_of(model, trials, seed, expected)
         model.radius(t.new_zeros(1, T))  # raises an error if the radius needs another T
-        radius = fast_radius(model.radius)
+        radius = _fast_radius(model.radius)
         for texts in blocks(N, n):
             t_i = t[texts]
             span = span_of and span_of(pool, t_i)
             for videos in blocks(V, v):
                 f_j = f[videos].to(t)
                 if span is None:
-                    best = best_of_pooled(t_i, f_j, pool, radius, noise)
+                    best = _best_of_pooled(t_i, f_j, pool, radius, noise)
                 else:
-                    best = best_of_span(t_i, f_j, span, radius, noise, wide)
+                    best = _best_of_span(t_i, f_j, span, radius, noise, wide)
                 sims[texts, videos] = best.T
     head.train(model.training)
     return sims
 
 
-def best_of_pooled(t, f, pool, radius, noise):
+def _best_of_pooled(t, f, pool, radius, noise):
     """Scores computed by calling the pooling. t (N,D), f (V,T,D) -> (V,N)."""
     v = pool(t, f).transpose(0, 1)                          # (V,N,D)
     if noise is None:
         return cosine(t, v)
     S = similarities(t, f, radius)
-    return best_of(t, v, radius(S), noise)
+    return _best_of(t, v, radius(S), noise)
 
 
-def best_of_span(t, f, span, radius, noise, wide):
+def _best_of_span(t, f, span, radius, noise, wide):
     """Scores computed from a span, in tiles if R has width D. t (N,D), f (V,T,D) -> (V,N)."""
     Z, c = span(f)
     tv = (Z @ t.T * c).sum(1)                               # (V,N)
@@ -327,7 +327,7 @@ def best_of_span(t, f, span, radius, noise, wide):
         return tv / (vv * tt).clamp_min(TINY).sqrt()
     S = similarities(t, f, radius)
     if radius(S[:1, :1]).shape[-1] == 1:
-        return best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
+        return _best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
     # Square tiles read the fewest texts and videos per pair.
     best = torch.empty_like(tv)
     side = math.isqrt(wide)
@@ -336,11 +336,11 @@ def best_of_span(t, f, span, radius, noise, wide):
             tile = (videos, texts)
             v = c[videos, :, texts].mT @ Z[videos]          # (side,side,D)
             products = tv[tile], vv[tile], tt[texts]
-            best[tile] = best_of(t[texts], v, radius(S[tile]), noise, products)
+            best[tile] = _best_of(t[texts], v, radius(S[tile]), noise, products)
     return best
 
 
-def best_of(t, v, R, noise, products=None):
+def _best_of(t, v, R, noise, products=None):
     """The best of M samples, or its mean. t, v (...,D), R (...,D) or (...,1) -> (...).
 
     noise: the result of noise_of, not None.
@@ -374,7 +374,7 @@ def similarities(t, f, radius):
     return (f @ t.T).mT
 
 
-def fast_radius(radius):
+def _fast_radius(radius):
     """LinearRadius with its bias as part of the product, to save a pass. Others are unchanged."""
     if type(radius) is not LinearRadius:
         return radius

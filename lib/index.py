@@ -70,7 +70,7 @@ def list_videos(paths, new=True):
             folders.append(Folder(path, stamps, new, refused))
         elif os.path.isfile(path):
             folder, name = os.path.split(path)
-            named.setdefault(folder, {})[name] = stamp_of(path)
+            named.setdefault(folder, {})[name] = _stamp_of(path)
         else:
             raise DataError(
                 f"--videos {path}: there is no such folder or file (queries come before --videos)"
@@ -85,7 +85,7 @@ def list_videos(paths, new=True):
     return folders
 
 
-def stamp_of(path):
+def _stamp_of(path):
     """(size, mtime_ns) of a file, which tell whether it has changed."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
@@ -120,7 +120,7 @@ def videos_below(folder, refused):
                 continue
             try:
                 if os.path.isfile(path):
-                    found[os.path.join(below, name)] = stamp_of(path)
+                    found[os.path.join(below, name)] = _stamp_of(path)
             except OSError as error:  # deleted in the meantime, or no permission
                 note(error)
     return dict(sorted(found.items()))
@@ -161,7 +161,7 @@ def pooled(f):
     return F.normalize(unit.mean(1), dim=-1)
 
 
-def join_shards(parts):
+def _join_shards(parts):
     """Concatenate shards. list of Shard -> Shard."""
     files = []
     numbers = []
@@ -225,7 +225,7 @@ def content_of(path):
     return digest.hexdigest()
 
 
-def new_name(mark):
+def _new_name(mark):
     """A new shard's name. Names sort by time of creation. mark: the fingerprint."""
     return f"{mark}-{time.time_ns():016x}-{secrets.token_hex(4)}.shard"
 
@@ -254,14 +254,14 @@ def read_shard(path, size):
             content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
             shard = Shard(*(content[field] for field in Shard._fields))
             shard = shard._replace(files=[File(*file) for file in shard.files])
-            return shard if is_valid(shard, *size) else None
+            return shard if _is_valid(shard, *size) else None
         except Exception as error:  # a damaged file may raise nearly any error
             if isinstance(error, OSError) or cure(error):
                 raise
             return None
 
 
-def is_valid(shard, T, D):
+def _is_valid(shard, T, D):
     """Whether a shard has the types and shapes of Shard, valid file numbers and finite times.
 
     May raise an error instead of returning False.
@@ -308,8 +308,8 @@ class ShardWriter:
     def save(self):
         if not self.parts:
             return
-        name = new_name(self.mark)
-        shard = join_shards(self.parts)
+        name = _new_name(self.mark)
+        shard = _join_shards(self.parts)
         try:
             write_shard(self.folder, name, shard)
         except (OSError, RuntimeError) as error:
@@ -448,9 +448,9 @@ def repack(folder, mark, shards, newest):
     # A few at a time, because they are in memory together.
     for start in range(0, len(chosen), SMALL):
         old = chosen[start:start + SMALL]
-        shard = join_shards([keep_files(shards[key], valid[key]) for key in old])
+        shard = _join_shards([keep_files(shards[key], valid[key]) for key in old])
         if shard.files:
-            write_shard(folder, new_name(mark), shard)
+            write_shard(folder, _new_name(mark), shard)
         for key in old:
             with contextlib.suppress(FileNotFoundError):  # deleted by another search
                 os.unlink(os.path.join(folder, key))

@@ -49,7 +49,7 @@ def add_common(p):
 OUTPUTS = {"--json": b'{\n "', "--report": b"<title>T-MASS", "--save": b"tmass scores"}
 
 
-def check_outputs(args):
+def _check_outputs(args):
     """Check early that each output can be written, and that no two options name the same file."""
     named = {os.path.realpath(args.ckpt): "--ckpt"}
     if getattr(args, "features", None):
@@ -68,7 +68,7 @@ def check_outputs(args):
 
 def load_model(args, job):
     """Load the model of --ckpt, and apply the options to it. -> (model, tokenizer, config)."""
-    check_outputs(args)
+    _check_outputs(args)
     # The first process may have to download the weights, which the others then find.
     with job.first_alone():
         model, tokenizer, config = load_checkpoint(args.ckpt, args.activation)

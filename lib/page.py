@@ -356,7 +356,7 @@ M{x} {y["low"]}m-7 0h14M{x} {y["high"]}m-7 0h14"/>
     return axes.svg(about, marks) + draw_legend(legend)
 
 
-def line_chart(curves, about, unit=""):
+def _line_chart(curves, about, unit=""):
     """Curves over training steps, in different dashes. {name: [(step, value)]} -> HTML"""
     steps, values = zip(*itertools.chain(*curves.values()))
     top = max(values) or 1
@@ -371,7 +371,7 @@ def line_chart(curves, about, unit=""):
     return axes.svg(about, marks) + draw_legend(legend)
 
 
-def read_curve(rows, name):
+def _read_curve(rows, name):
     """The finite values of a log's column, thinned out if there are many. -> [(step, value)]."""
     curve = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
     curve = [point for point in curve if math.isfinite(point[1])]
@@ -388,9 +388,9 @@ def training_charts(path):
             ("Training losses", "", "loss", "stochastic", "support", "ce"),
             ("Validation t2v R@1", "%", "val_R1"),
         ):
-            curves = {name: curve for name in names if (curve := read_curve(rows, name))}
+            curves = {name: curve for name in names if (curve := _read_curve(rows, name))}
             if curves:
-                charts[title] = line_chart(curves, f"{title} by training step", unit)
+                charts[title] = _line_chart(curves, f"{title} by training step", unit)
     except (OSError, ValueError, KeyError, TypeError):  # no log, or a log in another format
         return {}
     return charts

@@ -94,7 +94,7 @@ def percent(hits):
     return 100 * hits.double().mean().item()
 
 
-def irrelevant_pairs(owner, V):
+def _irrelevant_pairs(owner, V):
     """Irrelevant pairs (text i, video j), at most MOST_PAIRS. owner (N,) -> i (P,), j (P,)."""
     others = max(1, V - 1)
     count = len(owner) * (V - 1)
@@ -108,7 +108,7 @@ def irrelevant_pairs(owner, V):
     return i, j
 
 
-def radius_l1(model, t, f, i, j):
+def _radius_l1(model, t, f, i, j):
     """|R_ij|₁ of the pairs (i, j). t (N,D), f (V,T,D), i (P,), j (P,) -> (P,), on the CPU."""
     sizes = []
     for texts, videos in zip(i.split(2048), j.split(2048)):
@@ -117,7 +117,7 @@ def radius_l1(model, t, f, i, j):
     return torch.cat(sizes)
 
 
-def margins(sims, owner):
+def _margins(sims, owner):
     """Score of the right video minus the best wrong one's. sims (N,V), owner (N,) -> (N,)."""
     own = sims.gather(1, owner[:, None])
     others = sims.scatter(1, owner[:, None], -torch.inf)
@@ -176,12 +176,12 @@ def analyze(model, scored, t2v, v2t):
                             v2t=recall_intervals(v2t[described], described))
 
     pairs = dict(relevant=(torch.arange(N), owner),
-                 irrelevant=irrelevant_pairs(owner, V))
+                 irrelevant=_irrelevant_pairs(owner, V))
     best = {}
     size = {}
     for kind, (i, j) in pairs.items():
         best[kind] = sims[i, j]
-        size[kind] = radius_l1(model, t, f, i, j)
+        size[kind] = _radius_l1(model, t, f, i, j)
         out[kind] = dict(
             pairs=len(i),
             point=spread(point[i, j]),
@@ -192,7 +192,7 @@ def analyze(model, scored, t2v, v2t):
         )
     out["histograms"] = dict(similarity=histogram(best), radius=histogram(size))
 
-    point_hits = margins(point, owner) > 0
+    point_hits = _margins(point, owner) > 0
     out["point_R1"] = percent(point_hits)
     diversity = frame_diversity(f).cpu()[owner]
     out["complexity"] = thirds(diversity, t2v, owner, point_hits)
@@ -201,7 +201,7 @@ def analyze(model, scored, t2v, v2t):
 
 # ---- tables ----
 #
-# A table is a pair (heads, rows), in which all cells are str. `text_table` formats it for the
+# A table is a pair (heads, rows), in which all cells are str. `_text_table` formats it for the
 # terminal, and `html_table` for a page.
 
 WAYS = {"t2v": "t2v", "v2t": "v2t, max over captions"}
@@ -240,13 +240,13 @@ def metrics_table(result):
     return ["", *COLUMNS], rows
 
 
-def metrics_notes(result):
+def _metrics_notes(result):
     """The notes that belong below a result's metrics. -> list of str"""
     released = result.get("released_protocol", {})
     return [note.format(**released) for key, (_, note) in PARTS.items() if key in result]
 
 
-def intervals_table(a):
+def _intervals_table(a):
     rows = []
     for way, found in a["intervals"].items():
         cells = [f"{x['value']:.1f} [{x['low']:.1f}, {x['high']:.1f}]" for x in found.values()]
@@ -267,7 +267,7 @@ def pairs_table(a):
     return ["mean ± std", *kinds], rows
 
 
-def thirds_table(a):
+def _thirds_table(a):
     """A table of R@1 by third of the texts. -> heads, rows"""
     rows = []
     for x in a["complexity"]:
@@ -281,7 +281,7 @@ def thirds_table(a):
     return [f"t2v R@1 by {COMPLEXITY}", "texts", "R@1", "95 %", "point text"], rows
 
 
-def text_table(heads, rows):
+def _text_table(heads, rows):
     """Format a table for the terminal, the first column left-aligned, the others right-aligned."""
     lines = [""] * (1 + len(rows))
     align = str.ljust
@@ -295,13 +295,13 @@ def text_table(heads, rows):
 def metrics_text(result):
     """Format the result of eval.summarise for the terminal."""
     lines = [f"{result['texts']} texts, {result['videos']} videos"]
-    lines.append(text_table(*metrics_table(result)))
-    for note in metrics_notes(result):
+    lines.append(_text_table(*metrics_table(result)))
+    for note in _metrics_notes(result):
         lines.append(textwrap.fill(note, 98))
     return "\n".join(lines)
 
 
-def about_pairs(a):
+def _about_pairs(a):
     """Which pairs were analysed, and how many, as a phrase."""
     others = "a seeded sample of the irrelevant" if a["irrelevant"]["sampled"] else "all irrelevant"
     return (f"{a['relevant']['pairs']} relevant pairs (a caption and its own video), "
@@ -310,9 +310,9 @@ def about_pairs(a):
 
 def analysis_text(a):
     """Format the result of `analyze` for the terminal."""
-    tables = [table(a) for table in (intervals_table, pairs_table, thirds_table)]
-    intervals, pairs, complexity = (text_table(*table) for table in tables)
-    return f"{intervals}\n\n{about_pairs(a)}\n{pairs}\n\n{complexity}"
+    tables = [table(a) for table in (_intervals_table, pairs_table, _thirds_table)]
+    intervals, pairs, complexity = (_text_table(*table) for table in tables)
+    return f"{intervals}\n\n{_about_pairs(a)}\n{pairs}\n\n{complexity}"
 
 
 # ---- pages ----
@@ -333,7 +333,7 @@ def choose_queries(sims, owner, t2v, seed):
     owner (N,); t2v (N,): ranks. The best texts are those of the lowest rank, and then of the widest
     margin. No two chosen texts share a video.
     """
-    margin = margins(sims, owner).tolist()
+    margin = _margins(sims, owner).tolist()
     rank = t2v.tolist()
     best = sorted(range(len(rank)), key=lambda i: (rank[i], -margin[i]))
     missed = [i for i in reversed(best) if rank[i] > 1]
@@ -407,7 +407,7 @@ def query_card(i, scored, rank, top, pictures, page_path, mass=""):
             f"{mass}</article>")
 
 
-def query_cards(model, scored, t2v, page_path):
+def _query_cards(model, scored, t2v, page_path):
     """Cards of `choose_queries`' texts: the best videos for each, and its mass. -> HTML."""
     scored = scored._replace(sims=scored.sims.cpu())
     owner = torch.tensor(scored.ann.owner)
@@ -424,7 +424,7 @@ def query_cards(model, scored, t2v, page_path):
     return body
 
 
-def figures(pictures):
+def _figures(pictures):
     """Arrange charts with their titles on cards. {title: HTML} -> HTML."""
     cards = ""
     for title, chart in pictures.items():
@@ -438,7 +438,7 @@ def write_report(path, model, result, a, scored, t2v, log):
     result: of eval.summarise; a: of `analyze`; t2v (N,): ranks; log: path of train.py's log.
     """
     notes = ""
-    for note in metrics_notes(result):
+    for note in _metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
     pairs = {}
     for title, key, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
@@ -448,26 +448,26 @@ def write_report(path, model, result, a, scored, t2v, log):
     if result["expected"]:
         samples = f"best of {a['trials']} on average"
     chart = thirds_chart(a["complexity"], COMPLEXITY, samples)
-    complexity = figures({f"t2v R@1 by {COMPLEXITY}": chart})
+    complexity = _figures({f"t2v R@1 by {COMPLEXITY}": chart})
     body = f"""<section><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
 <p class="soft">Recall in percent. The intervals come from a bootstrap over videos, each with all
 its texts (seed {a['seed']}). They don't cover the variation between training seeds.</p>
-{html_table(*intervals_table(a))}</section>
+{html_table(*_intervals_table(a))}</section>
 <section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
 the right one; if it ranks lower, it comes last, with its rank. The mass is projected onto
 the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
 samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide mass, add up to
 the average of the best of {a['trials']} samples.</p>
-{query_cards(model, scored, t2v, path)}</section>
+{_query_cards(model, scored, t2v, path)}</section>
 <section><h2>Relevant and irrelevant pairs</h2>
-<p class="soft">{esc(about_pairs(a))}; percentages are of each kind's own pairs.</p>
-{html_table(*pairs_table(a))}{figures(pairs)}</section>
+<p class="soft">{esc(_about_pairs(a))}; percentages are of each kind's own pairs.</p>
+{html_table(*pairs_table(a))}{_figures(pairs)}</section>
 <section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
 distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
 texts: R@1 {a['point_R1']:.1f}).</p>{complexity}</section>"""
     curves = training_charts(log)
     if curves:
-        body += f"<section><h2>Training</h2>{figures(curves)}</section>"
+        body += f"<section><h2>Training</h2>{_figures(curves)}</section>"
     lead = (f"{result['data']}, split {result['split']}: {result['texts']} captions, "
             f"{result['videos']} videos")
     write_page(path, page("T-MASS: text-video retrieval", lead, body, result))

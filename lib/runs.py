@@ -89,8 +89,8 @@ def earlier_run(args):
         raise WeightsError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
                            "choose another --out")
     if args.resume:
-        check_run(content, out)
-        check_unchanged(args, content)
+        _check_run(content, out)
+        _check_unchanged(args, content)
         return content
     finished = content.get("finished", True)
     if finished and not args.overwrite:
@@ -131,7 +131,7 @@ def check_settings(parser, config, path):
     return {name: settings[name] for name in known if settings[name] is not None}
 
 
-def check_unchanged(args, content):
+def _check_unchanged(args, content):
     """Refuse settings that differ from the resumed run's, unless they do not affect the result."""
     free = (*FREE, "data") if "splits" in content else FREE  # its checksum decides
     for name, before in content["config"].items():
@@ -157,7 +157,7 @@ def go_on():
     return shlex.join(words)
 
 
-def check_run(content, path):
+def _check_run(content, path):
     """Raise a WeightsError unless --resume can go on from this checkpoint."""
     with usable(path):
         check_own(content)
@@ -169,7 +169,7 @@ def check_run(content, path):
             raise ValueError(f"best is {content['best']!r:.60}")
 
 
-def load_optimizer(optimizer, saved):
+def _load_optimizer(optimizer, saved):
     """Restore the moments of a saved state_dict(). Raises ValueError if they don't fit."""
     # The learning rates come from the settings, whatever the file says.
     groups = optimizer.state_dict()["param_groups"]
@@ -316,7 +316,7 @@ class Checkpoint:
         self.sums = {name: checksum(annotations) for name, annotations in self.splits.items()}
         if saved:
             with usable(self.args.out):
-                load_optimizer(self.optimizer, saved["optimizer"])
+                _load_optimizer(self.optimizer, saved["optimizer"])
                 self.scaler.load_state_dict(saved.get("scaler", {}))
             self.step = saved["step"]
             self.best = saved["best"]

@@ -23,31 +23,31 @@ def settings_beside(path, sd):
     """
     hf = any("text_model." in key for key in sd)
     file = path.with_name("config.json" if hf else "open_clip_config.json")
-    content = read_settings(file)
+    content = _read_settings(file)
     # Hugging Face has a separate file for what is done to images; open_clip does not.
-    images = read_settings(path.with_name("preprocessor_config.json")) if hf else content
+    images = _read_settings(path.with_name("preprocessor_config.json")) if hf else content
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
-        found = pixel_settings(as_open_clip(images) if hf else images.get("preprocess_cfg") or {})
+        found = _pixel_settings(_as_open_clip(images) if hf else images.get("preprocess_cfg") or {})
         section = "vision_config" if hf else "model_cfg"
         if any(name.startswith(section) for name in content):
-            vision, more = hf_settings(content) if hf else open_clip_settings(content, sd)
+            vision, more = _hf_settings(content) if hf else _open_clip_settings(content, sd)
             found |= more
             if "image_size" in vision:
                 found["image_size"] = max(sides(vision["image_size"]))
             why, heads_by = f"by {file}", f"by {file.name}"
         else:
-            found["quick_gelu"], why = activation_by_origin(path, sd, hf)
+            found["quick_gelu"], why = _activation_by_origin(path, sd, hf)
             heads_by = "guessed: usual width"
         check_range(found, SETTINGS["clip"], f"{file.name}: ")
     return found, why, heads_by
 
 
-def read_settings(file):
+def _read_settings(file):
     """The dict in a JSON file; {} if there is no such file."""
     return read_json(file, "the weights beside it", dict) if file.is_file() else {}
 
 
-def activation_by_origin(path, sd, hf):
+def _activation_by_origin(path, sd, hf):
     """Guess which GELU weights without settings were trained with. -> (quick_gelu, why)"""
     if hf:
         return True, "HF's default; to be sure, put its config.json beside the file"
@@ -60,8 +60,8 @@ def activation_by_origin(path, sd, hf):
                    f"name; to change: --activation {'gelu' if quick else 'quickgelu'}")
 
 
-def hf_settings(content):
-    """A CLIPConfig, which omits settings that have their default. -> as `open_clip_settings`"""
+def _hf_settings(content):
+    """A CLIPConfig, which omits settings that have their default. -> as `_open_clip_settings`"""
     # In older files that have both, vision_config_dict counts.
     towers = [content.get(f"{name}_config_dict") or content.get(f"{name}_config") or {}
               for name in ("vision", "text")]
@@ -91,7 +91,7 @@ def sides(size):
     return set(map(int, re.findall("[0-9.]+", str(size))))
 
 
-def open_clip_settings(content, sd):
+def _open_clip_settings(content, sd):
     """An open_clip_config.json -> (settings of its image tower, arguments of CLIP)"""
     model = content["model_cfg"]
     vision = model.get("vision_cfg") or {}
@@ -108,7 +108,7 @@ def open_clip_settings(content, sd):
     )
 
 
-def as_open_clip(images):
+def _as_open_clip(images):
     """The settings of Hugging Face's CLIPImageProcessor -> those of open_clip's preprocess_cfg"""
     size = images.get("size") or 224
     crop = images.get("crop_size") or size
@@ -123,7 +123,7 @@ def as_open_clip(images):
     )
 
 
-def pixel_settings(content):
+def _pixel_settings(content):
     """How images are resized and pixels normalised, as far as it is set. -> arguments of CLIP"""
     mode = content.get("resize_mode") or "shortest"
     found = dict(resize=(mode, content.get("interpolation") or "bicubic"))

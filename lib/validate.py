@@ -108,10 +108,10 @@ def check_own(content):
             if repr(recorded[name]) != repr(sizes[name]):
                 raise WeightsError(f"{name} is {recorded[name]!r:.60}, but {sizes[name]} in its "
                                    "weights")
-    check_merges(content["merges"], sizes["vocab_size"])
+    _check_merges(content["merges"], sizes["vocab_size"])
 
 
-def check_merges(merges, vocab_size):
+def _check_merges(merges, vocab_size):
     """Raise a WeightsError unless merges join known symbols and give a vocabulary of that size."""
     tokenizer = Tokenizer(merges)
     if len(tokenizer.rank) < len(merges) or tokenizer.vocab_size != vocab_size:

@@ -54,7 +54,7 @@ def find_weights(name_or_path):
     """A name of MODELS or OTHER_NAMES (downloaded on first use), a file, or a folder -> Path."""
     path = Path(name_or_path)
     if path.is_dir():
-        return file_in(path)
+        return _file_in(path)
     if path.exists():
         return path
     name = str(name_or_path)
@@ -65,7 +65,7 @@ def find_weights(name_or_path):
     return fetch(f"{OPENAI_URL}/{sha256}/{file}", sha256)
 
 
-def file_in(folder):
+def _file_in(folder):
     """The weights file in a folder that save_pretrained or open_clip wrote."""
     for name in FILES:
         for file in (folder / name, folder / f"{name}.index.json"):
@@ -109,7 +109,7 @@ def read_weights(path):
     """
     path = Path(path)
     if path.is_dir():
-        path = file_in(path)
+        path = _file_in(path)
     if not path.is_file():
         why = "a pipe or a device; give the name of a plain file"
         raise WeightsError(f"{path}: {why if path.exists() else 'no such file'}")
@@ -140,20 +140,20 @@ def read_weights(path):
 
 def content_of(path):
     """Read a weights file according to its kind. -> its content"""
-    entries = zip_entries(path)
+    entries = _zip_entries(path)
     if path.name.endswith(".index.json"):
-        return read_parts(path)
+        return _read_parts(path)
     if path.suffix == ".safetensors":
         return load_file(path)
     if any(name.endswith("/constants.pkl") for name in entries):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but OpenAI's files use it
             return torch.jit.load(path, map_location="cpu").state_dict()
-    with torch.serialization.safe_globals(numpy_scalars()):
+    with torch.serialization.safe_globals(_numpy_scalars()):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def zip_entries(path):
+def _zip_entries(path):
     """The names in a zip, which is what torch writes, with valid checksums; [] for other files."""
     if not zipfile.is_zipfile(path):
         return []
@@ -165,7 +165,7 @@ def zip_entries(path):
         return file.namelist()
 
 
-def read_parts(path):
+def _read_parts(path):
     """The weights of all files that an index of save_pretrained names."""
     files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     weights = {}
@@ -174,7 +174,7 @@ def read_parts(path):
     return weights
 
 
-def numpy_scalars():
+def _numpy_scalars():
     """The types that make up NumPy numbers, often saved beside weights. None of them runs code."""
     import numpy  # which torchvision requires
     scalar = numpy.float64(0).__reduce__()[0]
@@ -189,7 +189,7 @@ INNER = r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
 WRAPPERS = re.compile(rf"^(module\.|model\.|{INNER})+|{INNER}")
 
 
-def state_dict_in(weights):
+def _state_dict_in(weights):
     """The state dict in a file's content, without what wrappers add to its names."""
     while inner := [weights[key] for key in HOLDERS if isinstance(weights.get(key), dict)]:
         weights = inner[0]
@@ -262,23 +262,23 @@ def load_clip(name_or_path, quick_gelu=None):
     quick_gelu: overrides what the files say about it.
     """
     if str(name_or_path).startswith(PREFIX):
-        return load_open_clip(str(name_or_path), quick_gelu)
+        return _load_open_clip(str(name_or_path), quick_gelu)
     asked = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
         return build_own(content, path, **asked)[0].clip
-    return clip_from(content, path, **asked)
+    return _clip_from(content, path, **asked)
 
 
-def load_open_clip(name, quick_gelu=None):
+def _load_open_clip(name, quick_gelu=None):
     """A name after open_clip:, perhaps with a tag or a weights file -> OpenCLIP."""
     model, tag, file = split_name(name)
     load = not file and (tag or ":" in model)
     clip = OpenCLIP(model, tag, load, quick_gelu)
     origin = ""
     if file:
-        sd = state_dict_in(read_weights(file))
+        sd = _state_dict_in(read_weights(file))
         sd = {name: x for name, x in sd.items() if name not in NOT_WEIGHTS}
         load_strictly(clip.model, sd, f"open_clip's {model}")
         origin = ", as for open_clip's own weights" if clip.agreed else ", by default"
@@ -294,9 +294,9 @@ def load_open_clip(name, quick_gelu=None):
     return clip
 
 
-def clip_from(weights, path, **asked):
+def _clip_from(weights, path, **asked):
     """Build the CLIP whose weights `read_weights` found in a file."""
-    sd = state_dict_in(weights)
+    sd = _state_dict_in(weights)
     in_checkpoint = {k.removeprefix("clip."): x for k, x in sd.items() if k.startswith("clip.")}
     sd = in_checkpoint or sd
     settings, why, heads_by = settings_beside(path, sd)
@@ -365,7 +365,7 @@ def load_checkpoint(name_or_path, activation=None):
     asked = {"quick_gelu": ACTIVATIONS[activation]} if activation else {}
     if str(name_or_path).startswith(PREFIX):
         clip = load_clip(name_or_path, **asked)
-        model = TMASS(clip, **method_of({}))
+        model = TMASS(clip, **_method_of({}))
         return model.eval(), clip.tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
@@ -373,7 +373,7 @@ def load_checkpoint(name_or_path, activation=None):
         model, tokenizer, config = build_own(content, path, **asked)
     else:
         model, config = _load_foreign(content, path, **asked)
-        tokenizer = vocabulary_of(model.clip, path)
+        tokenizer = _vocabulary_of(model.clip, path)
     if broken := not_finite(model.state_dict()):
         print(f"warning: {path}: weights that are not finite ({listed(broken)}): "
               "its scores mean nothing")
@@ -409,21 +409,21 @@ RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this o
 
 def _load_foreign(content, path, **asked):
     """A released checkpoint (HF's CLIP, pool_frames, stochastic) or a CLIP -> (model, config)."""
-    sd = state_dict_in(content)
+    sd = _state_dict_in(content)
     released = any(key.startswith("pool_frames.") for key in sd)
-    clip = clip_from(content, path, **asked)
+    clip = _clip_from(content, path, **asked)
     # In a released file, all entries outside of CLIP belong to pooling or radius.
     head = {renamed(k, RELEASED_NAMES): x for k, x in sd.items() if released and k[:5] != "clip."}
     head.pop("radius.learnable_scalar", None)  # the released code never reads it
     with explained(path, "not a checkpoint of the released code", f"found {listed(head)}"):
-        model = TMASS(clip, **method_of(head))
+        model = TMASS(clip, **_method_of(head))
     own = {f"clip.{key}": x for key, x in clip.state_dict().items()}
     load_strictly(model, own | head, f"the model of {path}")
     kind = "released" if released else "zero_shot"
     return model, {kind: True, "frames": model.config["frames"]}
 
 
-def method_of(head):
+def _method_of(head):
     """The settings of TMASS for a released checkpoint's tensors beside CLIP; {}: CLIP alone."""
     if "radius.linear.weight" in head:
         frames = head["radius.linear.weight"].shape[1]
@@ -432,7 +432,7 @@ def method_of(head):
     return dict(radius="none", support_weight=0.0, pooling=pooling)
 
 
-def vocabulary_of(clip, path):
+def _vocabulary_of(clip, path):
     """CLIP's vocabulary -> Tokenizer. WeightsError if the weights have another number of tokens."""
     tokenizer = load_vocabulary()
     expected = clip.config["vocab_size"]
