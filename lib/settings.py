@@ -33,7 +33,10 @@ def settings_beside(path, sd):
             vision, more = _hf_settings(content) if hf else _open_clip_settings(content, sd)
             found |= more
             if "image_size" in vision:
-                found["image_size"] = max(sides(vision["image_size"]))
+                side = max(_sides(vision["image_size"]))
+                if side % vision.get("patch_size", side):
+                    raise WeightsError(f"image_size is {side}, expected a multiple of patch_size")
+                found["image_size"] = side
             why, heads_by = f"by {file}", f"by {file.name}"
         else:
             found["quick_gelu"], why = _activation_by_origin(path, sd, hf)
@@ -86,7 +89,7 @@ def the_same(name, towers, default):
     return images
 
 
-def sides(size):
+def _sides(size):
     """The different numbers in a size: a number, or a list or dict of two. -> set"""
     return set(map(int, re.findall("[0-9.]+", str(size))))
 
@@ -112,7 +115,7 @@ def _as_open_clip(images):
     """The settings of Hugging Face's CLIPImageProcessor -> those of open_clip's preprocess_cfg"""
     size = images.get("size") or 224
     crop = images.get("crop_size") or size
-    if images.get("do_center_crop", True) and sides(size) != sides(crop):
+    if images.get("do_center_crop", True) and _sides(size) != _sides(crop):
         raise WeightsError(f"size is {size} and crop_size {crop}, expected the same")
     normalised = images.get("do_normalize", True)
     return dict(

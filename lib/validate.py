@@ -100,8 +100,6 @@ def check_own(content):
     if "open_clip" in content["clip"]:
         return
     sizes = sizes_of({name.removeprefix("clip."): x for name, x in content["model"].items()})
-    # Less than a patch may be left over.
-    sizes["image_size"] += content["clip"]["image_size"] % sizes["patch_size"]
     for recorded in (content, content["clip"]):
         for name in recorded.keys() & sizes.keys():
             # Compare as text: 16.0 == 16 and True == 1, but neither is a size.

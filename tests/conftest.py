@@ -5,6 +5,7 @@ run our scripts.
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, programs would ignore it
 with contextlib.suppress(ImportError):  # optional; torch.hub shows downloads with it
     from tqdm import tqdm
 

@@ -103,20 +103,11 @@ def test_settings_of_other_types_are_refused(tmp_path, name, values):
         assert "\n" not in str(error.value)
 
 
-def test_the_side_of_images_need_be_no_multiple_of_the_patch(tmp_path):
-    """The convolution leaves out what is over, but images are resized to all of it."""
-    hf = hf_with(tmp_path)
-    hf.config.vision_config.image_size = TINY["image_size"] + 3
-    hf.config.save_pretrained(tmp_path)
-    hf = type(hf).from_pretrained(tmp_path).eval()
-    clip = load_clip(tmp_path)
-    images, _ = batch(TINY | dict(image_size=TINY["image_size"] + 3))
-    assert clip.image_size == images.shape[-1]
-    with torch.no_grad():
-        torch.testing.assert_close(clip.encode_image(images), hf.get_image_features(images))
-    small = CLIP(**make().clip.config | dict(image_size=19))
-    save_checkpoint(tmp_path / "m.pt", TMASS(small, frames=4), Tokenizer((), 16), {})
-    assert load_checkpoint(tmp_path / "m.pt")[0].clip.image_size == 19
+def test_the_side_of_images_is_that_of_the_settings(tmp_path):
+    hf_with(tmp_path)
+    edit(tmp_path / "config.json", vision_config__image_size=TINY["image_size"] + 3)
+    with pytest.raises(WeightsError, match="image_size is 19, expected a multiple"):
+        load_clip(tmp_path)
     edit(tmp_path / "config.json", vision_config__image_size=32)
     with pytest.raises(WeightsError, match="size mismatch for visual.positional_embedding"):
         load_clip(tmp_path)
