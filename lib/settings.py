@@ -5,11 +5,16 @@ from lib.common import WeightsError
 from lib.tables import read_json
 from lib.validate import SETTINGS, check_range, explained
 
-# The settings of a tower in open_clip_config.json that may be set. Sizes follow from the weights,
-# patch dropout matters in training only, and the others where another one is set.
-OPEN_CLIP = re.compile(
-    "(image_size|layers|width|patch_size|head_width|mlp_ratio|patch_dropout|context_length|heads"
-    "|vocab_size|eos_id|pad_id|attn_pooler_.*|timm_(?!model_name).*|hf_(pr|pool|model_pre).*)$")
+# How the names of a tower's settings in open_clip_config.json begin that may have any value. Sizes
+# follow from the weights, patch dropout matters in training only, and the last three rows matter
+# only beside a setting that is refused, such as timm_model_name.
+OPEN_CLIP = (
+    "image_size", "patch_", "width", "layers", "head", "mlp_ratio", "context_length", "vocab_size",
+    "eos_id", "pad_id",
+    "attn_pooler_",
+    "timm_",
+    "hf_",
+)
 # The usual values of other settings. Any other value changes what is computed.
 USUAL = ("tok", "argmax", "learnable", "linear", "default")
 
@@ -25,9 +30,13 @@ def settings_beside(path, sd):
     file = path.with_name("config.json" if hf else "open_clip_config.json")
     content = _read_settings(file)
     # Hugging Face has a separate file for what is done to images; open_clip does not.
-    images = _read_settings(path.with_name("preprocessor_config.json")) if hf else content
+    images = content.get("preprocess_cfg") or {}
+    if hf:
+        images = _read_settings(path.with_name("preprocessor_config.json"))
     with explained(path.parent, "not readable as a CLIP's settings", "get its .json files again"):
-        found = _pixel_settings(_as_open_clip(images) if hf else images.get("preprocess_cfg") or {})
+        if hf:
+            images = _as_open_clip(images)
+        found = _pixel_settings(images)
         section = "vision_config" if hf else "model_cfg"
         if any(name.startswith(section) for name in content):
             vision, more = _hf_settings(content) if hf else _open_clip_settings(content, sd)
@@ -100,7 +109,8 @@ def _open_clip_settings(content, sd):
     vision = model.get("vision_cfg") or {}
     text = model.get("text_cfg") or {}
     for key, value in [*vision.items(), *text.items()]:
-        if value and value not in USUAL and not OPEN_CLIP.match(key):
+        allowed = key.startswith(OPEN_CLIP) and not key.endswith("_name")
+        if value and value not in USUAL and not allowed:
             raise WeightsError(f"{key} is {value!r}, which clip_model.CLIP does not compute: use "
                                "--clip open_clip:local-dir:FOLDER")
     width = len(sd["visual.conv1.weight"])
