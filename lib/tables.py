@@ -105,7 +105,7 @@ def split_by_name(files):
     up. They may move when the list grows. From 60 files on, this almost never happens.
     """
     def tenth_and_code(name):
-        code = zlib.crc32(os.fsencode(name))
+        code = zlib.crc32(name.encode())
         return code % 10, code, name
 
     order = sorted(set(files), key=tenth_and_code)

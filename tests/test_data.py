@@ -679,6 +679,19 @@ def test_csv_without_split_column_is_divided_by_name(tmp_path):
         assert {os.path.basename(p) for p in paths[split]} <= now
 
 
+def test_a_csv_is_divided_the_same_in_any_locale():
+    """Without UTF-8 in file names, é has another byte there, or none."""
+    code = "from lib.tables import split_by_name; print(split_by_name(['caf\\xe9.mp4', 'b', 'c']))"
+    found = set()
+    for locale in ("C", "C.UTF-8"):
+        env = dict(os.environ, LC_ALL=locale, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env,
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
 def divided(tmp_path, files):
     """How a csv without splits is divided. -> {split: set of file names}; no video in two."""
     rows = [[file, f"{file} {k}"] for k in range(2) for file in files]
