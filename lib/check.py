@@ -40,7 +40,7 @@ def check(args):
         problems += _check_split(args, known, split, annotations, frames, cache)
     if args.list:
         with output("--list", args.list) as part, \
-                open(part, "w", encoding="utf-8", errors="surrogateescape") as file:
+                open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             file.write(HEADER)
             csv.writer(file, lineterminator="\n").writerows(problems)
     return 1 if problems else 0

@@ -279,8 +279,7 @@ def written_whole(path, flush=True):
             # The new name may reach the disk before the content does.
             if flush:
                 os.fsync(file.fileno())
-            if fcntl is None:  # Windows cannot rename an open file
-                file.close()
+            close_on_windows(file)
             os.replace(part, path)  # while locked: no other process removes it
     # Also on KeyboardInterrupt: a part left behind would look like another run's.
     except BaseException:
@@ -298,6 +297,12 @@ def _begun(path):
         if os.path.exists(part):
             return part, file
         file.close()  # another process removed it as left behind, before it was locked
+
+
+def close_on_windows(file):
+    """Close a file on Windows, which neither renames nor deletes an open one."""
+    if fcntl is None:
+        file.close()
 
 
 def _lock(file, wait=False):
@@ -332,6 +337,7 @@ def check_output(option, path, mark=b""):
             raise OSError("give a plain file's name in a folder that exists")
         part, file = _begun(path)  # fails without a writable folder, or if the name is too long
         with file:
+            close_on_windows(file)
             os.unlink(part)
         if plain:
             with open(path, "r+b") as file:

@@ -134,4 +134,5 @@ def read_features(path, model):
 def write_json(path, content):
     """Write a JSON file, whole or not at all."""
     with output("--json", path) as part:
-        Path(part).write_text(json.dumps(content, indent=1))
+        text = json.dumps(content, indent=1)
+        Path(part).write_text(text, newline="")  # the same on Windows: see OUTPUTS

@@ -13,7 +13,7 @@ from dataclasses import InitVar, dataclass, field
 
 import torch
 
-from lib.common import WeightsError, check_output, clock, write_text
+from lib.common import WeightsError, check_output, clock, close_on_windows, write_text
 from lib.processes import Job
 from lib.validate import check_own, usable
 from lib.weights import read_weights, save_checkpoint
@@ -61,6 +61,7 @@ def only_run(out):
         try:
             yield
         finally:
+            close_on_windows(lock)
             os.unlink(lock.name)
 
 

@@ -1,4 +1,5 @@
 """What all programs share: options, standard streams, files written whole, and how they end."""
+import _pyio
 import errno
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import lib.common
 from lib.common import (
     DataError,
@@ -27,6 +29,8 @@ from lib.common import (
     write_text,
     written_whole,
 )
+from lib.options import OUTPUTS, write_json
+from lib.runs import only_run
 
 ROOT = Path(lib.common.__file__).resolve().parent.parent
 # Its result goes to out.txt; before and after, it prints more than a pipe holds.
@@ -350,3 +354,44 @@ def test_a_failed_write_is_called_by_its_reason(tmp_path):
         with output("--save", tmp_path / "out"):
             raise RuntimeError("boom")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """As on Windows: no locks, lines end in \\r\\n, an open file is neither renamed nor deleted."""
+    def refusing(act):
+        def if_closed(path, *more):
+            for link in Path("/proc/self/fd").iterdir():
+                if os.path.realpath(link) == os.path.realpath(path):
+                    raise PermissionError(errno.EACCES, "it is being used by another process", path)
+            return act(path, *more)
+        return if_closed
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs Linux, to see which files are open")
+    monkeypatch.setattr(lib.common, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    for name in ("unlink", "replace"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    for module in ("io", "builtins"):
+        monkeypatch.setattr(f"{module}.open", _pyio.open)
+
+
+def test_windows_neither_renames_nor_deletes_open_files(windows, tmp_path):
+    out = str(tmp_path / "model.pt")
+    for _ in range(2):
+        with only_run(out):
+            write_text(out, "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_on_windows_each_option_recognises_its_own_file(windows, tmp_path):
+    path = tmp_path / "result.json"
+    for _ in range(2):
+        check_output("--json", path, OUTPUTS["--json"])
+        write_json(path, dict(R1=1))
+    (tmp_path / "my.csv").write_text("video,caption\nno.mp4,a dog\n")
+    options = f"check --data {tmp_path}/my.csv --list {tmp_path}/bad.csv"
+    for _ in range(2):
+        assert data.main(options.split()) == 1
