@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -182,7 +182,7 @@ def run(main):
         print(f"error: another process of this job died ({first_line(e)})", file=sys.stderr)
         status = 2
     if dist.is_initialized():
-        if status == 2:
+        if status > 1:
             # A process that failed must not wait for the others; and when Python exits normally,
             # gloo's threads sometimes abort it.
             with contextlib.suppress(OSError):
@@ -277,6 +277,11 @@ def _start(pool, workers, ending, source):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with curable("workers can't be started"):
+            if context.get_start_method() != "fork":
+                # Its start unblocks them. A fork server without them blocked would end at a signal
+                # to all processes, as torchrun's is, and its workers could no longer be killed.
+                resource_tracker.ensure_running()
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for k in range(workers):
                 pipe, other_end = multiprocessing.Pipe()
                 arguments = ((k, workers), ending, pipe, other_end, source)
