@@ -201,7 +201,8 @@ def fit(args, job, checkpoint, batches, splits, noted):
                 checkpoint.save(done)
             if stopping:
                 return stopping
-    return 0
+    checkpoint.save(batches.total, finished=True)
+    return job.largest(max(noted, default=0))
 
 
 def test(args, job, checkpoint, annotations, title):
@@ -516,16 +517,15 @@ def train(args, job):
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
-        except (Stopped, DataError):
-            if not noted:
+        except (Stopped, DataError, RuntimeError) as error:
+            if not noted or isinstance(error, RuntimeError) and not process_died(error):
                 raise
-            # No batch arrived: the workers are slow, or the signal ended them. Saving needs all
-            # processes, some of which may be gone: so only a single process saves.
+            # No batch arrived: the workers are slow, or the signal ended them. The other processes
+            # wait in the middle of a step, or are gone: so nothing more is exchanged with them.
             stopped = noted[0]
-            if job.world == 1 and checkpoint.unsaved:
+            job = checkpoint.job = job._replace(world=1)
+            if checkpoint.unsaved:
                 checkpoint.save(checkpoint.unsaved)
-        if not stopped:
-            checkpoint.save(batches.total, finished=True)
     if stopped:
         checkpoint.list_bad()
         name = signal.Signals(stopped).name
