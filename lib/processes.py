@@ -53,8 +53,9 @@ class Job(NamedTuple):
         lists = self.gather(entries)
         return list(dict.fromkeys(itertools.chain(*lists)))
 
-    def largest(self, number):
-        """The maximum over all processes of an integer. -> int, on all."""
+    def largest(self, numbers):
+        """The maximum over all processes of lists of whole numbers; 0 if there are none."""
+        number = max(numbers, default=0)
         if self.world > 1:
             number = torch.tensor(number, device=self.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -270,10 +271,9 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
 
 def _start(pool, workers, ending, source):
     """Start the workers, with signals blocked until each has its own handlers."""
-    dataset = source[0]
     context = _context()
     # If a fork server starts them, it imports torch once for all.
-    context.set_forkserver_preload([__name__, type(dataset).__module__])
+    context.set_forkserver_preload([__name__, type(source[0]).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with curable("workers can't be started"):
@@ -392,7 +392,7 @@ def _wait(pipes):
     began = time.monotonic()
     while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
-            raise Stopped(_noted[0])
+            raise Stopped
     return ready[0]
 
 
