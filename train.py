@@ -195,13 +195,14 @@ def fit(args, job, checkpoint, batches, splits, noted):
                 R1 = test(args, job, checkpoint, splits["val"], f"validation after epoch {epoch}")
                 checkpoint.validated(done, R1)
                 log.row(step=done, epoch=epoch, val_R1=R1)
-            stopping = job.largest(max(noted, default=0))
+            stopping = job.largest(noted)
             saving = stopping or end_of_epoch or done % args.save_every == 0
             if saving and log.was_finite(done):
                 checkpoint.save(done)
             if stopping:
                 return stopping
-    return 0
+    checkpoint.save(batches.total, finished=True)
+    return job.largest(noted)
 
 
 def test(args, job, checkpoint, annotations, title):
@@ -516,24 +517,23 @@ def train(args, job):
     with noting_signals() as noted:
         try:
             stopped = fit(args, job, checkpoint, batches, splits, noted)
-        except (Stopped, DataError):
+        except (Stopped, DataError, RuntimeError):
             if not noted:
                 raise
-            # No batch arrived: the workers are slow, or the signal ended them. Saving needs all
-            # processes, some of which may be gone: so only a single process saves.
+            # No batch arrived: the workers are slow, or the signal ended them. The other processes
+            # wait in the middle of a step, or are gone: so nothing more is exchanged with them.
             stopped = noted[0]
-            if job.world == 1 and checkpoint.unsaved:
+            checkpoint.job = job._replace(world=1)
+            if checkpoint.unsaved:
                 checkpoint.save(checkpoint.unsaved)
-        if not stopped:
-            checkpoint.save(batches.total, finished=True)
     if stopped:
         checkpoint.list_bad()
         name = signal.Signals(stopped).name
         job.say(f"stopped by {name} after step {checkpoint.step}; continue with: {go_on()}")
         return 128 + stopped
     if checkpoint.best:
-        step, _ = checkpoint.best
-        job.say(f"the result is that of step {step}, the best on the validation split")
+        job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation "
+                "split")
     if splits["test"].segments:
         test(args, job, checkpoint, splits["test"], "test")
     checkpoint.list_bad()

@@ -39,7 +39,7 @@ h2{font-size:1.25rem;margin:2.6rem 0 .3rem}
 h3{font-size:1.02rem;margin:1.4rem 0 .6rem}
 h4{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
 p{margin:.5rem 0 .8rem}
-h1,h4,p,dd,.file,li{overflow-wrap:anywhere}
+h1,h2,h4,p,dd,.file,li{overflow-wrap:anywhere}
 .soft,figcaption,footer{color:var(--soft)}
 .soft{font-size:.92rem}
 .warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
@@ -71,6 +71,7 @@ dl div{min-width:0}
 dt{color:var(--soft);font-size:.82rem}
 dd{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:13px}
+.card svg{max-width:600px;overflow:visible}
 .grid{stroke:var(--rule)}.axis{stroke:var(--soft)}
 .on{fill:var(--on);fill-opacity:.45;stroke:var(--on);stroke-width:1.6}
 .off{fill:url(#hatch);stroke:var(--off);stroke-width:1.6;stroke-dasharray:4 2}
@@ -360,13 +361,13 @@ def _line_chart(curves, about, unit=""):
     """Curves over training steps, in different dashes. {name: [(step, value)]} -> HTML"""
     steps, values = zip(*itertools.chain(*curves.values()))
     top = max(values) or 1
-    axes = Axes((min(steps), max(steps) + 1), (0, 1.05 * top), "step", unit)
+    axes = Axes((0, max(steps) + 1), (0, 1.05 * top), "step", unit)
     marks = ""
     legend = {}
     for n, (name, curve) in enumerate(curves.items()):
-        curve = [curve[0], *curve]  # a single point becomes a line of length 0, drawn as a dot
         path = "L".join(f"{axes.at_x(step)} {axes.at_y(value)}" for step, value in curve)
-        marks += f'<path class="line{n}" d="M{path}"/>'
+        # A cross at the last point, so that a single one can be seen.
+        marks += f'<path class="line{n}" d="M{path}m-3-3l6 6m0-6l-6 6"/>'
         legend[f"line{n}"] = name
     return axes.svg(about, marks) + draw_legend(legend)
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -53,8 +53,9 @@ class Job(NamedTuple):
         lists = self.gather(entries)
         return list(dict.fromkeys(itertools.chain(*lists)))
 
-    def largest(self, number):
-        """The maximum over all processes of an integer. -> int, on all."""
+    def largest(self, numbers):
+        """The maximum over all processes of lists of whole numbers; 0 if there are none."""
+        number = max(numbers, default=0)
         if self.world > 1:
             number = torch.tensor(number, device=self.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -182,7 +183,7 @@ def run(main):
         print(f"error: another process of this job died ({first_line(e)})", file=sys.stderr)
         status = 2
     if dist.is_initialized():
-        if status == 2:
+        if status > 1:
             # A process that failed must not wait for the others; and when Python exits normally,
             # gloo's threads sometimes abort it.
             with contextlib.suppress(OSError):
@@ -270,13 +271,17 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
 
 def _start(pool, workers, ending, source):
     """Start the workers, with signals blocked until each has its own handlers."""
-    dataset = source[0]
     context = _context()
     # If a fork server starts them, it imports torch once for all.
-    context.set_forkserver_preload([__name__, type(dataset).__module__])
+    context.set_forkserver_preload([__name__, type(source[0]).__module__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with curable("workers can't be started"):
+            if context.get_start_method() != "fork":
+                # Its start unblocks them. A fork server without them blocked would end at a signal
+                # to all processes, as torchrun's is, and its workers could no longer be killed.
+                resource_tracker.ensure_running()
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             for k in range(workers):
                 pipe, other_end = multiprocessing.Pipe()
                 arguments = ((k, workers), ending, pipe, other_end, source)
@@ -387,7 +392,7 @@ def _wait(pipes):
     began = time.monotonic()
     while not (ready := connection.wait(pipes, timeout=1)):
         if _noted and time.monotonic() - began > STUCK:
-            raise Stopped(_noted[0])
+            raise Stopped
     return ready[0]
 
 

@@ -137,8 +137,9 @@ def histogram(pairs):
     values = values[values.isfinite()].tolist() or [0, 1]
     low = min(values)
     high = max(values)
-    # If all values are equal, as |R|₁ = 0 for radius none, the bins would have no width.
-    if high - low < 1e-6 * max(1, abs(low)):
+    # If all values are equal, as |R|₁ = 0 for radius none, the bins would have no width. If they
+    # nearly are, the six digits at the ticks could not tell them apart.
+    if high - low < 1e-4 * max(1, abs(low)):
         low -= 0.5
         high += 0.5
     out = {}
@@ -210,9 +211,9 @@ COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # the order of eval.metr
 PARTS = {
     "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
             "the other rows."),
-    "first_captions": ("first captions, honest: ", "The released protocol uses each video's "
-                       "first ({texts} texts), because it is defined for one caption per video; "
-                       "the first rows use all captions."),
+    "first_captions": ("first captions, honest: ", "The released protocol uses the first "
+                       "caption of each video ({texts} texts), because it is defined for one "
+                       "caption per video; the first rows use all captions."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
                           "its own ground-truth caption, whatever the query. For comparison with "
                           "published numbers only. (There, each pair has its own noise.)"),

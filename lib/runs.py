@@ -50,6 +50,9 @@ def only_run(out):
             import fcntl
             # The system releases it however this process ends. Workers would inherit a flock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its run ended, and removed it, after it was opened here: a third may have a new one.
+            if not os.fstat(lock.fileno()).st_nlink:
+                raise BlockingIOError
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise WeightsError(f"{out} is being written by process {lock.read()}: choose another "

@@ -192,7 +192,9 @@ def _read(path, T, cut):
         with file:
             pieces = [None]
             # A palette comes with the first packet that is read, and never again.
-            if file.format.name in SEEKABLE and stream.pix_fmt != "pal8":
+            pixels = stream.codec_context.format
+            palette = pixels is not None and pixels.has_palette
+            if file.format.name in SEEKABLE and not palette:
                 pieces = _seek_frames(file, stream, T, cut)
             for piece in pieces:
                 if piece is None:

@@ -433,7 +433,7 @@ def main():
         nargs="+",
         choices=VARIANTS,
         default=list(VARIANTS),
-        help="these variants (default: all)",
+        help="these variants; tables compare with xpool, and need it (default: all)",
     )
     p.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "study", help="where checkpoints are kept"

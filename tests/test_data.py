@@ -692,6 +692,31 @@ def test_a_csv_is_divided_the_same_in_any_locale():
     assert len(found) == 1
 
 
+def test_a_split_column_is_seen_without_parsing_the_whole_csv(tmp_path, monkeypatch):
+    rows = [["v.mp4", "x", "train"]] * 1000
+    lines = []
+    reader = csv.reader
+
+    class Reader:
+        line_num = 0
+
+        def __init__(self, *args, **settings):
+            self.rows = reader(*args, **settings)
+
+        def __iter__(self):
+            for row in self.rows:
+                lines.append(row)
+                yield row
+
+    for header, expected in ((["video", "caption", "split"], True), (["video", "a", "b"], False)):
+        name = table(tmp_path / "my.csv", header, *rows)
+        monkeypatch.setattr(csv, "reader", Reader)
+        assert tables.has_splits(name) == expected
+        monkeypatch.undo()
+        assert len(lines) == 2
+        lines.clear()
+
+
 def divided(tmp_path, files):
     """How a csv without splits is divided. -> {split: set of file names}; no video in two."""
     rows = [[file, f"{file} {k}"] for k in range(2) for file in files]

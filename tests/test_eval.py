@@ -270,7 +270,7 @@ def test_the_released_protocol_takes_each_videos_first_caption(folder):
     assert whole["first_captions"] == {way: alone[way] for way in ("t2v", "v2t")}
     assert "first_captions" not in alone
     printed = report.metrics_text(whole)
-    for words in ("each video's first (7 texts)", "first captions, honest: t2v", "LEAKING t2v"):
+    for words in ("caption of each video (7 texts)", "first captions, honest: t2v", "LEAKING t2v"):
         assert words in printed
     assert "first" not in report.metrics_text(alone)
 

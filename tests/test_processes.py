@@ -502,7 +502,7 @@ def job_main():
     assert backend.options._timeout >= datetime.timedelta(days=1)
     assert job.sum(torch.eye(2)[job.rank]).tolist() == [1, 1]
     assert job.gather({"rank": job.rank}) == [{"rank": 0}, {"rank": 1}]
-    assert job.join([1, job.rank]) == [1, 0] and job.largest(job.rank) == 1
+    assert job.join([1, job.rank]) == [1, 0] and job.largest([job.rank]) == 1
     with job.first_alone():
         job.say("one for all")
     if sys.argv[1:] == ["die"] and job.rank == 1:

@@ -416,7 +416,7 @@ def test_report(written):
     page = sound(path.read_text(encoding="utf-8"))
     assert [p.name for p in path.parent.iterdir() if "part" in p.name] == []
     for words in (EVIL, "LEAKING", "transductive", "Validation t2v R@1", "best of 4 on average",
-                  "each video's first (16 texts)", "honest", "<script>0&.mp4", "(0 s to 0.5 s)"):
+                  "caption of each video (16 texts)", "honest", "<script>0&.mp4", "(0 s to 0.5 s)"):
         assert words in page.text, words
     marked = [text for css, text in page.hits if "right" in css]
     # 2 best, 2 worst, 4 random: each shows its right video once
@@ -547,6 +547,25 @@ def test_ticks():
         step = found[1] - found[0]
         assert found[0] - low < step and high - found[-1] < step
         assert all(len(f"{x:g}") <= 6 for x in found)
+
+
+@pytest.mark.parametrize("low", [0, 0.9, -136.131])
+@pytest.mark.parametrize("width", [1e-5, 1e-4, 1e-3, 1])
+def test_the_ticks_of_a_histogram_differ(low, width):
+    """Also where all values are nearly equal."""
+    x = low + width * torch.linspace(0, 1, 9)
+    chart = pages.histogram_chart(report.histogram(dict(relevant=x, irrelevant=x)), "", "x")
+    labels = re.findall(r'middle">([^<]+)<', chart)
+    assert len(labels) > 4 and len(set(labels)) == len(labels)
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    """As the validation of one epoch: a cross within the axes, whose numbers are whole steps."""
+    (tmp_path / "log.csv").write_text("step,val_R1\n93,78\n")
+    (chart,) = pages.training_charts(tmp_path / "log.csv").values()
+    x, cross = re.search(r'class="line0" d="M([0-9.]+) [0-9.]+(.*)"', chart).groups()
+    assert pages.LEFT < float(x) < pages.RIGHT and "l" in cross
+    assert re.findall(r'middle">([^<]+)<', chart) == [*map(str, range(0, 100, 10)), "step"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")

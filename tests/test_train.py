@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import inspect
 import itertools
@@ -525,6 +526,60 @@ def test_sigterm_under_torchrun(here):
     check_equal(here / "cut", here / "whole")
 
 
+def descendants(pid):
+    return [pid, *itertools.chain(*map(descendants, children(pid)))]
+
+
+def test_sigterm_under_torchrun_while_no_batch_arrives(here):
+    """One process waits for workers that stand still, and the other for that process."""
+    (here / "run.py").write_text("import sys, train, lib.processes\n"
+                                 "lib.processes.STUCK = 1\n"
+                                 "lib.processes.GRACE = 0.5\n"
+                                 "if __name__ == '__main__':\n"
+                                 "    sys.exit(train.run(train.main))\n")
+    settings = [*SMALL, "--workers", 2, "--epochs", 2000, "--save-every", 10_000, "--batch", 2]
+    job = torchrun(here / "run.py", *settings, cwd=here)
+    stopped = []
+    try:
+        assert any(line.startswith("step     3/") for line in job.stdout)
+        [rank] = [pid for pid in children(job.pid)
+                  if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        for server in children(rank):
+            stopped += children(server)
+        assert len(stopped) == 2
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        everyone = descendants(job.pid)[1:]
+        job.send_signal(signal.SIGTERM)
+        out, err = job.communicate(timeout=20)
+        deadline = time.monotonic() + 10  # the system may be slow to forget them
+        while left := [pid for pid in everyone if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    finally:
+        job.kill()
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    step = read_weights(here / "model.pt")["step"]
+    assert step >= 3 and f"stopped by SIGTERM after step {step};" in out, (out, err[-3000:])
+    assert "error: " not in err
+
+
+def test_a_signal_during_the_last_save_ends_the_run(here, call, monkeypatch):
+    save = runs.save_checkpoint
+
+    def interrupted(*arguments, finished, **state):
+        save(*arguments, finished=finished, **state)
+        if finished:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "save_checkpoint", interrupted)
+    status, out, _ = call(*SMALL)
+    assert status == 128 + signal.SIGTERM and "stopped by SIGTERM after step 12;" in out
+    assert "test: " not in out and read_weights("model.pt")["finished"]
+
+
 def kill_and_resume(folder, start, uninterrupted, when):
     whole, seconds, _ = uninterrupted
     args = [*RESUMABLE, "--save-every", 1, "--resume"]  # --resume without a checkpoint starts
@@ -830,6 +885,19 @@ def test_one_run_per_out_at_a_time(here, start, call):
     job = start(here, *SMALL, "--epochs", 300, "--resume").until(lambda job: "300  loss" in job.out)
     os.kill(job.process.pid, signal.SIGTERM)
     assert job.wait() == 143 and not (here / "model.pt.lock").exists()
+
+
+def test_a_lock_that_its_run_has_just_removed(here, call, monkeypatch):
+    """A third run might have locked a new file of that name meanwhile: two would write."""
+    lockf = fcntl.lockf
+
+    def later(file, *flags):
+        os.unlink(file.name)  # as the run that had it does at its end
+        lockf(file, *flags)
+
+    monkeypatch.setattr(fcntl, "lockf", later)
+    refused(*call(*SMALL), "model.pt is being written")
+    assert not Path("model.pt").exists()
 
 
 # ---- guards ----
