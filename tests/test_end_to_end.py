@@ -48,6 +48,7 @@ def test_evaluation_is_well_above_chance_and_repeats_itself(trained, run):
     assert "ceiling" in done.stdout
 
 
+@pytest.mark.slow
 def test_search_finds_what_was_asked_for(trained, run):
     folder, _ = trained
     lines = (folder / "data/shapes/captions.csv").read_text().splitlines()

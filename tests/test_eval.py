@@ -335,6 +335,7 @@ def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
         ev.encode_videos(make(), [folder / "videos" / "v3.mp4"], workers=1)
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(folder, run, tmp_path):
     """Seven videos and 14 distinct texts in batches of 2: neither divides."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -453,6 +453,7 @@ def test_upright_pictures_and_damaged_ones(tmp_path, folder, ask):  # noqa: F811
 
 # ---- for other programs ----
 
+@pytest.mark.slow
 def test_names_are_the_bytes_that_open_the_files(tmp_path, folder):  # noqa: F811
     (tmp_path / "v").mkdir()
     names = [b"caf\xe9.mp4", b"new\nline.mp4", b"\x1b[31m.mp4", "\u202eb.mp4".encode()]

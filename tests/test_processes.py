@@ -421,6 +421,7 @@ def test_batches_do_not_need_dev_shm(here, start):
     assert status == 0 and "step     3/3" in job.out, job.err
 
 
+@pytest.mark.slow
 def test_a_signal_is_not_kept_waiting_for_a_batch(here, start):
     """All workers stand still, as those that wait for a network disk."""
     job = start(here, [*TRAIN, "--workers", "2"])

@@ -612,6 +612,7 @@ def test_in_a_browser(written, tmp_path, width):
 # ---- through eval.py ----
 
 
+@pytest.mark.slow
 def test_command_line(run, tmp_path):
     """--analyze and --report on real files show what --json says; search makes a page, too."""
     lines = ["video,caption"]

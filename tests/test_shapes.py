@@ -98,6 +98,7 @@ def test_killed_while_rendering_goes_on(tmp_path, capsys):
     assert contents(cut) == before
 
 
+@pytest.mark.slow
 def test_what_a_user_made_is_never_replaced(tmp_path, run):
     """Not by rendering, and what only reads makes nothing at all."""
     mine = tmp_path / "mine"
@@ -325,6 +326,7 @@ def test_pictures_for_the_warm_up():
     assert not any(f" {name} " in f" {phrase} " for phrase in phrases for name in later)
 
 
+@pytest.mark.slow
 def test_training_keeps_the_frames_beside_the_videos(tmp_path, run):
     """Unasked on shapes, not on other data; what is kept gives the same numbers again."""
     root = tmp_path / "shapes"

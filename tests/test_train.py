@@ -475,6 +475,7 @@ def test_a_signal_to_all_processes_while_validating(here, start, uninterrupted):
     check_equal(here, uninterrupted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["training", "validation"])
 def test_a_signal_to_all_processes_while_workers_start(here, start, when):
     """A worker that gets it before it could say that it ignores it would take the run with it."""
@@ -505,6 +506,7 @@ def test_workers_that_die_with_the_job_are_no_bad_video(here, start, number):
     assert job.out.rstrip().endswith("--resume")
 
 
+@pytest.mark.slow
 def test_sigterm_under_torchrun(here):
     settings = [*SMALL[2:], "--data", here / "set/my.csv", "--epochs", 12, "--skip-bad"]
     for name in ("whole", "cut"):
@@ -530,6 +532,7 @@ def descendants(pid):
     return [pid, *itertools.chain(*map(descendants, children(pid)))]
 
 
+@pytest.mark.slow
 def test_sigterm_under_torchrun_while_no_batch_arrives(here):
     """One process waits for workers that stand still, and the other for that process."""
     (here / "run.py").write_text("import sys, train, lib.processes\n"
@@ -603,6 +606,7 @@ def kill_and_resume(folder, start, uninterrupted, when):
     assert not (folder / "model.pt.lock").exists()
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(here, start, uninterrupted):
     for k, when in enumerate((None, random.uniform(0.1, 0.5), random.uniform(0.5, 0.9))):
         folder = here / str(k)
@@ -617,6 +621,7 @@ def test_kill_at_twenty_random_moments(here, start, uninterrupted, k):
     kill_and_resume(here, start, uninterrupted, None if k % 3 == 0 else random.uniform(0.05, 1.1))
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(here, start, uninterrupted):
     job = start(here, *RESUMABLE).until(reaches(2))
     os.kill(job.process.pid, signal.SIGTERM)
@@ -735,6 +740,7 @@ def one_step(videos, tmp_path_factory, start):
     return folder / "model.pt"
 
 
+@pytest.mark.slow
 def test_damaged_runs_are_not_resumed(here, call, one_step, soon):  # noqa: F811
     wrong = []
     whole = read_weights(one_step)
