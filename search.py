@@ -232,9 +232,8 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     """Build the Index of folders and files. Only new and changed files are encoded.
 
     paths: list of folders and files. window: length of a piece in seconds. index_dir: where to keep
-    the embeddings, instead of in the folders. new=False: use only what the index holds; new files
-    are not looked for, except those in paths. encoding: workers, batch, amp and saved, as for
-    encode_files.
+    the embeddings, instead of in the folders. new=False: use only what the index holds. encoding:
+    workers, batch, amp and saved, as for encode_files.
 
     Ctrl-C stops the encoding, and the Index holds what was encoded so far. Raises DataError if
     there is nothing to search.

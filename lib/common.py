@@ -105,6 +105,7 @@ class Parser(argparse.ArgumentParser):
             shown = "%(default)s"
         if kind is bool:
             more["action"] = "store_true"
+            # None tells that the user did not give it, so that the program fills it in later.
             default = None if shown is not None else False
         elif kind:
             more["type" if callable(kind) else "choices"] = kind
