@@ -20,7 +20,6 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # RGB statistics of CLIP's training images, for values in 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -264,16 +263,13 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(
             Block(width, heads, layers, activation, mlp) for _ in range(layers))
 
-    def forward(self, x, index, causal=False, grad_checkpoint=False):
+    def forward(self, x, index, causal=False):
         last = self.resblocks[-1]
         for block in self.resblocks:
             # The last block computes only the token that is returned. In train.py, this saves a
             # sixth of the time of a warm-up step.
             only = index if block is last else None
-            if grad_checkpoint:
-                x = checkpoint(block, x, causal, only, use_reentrant=False)
-            else:
-                x = block(x, causal, only)
+            x = block(x, causal, only)
         return x[:, 0]
 
 
@@ -293,7 +289,7 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, heads, layers, activation, mlp)
         self.proj = normal(width, embed_dim, std=width ** -0.5)
 
-    def forward(self, images, grad_checkpoint=False):
+    def forward(self, images):
         p, _ = self.conv1.kernel_size
         patches = images.unfold(2, p, p).unfold(3, p, p)             # (N,3,rows,columns,p,p)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)       # (N,rows,columns,3*p*p)
@@ -304,7 +300,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_token, x.flatten(1, 2)], dim=1)         # (N,L,W)
         x = self.ln_pre(x + self.positional_embedding)
         first = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        x = self.transformer(x, first, grad_checkpoint=grad_checkpoint)  # (N,W)
+        x = self.transformer(x, first)                               # (N,W)
         return self.ln_post(x) @ self.proj
 
 
@@ -323,8 +319,6 @@ class CLIP(nn.Module):
     unusual: settings that default to OpenAI's values: vision_heads and text_heads; vision_mlp and
     text_mlp, the widths inside the MLPs; norm_eps; mean and std, which normalise the pixels;
     resize, the mode and interpolation of data.test_transform.
-    Set the attribute grad_checkpoint to True to save memory in training, which is then about a
-    third slower.
     """
 
     def __init__(
@@ -361,7 +355,6 @@ class CLIP(nn.Module):
         self.embed_dim = embed_dim
         self.image_size = image_size
         self.resize = settings["resize"]
-        self.grad_checkpoint = False
         activation = QuickGELU if quick_gelu else nn.GELU
         self.visual = VisionTransformer(
             embed_dim,
@@ -398,14 +391,14 @@ class CLIP(nn.Module):
         if images.dtype == torch.uint8:
             mean, std = self.mean_std
             images = (images / 255 - mean) / std
-        return self.visual(images, self.grad_checkpoint)
+        return self.visual(images)
 
     def encode_text(self, ids):
         """ids (N,L) -> (N,D), from the end-of-text token. Tokens after it have no effect."""
         x = self.token_embedding(ids)                                      # (N,L,W)
         x = x + self.positional_embedding[:ids.shape[1]]
         end = ids.argmax(-1)                                               # (N,)
-        x = self.transformer(x, end, True, self.grad_checkpoint)           # (N,W)
+        x = self.transformer(x, end, causal=True)                          # (N,W)
         return self.ln_final(x) @ self.text_projection
 
     @classmethod

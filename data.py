@@ -1,12 +1,13 @@
 """Captions and the video segments that they describe: data sets, readers, batches.
 
     python data.py check --data msrvtt [--root DIR]            # what is there, what is missing
-    python data.py check --data my.csv --decode --list bad.csv # and which videos can't be read
+    python data.py check --data my.csv --decode                # and which videos can't be read
 
 In this order: Annotations, the data sets that training and evaluation iterate over, a reader for
 the files of each published data set, DATASETS, splits.
 """
 import functools
+import hashlib
 import html
 import math
 import os
@@ -20,22 +21,10 @@ from typing import NamedTuple
 import torch
 from torchvision.transforms import v2
 
-from lib.common import DataError, Parser, first_few, mixed_seed, numeric, program
-from lib.processes import worker_place
-from lib.shapes import shapes_table
-from lib.tables import (
-    field_of,
-    has_splits,
-    listed_ids,
-    read_json,
-    read_table,
-    read_text,
-    sentences,
-    split_by_name,
-    warn_of_silent,
-    warn_once,
-)
-from lib.video import SUFFIXES, Segment, read_frames, spelled
+from lib import shapes, tables
+from lib.common import DataError, Parser, Progress, first_few, mixed_seed, numeric, program
+from lib.processes import loading
+from lib.video import Segment, as_segments, frame_reader, video_finder
 
 SPLITS = ("train", "val", "test")
 
@@ -61,6 +50,16 @@ class Annotations:
             [number[self.owner[i]] for i in texts],
             self.where and [self.where[v] for v in number],
         )
+
+    def checksum(self):
+        """Of all captions in order, with names and seconds of their videos, without folders."""
+        digest = hashlib.sha256()
+        for caption, v in zip(self.captions, self.owner):
+            path, *seconds = self.segments[v]
+            name = os.path.splitext(os.path.basename(path))[0]
+            # ascii() is the same in every version of Python, and takes names of any bytes.
+            digest.update(ascii((caption, v, name, seconds)).encode())
+        return digest.hexdigest()
 
 
 # ---- what training and evaluation iterate over: always uint8; CLIP normalises the pixels ----
@@ -93,12 +92,10 @@ class VideoDataset:
     The DataError is returned, not raised, because raising it would end the worker.
     """
 
-    def __init__(self, segments, frames, transform, cache=None):
-        self.segments = segments
+    def __init__(self, segments_or_paths, frames, transform, cache=None):
+        self.segments = as_segments(segments_or_paths)
         self.transform = transform
-        self.read = cache.read if cache else functools.partial(read_frames, frames=frames)
-        # Shared by all processes. For each worker, the number of the segment it is reading, + 1.
-        self.reading = torch.zeros(1024, dtype=torch.int32).share_memory_()
+        self.read = frame_reader(frames, cache)
 
     def __getitem__(self, key):
         try:
@@ -108,18 +105,7 @@ class VideoDataset:
 
     def item(self, v):
         """The frames of a segment, transformed. -> uint8 (T,3,P,P). Raises DataError."""
-        self.note(v)
         return self.transform(self.read(self.segments[v]))
-
-    def note(self, v):
-        """Record what this process is reading, for the error message in case it crashes."""
-        worker, _ = worker_place()
-        self.reading[worker % len(self.reading)] = v + 1
-
-    def was_reading(self, worker):
-        """The path that a crashed worker was reading."""
-        noted = self.reading[worker % len(self.reading)]
-        return self.segments[noted - 1].path if noted else "an unknown video"
 
 
 class PairDataset(VideoDataset):
@@ -143,49 +129,40 @@ class PairDataset(VideoDataset):
         return pixels, self.annotations.captions[i]
 
 
-def readable(items, skip_bad):
-    """Separate a batch's items from its errors. -> (readable items, {position: error message}).
-
-    Without skip_bad, the first DataError is raised.
-    """
+def readable(items):
+    """Separate a batch's items from its errors. -> (readable items, {position: error message})."""
     errors = {k: str(item) for k, item in enumerate(items) if isinstance(item, DataError)}
-    if errors and not skip_bad:
-        raise items[min(errors)]
     return [item for k, item in enumerate(items) if k not in errors], errors
 
 
-# ---- files of videos ----
+@dataclass
+class Batches:
+    """This process's share of each batch, from step `start` on: lists of (epoch, pair).
 
-UNPACKED = (  # folders that the data sets' archives unpack to
-    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
-    "Charades_v1", "Charades_v1_480",
-)
-
-
-def video_finder(root, videos=None):
-    """Make find(name) -> Segment of a whole file, which may have another suffix than the name.
-
-    find searches the folders UNPACKED below `videos` (default: root) and below a folder videos in
-    it, then that folder itself. If a video is missing, the Segment has the path where the file
-    belongs.
+    An incomplete batch at the end of an epoch is dropped. This differs from the released code,
+    which trains on it.
     """
-    base = Path(videos or root)
-    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
-    folders = [*filter(Path.is_dir, folders)]
-    if not folders and not videos:
-        folders = [base / "videos"]  # where they belong
-    folders.append(base)
+    pairs: int
+    batch: int
+    epochs: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world: int = 1
 
-    def find(name):
-        # DiDeMo's names have various suffixes, or end in a bare dot.
-        stem = name.rsplit(".", 1)[0]
-        for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
-            for folder in folders:
-                path = spelled(folder / other)
-                if os.path.isfile(path):
-                    return Segment(path)
-        return Segment(str(folders[0] / name))
-    return find
+    def __post_init__(self):
+        self.per_epoch = self.pairs // self.batch
+        self.total = self.per_epoch * self.epochs
+
+    def __iter__(self):
+        share = self.batch // self.world
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+            for k in range(self.per_epoch):
+                first = k * self.batch + self.rank * share
+                if epoch * self.per_epoch + k >= self.start:
+                    yield [(epoch, pair) for pair in order[first:first + share]]
 
 
 # ---- readers ----
@@ -193,13 +170,10 @@ def video_finder(root, videos=None):
 # (Segment, caption, where) for each caption; `where` is the file and line for error messages.
 
 
-def read_csv(path, root, split):
-    """Read a csv with columns video, caption and optionally split, start, end (seconds).
-
-    The paths of the videos are relative to root.
-    """
+def read_csv(path, split, find):
+    """Read a csv with columns video, caption and optionally split, start, end (seconds)."""
     what = "--data, a csv file with the columns video and caption"
-    for line, row in read_table(Path(path), what, ["video", "caption"]):
+    for line, row in tables.read_table(Path(path), what, ["video", "caption"]):
         where = f"{path}, row {line}"
         row_split = row.get("split", split).strip()
         if "split" in row and row_split not in SPLITS:
@@ -219,29 +193,30 @@ def read_csv(path, root, split):
         if not 0 <= (start or 0) < last:
             raise DataError(f"{where}: end {end} must come after start {start}, and neither may be "
                             "negative")
-        yield Segment(spelled(Path(root) / name), start, end), row["caption"], where
+        yield Segment(find(name).path, start, end), row["caption"], where
 
 
 def read_msrvtt(root, split, find, size="9k"):
     if split == "test":
         name = "MSRVTT_JSFUSION_test.csv"
-        for line, row in read_table(root / name, "msrvtt (1k-A test)", ["video_id", "sentence"]):
+        columns = ["video_id", "sentence"]
+        for line, row in tables.read_table(root / name, "msrvtt (1k-A test)", columns):
             segment = find(row["video_id"] + ".mp4")
             yield segment, row["sentence"], f"{name}, row {line}"
         return
     table = f"MSRVTT_train.{size}.csv"
-    ids = [row["video_id"] for _, row in read_table(root / table, "msrvtt", ["video_id"])]
+    ids = [row["video_id"] for _, row in tables.read_table(root / table, "msrvtt", ["video_id"])]
     segments = {video: find(video + ".mp4") for video in ids}
     described = set()
     name = "MSRVTT_data.json"
-    content = read_json(root / name, "msrvtt", dict)
-    for number, sentence in enumerate(field_of(content, "sentences", name, list), 1):
+    content = tables.read_json(root / name, "msrvtt", dict)
+    for number, sentence in enumerate(tables.field_of(content, "sentences", name, list), 1):
         where = f"{name}, sentence {number}"
-        video = field_of(sentence, "video_id", where)
+        video = tables.field_of(sentence, "video_id", where)
         described.add(video)
         if video in segments:
-            yield segments[video], field_of(sentence, "caption", where), where
-    warn_of_silent(table, segments, described)
+            yield segments[video], tables.field_of(sentence, "caption", where), where
+    tables.warn_of_silent(table, segments, described)
 
 
 LSMDC = dict(
@@ -255,7 +230,7 @@ LSMDC_BROKEN = "1012_Unbreakable_00.05.16.065-00.05.21.941"
 
 def read_lsmdc(root, split, find):
     name = LSMDC[split]
-    for number, line in enumerate(read_text(root / name, "lsmdc").split("\n"), 1):
+    for number, line in enumerate(tables.read_text(root / name, "lsmdc").split("\n"), 1):
         if not line:
             continue
         where = f"{name}, row {number}"
@@ -281,7 +256,7 @@ def read_didemo(root, split, find):
         return
     columns = ["video_path", "starts", "ends", "text"]
     swapped = []
-    for line, row in read_table(root / name, f"didemo (or {other})", columns):
+    for line, row in tables.read_table(root / name, f"didemo (or {other})", columns):
         where = f"{name}, row {line}"
         # The values look like "tensor([[31]])".
         numbers = [re.search(r"\d+", row[column]) for column in ("starts", "ends")]
@@ -295,18 +270,18 @@ def read_didemo(root, split, find):
         yield Segment(path, *sorted([start, end])), row["text"], where
     if swapped:
         more = f" and {len(swapped) - 1} more" if swapped[1:] else ""
-        warn_once(f"{swapped[0]}{more}: the end is not after the start; the two are swapped, as in "
-                  "the released code")
+        tables.warn_once(f"{swapped[0]}{more}: the end is not after the start; the two are "
+                         "swapped, as in the released code")
 
 
 def _read_didemo_json(root, name, find):
     """The descriptions of a video's moments, one per entry, are joined into one paragraph."""
     videos = {}
-    for number, entry in enumerate(read_json(root / name, "didemo", list), 1):
+    for number, entry in enumerate(tables.read_json(root / name, "didemo", list), 1):
         where = f"{name}, entry {number}"
-        video = field_of(entry, "video", where)
-        text = field_of(entry, "description", where, (str, list))
-        texts = [text] if isinstance(text, str) else sentences(entry, "description", where)
+        video = tables.field_of(entry, "video", where)
+        text = tables.field_of(entry, "description", where, (str, list))
+        texts = [text] if isinstance(text, str) else tables.sentences(entry, "description", where)
         _, paragraph = videos.setdefault(video, (where, []))
         paragraph += texts
     for video, (where, paragraph) in videos.items():
@@ -319,11 +294,11 @@ def read_vatex(root, split, find):
     # As in related work, two lists of ids divide the published validation file into val and test.
     if split != "train":
         name = "vatex_validation_v1.0.json"
-        wanted = set(listed_ids(root / f"{split}_list.txt", "vatex"))
+        wanted = set(tables.listed_ids(root / f"{split}_list.txt", "vatex"))
     described = set()
-    for number, entry in enumerate(read_json(root / name, "vatex", list), 1):
+    for number, entry in enumerate(tables.read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {number}"
-        video = field_of(entry, "videoID", where)
+        video = tables.field_of(entry, "videoID", where)
         match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
         if not match:
             raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; "
@@ -337,14 +312,14 @@ def read_vatex(root, split, find):
             uncut = find(match[1] + ".mp4").path
             if os.path.isfile(uncut):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
-        for caption in sentences(entry, "enCap", where):
+        for caption in tables.sentences(entry, "enCap", where):
             yield segment, caption, where
-    warn_of_silent(f"{split}_list.txt", wanted, described)
+    tables.warn_of_silent(f"{split}_list.txt", wanted, described)
 
 
 def read_charades(root, split, find):
     name = f"Charades_v1_{split}.csv"
-    for line, row in read_table(root / name, "charades", ["id", "script"]):
+    for line, row in tables.read_table(root / name, "charades", ["id", "script"]):
         if row["script"].strip():
             yield find(row["id"] + ".mp4"), row["script"], f"{name}, row {line}"
 
@@ -357,13 +332,13 @@ def read_msvd(root, split, find):
         json.dump(captions, open("captions_msvd.json", "w"))
     """
     name = "captions_msvd.json"
-    captions = read_json(root / name, "msvd", dict)
+    captions = tables.read_json(root / name, "msvd", dict)
     table = f"{split}_list.txt"
-    videos = listed_ids(root / table, "msvd")
-    warn_of_silent(table, videos, captions)
+    videos = tables.listed_ids(root / table, "msvd")
+    tables.warn_of_silent(table, videos, captions)
     for line, video in enumerate(videos, 1):
         segment = find(video + ".avi")
-        for caption in sentences(captions, video, name):
+        for caption in tables.sentences(captions, video, name):
             yield segment, caption, f"{table}, row {line}"
 
 
@@ -439,16 +414,16 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
                         "video files")
     root = Path(root or default_root(name))
     if name == "shapes":
-        name = str(shapes_table(root))
+        name = str(shapes.shapes_table(root))
     if name.endswith(".csv"):
-        return _collect(read_csv(name, videos or root, split))
+        return _collect(read_csv(name, split, video_finder(videos or root, belongs="")))
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
     if not root.is_dir():
         raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the "
                         "folder with --root")
-    find = video_finder(root, videos)
+    find = video_finder(videos or root, belongs="" if videos else "videos")
     rows = []
     for part in DATASETS[name].splits():
         if split in ("all", part):
@@ -485,7 +460,7 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     by `split_by_name`. Splits that are made here have no video in common.
     """
     name = str(name_or_csv)
-    if name.endswith(".csv") and split != "all" and not has_splits(name):
+    if name.endswith(".csv") and split != "all" and not tables.has_splits(name):
         return _divide_csv(name, root, split, videos)
     whole = split in ("test", "all") or not val_videos
     if whole or load_annotations(name, root, "val", videos).segments:
@@ -502,9 +477,9 @@ def _divide_csv(path, root, split, videos):
     """One split of a csv without a split column. -> Annotations."""
     annotations = load_annotations(path, root, "all", videos)
     # By the names as they are in the csv, so that moving the csv does not change its splits.
-    table = read_table(Path(path), "--data", ["video"])
+    table = tables.read_table(Path(path), "--data", ["video"])
     name_of = {v: row["video"].strip() for v, (_, row) in zip(annotations.owner, table)}
-    splits = split_by_name([os.path.normpath(name) for name in name_of.values()])
+    splits = tables.split_by_name([os.path.normpath(name) for name in name_of.values()])
     annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
     if not annotations.segments and split != "val":
         raise DataError(f"{path} has one video and no split column: to train and test, add videos "
@@ -524,7 +499,7 @@ def present(annotations, skip_bad=False):
             existing.append(v)
         else:
             where = f" ({annotations.where[v]})" if annotations.where else ""
-            missing.append(f"{segment.path}{where}")
+            missing.append(f"{segment.path}: missing{where}")
     if missing and not skip_bad:
         raise DataError(f"{len(missing)} of {len(annotations.segments)} videos are missing: "
                         f"{'; '.join(first_few(missing))}: put them there, name their folder with "
@@ -532,29 +507,78 @@ def present(annotations, skip_bad=False):
     return annotations.take(existing), missing
 
 
+# ---- python data.py check ----
+
+
+def check(args):
+    """Print what each split has. -> 0, or 1 if anything is missing or bad"""
+    known = DATASETS.get(args.data)
+    splits = known.splits() if known else SPLITS
+    if args.data.endswith(".csv") and not tables.has_splits(args.data):
+        splits = ["all"]
+    problems = 0
+    for split in splits:
+        try:
+            annotations = load_annotations(args.data, args.root, split, args.videos)
+        except DataError as error:
+            # A known data set has files for each split: the others may be complete.
+            if not known:
+                raise
+            problems += 1
+            print(*first_few([f"{split:5s} {error}"]))
+            continue
+        there, missing = present(annotations, skip_bad=True)
+        published = known.published.get(split, ()) if known else ()
+        counts = [f"{len(annotations.captions)} texts", f"{len(annotations.segments)} videos"]
+        for k, number in enumerate(published):
+            if number:
+                counts[k] += f" (published {number})"
+        print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
+        lines = list(missing)
+        # A user's own csv may go without a validation split.
+        if not annotations.captions and (split != "val" or known):
+            lines.append(f"{split}: no caption belongs to this split")
+        if args.decode:
+            bad = unreadable(there.segments, args.workers)
+            lines += bad
+            print(f"      {len(there.segments) - len(bad)} decode, {len(bad)} don't")
+        for line in first_few(lines):
+            print(f"      {line}")
+        problems += len(lines)
+    return 1 if problems else 0
+
+
+def unreadable(segments, workers):
+    """Read every segment. -> the error messages"""
+    # `len` in place of a transform: workers need not hand over any pixels.
+    dataset = VideoDataset(segments, 1, len)
+    progress = Progress("decoding", len(segments), every=5)
+    bad = []
+    with loading(dataset, [[v] for v in range(len(segments))], list, workers) as batches:
+        for v, (item,) in enumerate(batches):
+            if isinstance(item, DataError):
+                bad.append(str(item))
+            progress.update(v + 1)
+    return bad
+
+
 # ---- command line ----
 
 
 def main(argv=None):
-    from lib.check import check
     p = Parser(__doc__)
-    option = p.option
     p.add_argument("command", choices=["check"],
                    help="say what of a data set is there, and what is missing")
-    option("data NAME", f"{', '.join(names())}, or a .csv", required=True)
-    option("root DIR", "folder of the data set (default: data/NAME)")
-    option("videos DIR", "folder of the videos, where it is another one")
-    option("decode", "read every video, and list which can't be read", bool)
-    option("cache DIR", "with --decode: keep the frames there, for other --cache")
-    option("frames T", "with --cache: frames per video, as in training (default: 12; shapes: 6)",
-           numeric(int, 1, 1000))
-    option("list FILE", "write all missing and bad videos there, as a csv")
-    option("workers N", "processes that decode", numeric(int, 0), os.cpu_count() or 1)
+    p.add_argument("--data", metavar="NAME", required=True, help=f"{', '.join(names())}, or a .csv")
+    p.add_argument("--root", metavar="DIR", help="folder of the data set (default: data/NAME)")
+    p.add_argument("--videos", metavar="DIR", help="folder of the videos, where it is another one")
+    p.add_argument("--decode", action="store_true",
+                   help="read every video, and list which can't be read")
+    p.add_argument("--workers", metavar="N", type=numeric(int, 0),
+                   help="processes that decode (default: one per core, at most 8)")
     args = p.parse_args(argv)
-    if (args.cache or args.frames) and not args.decode:
-        p.error("--cache and --frames go with --decode")
     return check(args)
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, OSError))  # from writing --list
+    sys.exit(program(main))

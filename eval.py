@@ -10,23 +10,23 @@ The file follows the computation: N texts t (N,D) and V videos f (V,T,D) of T fr
 sims (N,V). Encoding and scoring never see `owner` (N,), the number of the video that each text
 describes; only the leaking `released_scores` makes use of it.
 """
+import argparse
+import io
+import json
 import os
 import sys
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import default_collate
 
 import data
-from lib import exact
-from lib.check import say_cut
-from lib.common import DataError, Parser, Progress, WeightsError, output
-from lib.exact import blocks
-from lib.options import add_common, load_model, read_features, write_json
+from lib import exact, report
+from lib.common import DataError, Parser, Progress, check_outputs, numeric, write_output
+from lib.encoders import say_cut
 from lib.processes import ALONE, loading, run, start_processes
-from lib.report import analysis_text, analyze, metrics_text, write_report
-from lib.shapes import shapes_ceiling
-from lib.tables import has_splits
-from lib.video import FrameCache, Segment, as_segment
+from lib.weights import load_model
+from tmass import POOLINGS, PRIORS
 
 CUTOFFS = (1, 5, 10, 50)
 # The options that are passed to `score_split` unchanged.
@@ -44,22 +44,17 @@ def autocast(device, amp):
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
-def refuse_lone(name, value, kinds, wanted):
-    """Raise a TypeError for one item instead of a list: a str would pass as a list of letters."""
-    if isinstance(value, kinds):
-        raise TypeError(f"{name} must be a list of {wanted}, not one {type(value).__name__}")
-
-
 @torch.no_grad()
 def encode_texts(model, tokenizer, captions, job=ALONE, batch=256, amp="off"):
     """captions (N) -> t (N,D), float32, on the model's device.
 
     With amp="bf16", the towers multiply in bfloat16, here and in `encode_videos`.
     """
-    refuse_lone("captions", captions, str, "str")
+    if isinstance(captions, str):  # it would pass as a list of letters
+        raise TypeError("captions must be a list of str, not one str")
     device = model.clip.logit_scale.device
     t = torch.zeros(len(captions), model.clip.embed_dim, device=device)
-    for rows in blocks(len(captions), batch)[job.rank::job.world]:
+    for rows in exact.blocks(len(captions), batch)[job.rank::job.world]:
         ids = tokenizer(captions[rows]).to(device)
         with autocast(device, amp):
             t[rows] = model.encode_text(ids)
@@ -71,8 +66,8 @@ def collate(items):
 
     Pixels are None if no item could be read.
     """
-    read, errors = data.readable(items, skip_bad=True)
-    return torch.stack(read) if read else None, errors
+    read, errors = data.readable(items)
+    return default_collate(read) if read else None, errors
 
 
 @torch.no_grad()
@@ -91,18 +86,13 @@ def encode_videos(
     cache: the folder of a FrameCache. A video that can't be read raises a DataError. If `bad` is a
     dict, the video's number and error message are added to it instead, and its row of f is zeros.
     """
-    refuse_lone("segments_or_paths", segments_or_paths, (Segment, str, os.PathLike),
-                "Segment, str or Path")
-    segments = [as_segment(x) for x in segments_or_paths]
-    V = len(segments)
     T = model.frames
     device = model.clip.logit_scale.device
+    dataset = data.VideoDataset(segments_or_paths, T, data.transform_for(model.clip), cache)
+    V = len(dataset.segments)
     f = torch.zeros(V, T, model.clip.embed_dim, device=device)
-    frame_cache = FrameCache(cache, T) if cache else None
-    dataset = data.VideoDataset(segments, T, data.transform_for(model.clip), frame_cache)
-    batches = [range(V)[rows] for rows in blocks(V, batch)]
+    batches = [range(V)[rows] for rows in exact.blocks(V, batch)]
     mine = batches[job.rank::job.world]
-    workers = min(workers, len(mine))
     progress = Progress("encoding", V, enabled=job.rank == 0)
     failed = {}
     with loading(dataset, mine, collate, workers, pin=device.type == "cuda") as loader:
@@ -133,7 +123,7 @@ def score_all(model, t, f, job=ALONE, **scoring):
     """Scores of all pairs. t (N,D), f (V,T,D) -> sims (N,V). scoring: arguments of exact.score."""
     sims = t.new_zeros(len(t), len(f))
     # A score depends only on its text and its video, so any process can compute any column.
-    for columns in blocks(len(f), 128)[job.rank::job.world]:
+    for columns in exact.blocks(len(f), 128)[job.rank::job.world]:
         sims[:, columns] = exact.score(model, t, f[columns], **scoring)
     return job.sum(sims)
 
@@ -154,11 +144,11 @@ def released_scores(model, t, f, caption_of, trials=20, seed=24):
     if trials:
         eps = model.noise(trials, seed).to(t)
     sims = t.new_empty(len(t), len(f))
-    for videos in blocks(len(f), 4):
+    for videos in exact.blocks(len(f), 4):
         f_j = f[videos]
         own = model.pool(t[caption_of[videos]], f_j).diagonal()      # psi(f_j | t_caption(j)) (D,V)
         v = model.pool(t, f_j).transpose(0, 1)                       # psi(f_j | t_i)        (V,N,D)
-        R = model.radius(exact.similarities(t, f_j, model.radius))   #                       (V,N,D)
+        R = model.radius(exact.similarities(t, f_j))                 #                       (V,N,D)
         honest = exact.sample_cosines(t, v, R, eps)                  #                       (V,N,M)
         leaking = exact.sample_cosines(t, own.T[:, None], R, eps)    #                       (V,N,M)
         best = honest.argmax(-1, keepdim=True)                       # m*                    (V,N,1)
@@ -268,39 +258,35 @@ def score_split(
     trials=20,
     seed=24,
     expected=False,
+    cache=None,
+    workers=0,
+    batch=16,
     name="the model",
-    features=None,
-    **reading,
 ):
     """Encode and score. Annotations -> Scored. name: what error messages call the model.
 
-    features: t (N,D) and f (V,T,D), if they are already computed. reading: cache, workers and
-    batch, passed to `encode_videos`.
+    cache, workers, batch: as for `encode_videos`. trials, seed, expected: as for `exact.score`.
     """
     scoring = dict(trials=trials, seed=seed, expected=expected)
     training = [part for part in model.modules() if part.training]
     model.eval()
     bad = {}
+    f = encode_videos(model, ann.segments, job, cache, workers, batch, bad if skip_bad else None,
+                      amp)
+    if bad:
+        readable = [v for v in range(len(f)) if v not in bad]
+        f = f[readable]
+        ann = ann.take(readable)
+        say_left_out(job, f"{len(bad)} unreadable", ann)
+    if not ann.captions:
+        raise DataError("nothing to evaluate: no caption has a video that can be read")
     # Equal texts are scored once, so that they tie exactly.
-    if features:
-        t, f = features
-        t, rows = t.unique(dim=0, return_inverse=True)
-    else:
-        f = encode_videos(
-            model, ann.segments, job, bad=bad if skip_bad else None, amp=amp, **reading)
-        if bad:
-            readable = [v for v in range(len(f)) if v not in bad]
-            f = f[readable]
-            ann = ann.take(readable)
-            say_left_out(job, f"{len(bad)} unreadable", ann)
-        if not ann.captions:
-            raise DataError("nothing to evaluate: no caption has a video that can be read")
-        row = {caption: i for i, caption in enumerate(dict.fromkeys(ann.captions))}
-        t = encode_texts(model, tokenizer, list(row), job, amp=amp)
-        rows = [row[caption] for caption in ann.captions]
+    row = {caption: i for i, caption in enumerate(dict.fromkeys(ann.captions))}
+    t = encode_texts(model, tokenizer, list(row), job, amp=amp)
+    rows = [row[caption] for caption in ann.captions]
     sims = score_all(model, t, f, job, **scoring)
     if not sims.isfinite().all():
-        raise WeightsError(f"{name}: some scores are not finite numbers, so nothing can be ranked: "
+        raise DataError(f"{name}: some scores are not finite numbers, so nothing can be ranked: "
                            "its weights are damaged, or its training failed")
     for part in training:  # not all of it, where --freeze-clip leaves CLIP as it is
         part.training = True
@@ -356,32 +342,89 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 # ---- command line ----
 
 
+def add_common(p):
+    """Add the options that evaluation and search share. -> their last group"""
+    g = p.add_argument_group("scoring")
+    g.add_argument("--trials", metavar="M", type=numeric(int, 0, 10 ** 5), default=20,
+                   help="samples of the text mass; 0: the point text (default: %(default)s)")
+    g.add_argument("--expected", default=False, action=argparse.BooleanOptionalAction,
+                   help="score by the average best of M in closed form, without noise")
+    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
+                   help="of the samples (default: %(default)s)")
+    g.add_argument("--prior", choices=PRIORS,
+                   help="of the samples (default: as trained; released code: uniform)")
+    g.add_argument("--prior-std", type=numeric(float, 0, 1e6),
+                   help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
+    g.add_argument("--pooling", choices=POOLINGS,
+                   help="how frames become a video; mean and query need no weights (default: as "
+                        "trained; CLIP: query)")
+    g.add_argument("--frames", metavar="T", type=numeric(int, 1, 1000),
+                   help="frames sampled per video, where the radius is not tied to the number in "
+                        "training, as linear is (default: as trained)")
+    g = p.add_argument_group("run")
+    g.add_argument("--amp", choices=("off", "bf16"), default="off",
+                   help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
+                        "scores move by about 3e-4 (default: %(default)s)")
+    g.add_argument("--json", metavar="FILE", help="write the result there too")
+    g.add_argument("--report", metavar="FILE",
+                   help="write a page to look at: one .html file with frames and settings")
+    g.add_argument("--batch", metavar="N", type=numeric(int, 1, 10 ** 6), default=16,
+                   help="videos encoded at once (default: %(default)s)")
+    g.add_argument("--workers", metavar="N", type=numeric(int, 0, 1000),
+                   help="processes that decode videos (default: one per core, at most 8)")
+    g.add_argument("--device",
+                   help="cpu, cuda or mps (default: cuda where there is a GPU, else cpu)")
+    return g
+
+
+def say_loaded(args, model, job):
+    """Print what was loaded and how it scores."""
+    settings = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
+                f"{model.config['radius']}"]
+    if model.config["radius"] != "none" and args.trials:  # otherwise nothing is sampled
+        std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
+        noise = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
+        settings += [f"{args.trials} samples", f"prior {model.prior}{std}", noise]
+    job.say(f"{', '.join(settings)}, on {job.device}")
+
+
+def log_of(ckpt):
+    """The log of the training that wrote a checkpoint."""
+    return os.path.splitext(ckpt)[0] + ".log.csv"
+
+
 def parse_args(argv=None):
     p = Parser(__doc__)
-    option = p.option
-    option("ckpt NAME", "a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
-           "ViT-B/32 or the like, or a file", default="model.pt")
-    option("data NAME", "name of a data set or path of a .csv (default: what --ckpt trained on)")
-    option("root DIR", "folder of the data set (default: as in training; for a .csv, its own)")
-    option("videos DIR", "folder of its videos (default: as in training, or within --root)")
-    option("split", "(default: test; all of a .csv without that column that --ckpt did not "
-           "train on)", (*data.SPLITS, "all"))
-    option("features FILE", "score features made elsewhere, of torch.save: t (N,D), f (V,T,D) "
-           "and owner (N,), the number of each text's video, as --save writes them")
-    option("dsl", "add rows with dual softmax, which uses all queries at once", bool)
-    option("released-protocol", "add what the released, LEAKING evaluation reports", bool)
-    option("analyze", "add 95%% intervals, relevant against irrelevant pairs, recall by video "
-           "complexity", bool)
-    add_common(p)
-    option("save FILE", "write similarities, ranks, embeddings, captions and segments there")
-    option("cache DIR", "keep every video's sampled frames there as JPEG (default: where "
-           "training kept those of the same data set)")
-    option("skip-bad", "leave unreadable videos out and count them, instead of stopping", bool)
+    p.add_argument("--ckpt", metavar="NAME", default="model.pt",
+                   help="a checkpoint of train.py, a released T-MASS or X-Pool one, or a CLIP: "
+                        "ViT-B/32 or the like, or a file (default: %(default)s)")
+    p.add_argument("--data", metavar="NAME",
+                   help="name of a data set or path of a .csv (default: what --ckpt trained on)")
+    p.add_argument("--root", metavar="DIR",
+                   help="folder of the data set (default: as in training; for a .csv, its own)")
+    p.add_argument("--videos", metavar="DIR",
+                   help="folder of its videos (default: as in training, or within --root)")
+    p.add_argument("--split", choices=(*data.SPLITS, "all"),
+                   help="(default: test; all of a .csv without that column that --ckpt did not "
+                        "train on)")
+    p.add_argument("--dsl", action="store_true",
+                   help="add rows with dual softmax, which uses all queries at once")
+    p.add_argument("--released-protocol", action="store_true",
+                   help="add what the released, LEAKING evaluation reports")
+    p.add_argument("--analyze", action="store_true",
+                   help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
+                        "complexity")
+    g = add_common(p)
+    g.add_argument("--save", metavar="FILE",
+                   help="write similarities, ranks, embeddings, captions and segments there")
+    g.add_argument("--cache", metavar="DIR",
+                   help="keep every video's sampled frames there as JPEG (default: where training "
+                        "kept those of the same data set)")
+    g.add_argument("--skip-bad", action="store_true",
+                   help="leave unreadable videos out and count them, instead of stopping")
     args = p.parse_args(argv)
     if args.json == "-":
         p.error("--json -: eval.py prints its table there; give the name of a file")
-    if args.features and (args.data or args.frames):
-        p.error("--features takes the place of --data and --frames")
     return args
 
 
@@ -409,7 +452,7 @@ def load_data(args, config, job):
     if same:
         as_trained(args, config, job)
     if args.split is None:  # if it is another .csv, none of its rows was used in training
-        whole = args.data.endswith(".csv") and not has_splits(args.data)
+        whole = args.data.endswith(".csv") and not data.tables.has_splits(args.data)
         args.split = "all" if whole and not same else "test"
     ann = data.load_split(
         args.data,
@@ -432,16 +475,16 @@ def write_results(args, model, scored, result, job):
     t, f, sims, ann, *_ = scored
     t2v, v2t = ranks(sims, ann.owner)
     if args.analyze or args.report:
-        analysis = analyze(model, scored, t2v, v2t)
+        analysis = report.analyze(model, scored, t2v, v2t)
     if args.analyze:
         result["analysis"] = analysis
-        job.say("\n" + analysis_text(analysis))
+        job.say("\n" + report.analysis_text(analysis))
     if args.report:
-        log = os.path.splitext(args.ckpt)[0] + ".log.csv"
-        write_report(args.report, model, result, analysis, scored, t2v, log)
+        log = log_of(args.ckpt)
+        report.write_report(args.report, model, result, analysis, scored, t2v, log)
         job.say(f"report: {args.report}")
     if args.json:
-        write_json(args.json, result)
+        write_output("--json", args.json, json.dumps(result, indent=1))
     if args.save:
         # The metrics, and all that they are computed from, as plain tensors and lists.
         content = dict(
@@ -456,33 +499,34 @@ def write_results(args, model, scored, result, job):
             clips=[list(segment) for segment in ann.segments],  # path, start, end
             result=result,
         )
-        with output("--save", args.save) as part, open(part, "wb") as file:
-            torch.save(content, file)
+        file = io.BytesIO()
+        torch.save(content, file)
+        write_output("--save", args.save, file.getvalue())
 
 
 def main(argv=None):
     args = parse_args(argv)
     job = start_processes(args.device)
-    model, tokenizer, config = load_model(args, job)
-    missing = 0
-    features = None
-    if args.features:
-        ann, features = read_features(args.features, model)
-        args.data = args.features
-        args.split = "all"
-    else:
-        ann, missing = load_data(args, config, job)
-        say_cut(job, tokenizer, ann.captions, args.split)
+    outputs = {f"--{name}": getattr(args, name) for name in ("json", "report", "save")}
+    inputs = [args.ckpt, log_of(args.ckpt)]
+    check_outputs(outputs, inputs)
+    model, tokenizer, config = load_model(
+        args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
+    say_loaded(args, model, job)
+    ann, missing = load_data(args, config, job)
+    tables = args.data if args.data.endswith(".csv") else args.root
+    videos = [segment.path for segment in ann.segments]
+    check_outputs(outputs, [*inputs, tables or data.default_root(args.data), *videos])
+    say_cut(job, tokenizer, ann.captions, args.split)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    name = args.features or args.ckpt
-    scored = score_split(model, tokenizer, ann, job, name=name, features=features, **settings)
+    scored = score_split(model, tokenizer, ann, job, name=args.ckpt, **settings)
     result = summarise(model, scored, args.dsl, args.released_protocol)
     for name in ("ckpt", "data", "split", "amp"):
         result[name] = getattr(args, name)
     result["missing"] = missing
-    job.say(f"{args.data}, split {args.split}: {metrics_text(result)}")
+    job.say(f"{args.data}, split {args.split}: {report.metrics_text(result)}")
     if args.data == "shapes" and args.split == "test":
-        ceiling = shapes_ceiling(args.root)
+        ceiling = data.shapes.shapes_ceiling(args.root)
         if ceiling is not None:
             result["ceiling"] = ceiling
             job.say(f"oracle ceiling of t2v R@1: {ceiling:.1f} (a caption can fit several videos)")

@@ -20,32 +20,40 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 import data
-from eval import encode_texts, lowest_if_nan, refuse_lone
+from eval import add_common, encode_texts, lowest_if_nan, say_loaded
 from lib import exact
 from lib import index as store
-from lib.common import DataError, Parser, Progress, WeightsError, cure, escaped, numeric
+from lib.common import (
+    DataError,
+    Parser,
+    Progress,
+    WeightsError,
+    check_outputs,
+    cure,
+    escaped,
+    numeric,
+)
 from lib.index import INDEX, File, ShardWriter, list_videos, move_means
-from lib.options import add_common, load_model
 from lib.page import read_picture
 from lib.processes import (
     ALONE,
     Stopped,
+    cores,
     loading,
     noting_signals,
     run,
     start_processes,
-    worker_place,
 )
 from lib.serve import SearchPage, print_files, questions, table, write_results
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
+from lib.weights import load_model
 from tmass import cosine
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -74,11 +82,11 @@ class PieceDataset(data.VideoDataset, IterableDataset):
         self.known = known
 
     def __iter__(self):
-        first, step = worker_place()
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = []
         pixels = []
         for v in range(first, len(self.files), step):
-            self.note(v)
             path = self.segments[v].path
             why = None
             content = ""
@@ -89,19 +97,19 @@ class PieceDataset(data.VideoDataset, IterableDataset):
                     rows.append((v, piece._replace(frames=None)))
                     pixels.append(self.transform(piece.frames))
                     if len(pixels) == self.batch:
-                        yield rows, torch.stack(pixels)
+                        yield rows, default_collate(pixels)
                         rows = []
                         pixels = []
             # An unreadable file must not end the search: it is recorded like any other.
             except (DataError, OSError, MemoryError) as error:
                 why = str(error)
                 if path not in why:
-                    why = f"video {path} can't be read: {why}"
+                    why = f"{path}: can't be read: {why}"
                 if was_refused(path, error):
                     content = ""
             rows.append((v, self.files[v]._replace(why=why, content=content)))
         if rows:
-            yield rows, torch.stack(pixels) if pixels else None
+            yield rows, default_collate(pixels) if pixels else None
 
 
 def was_refused(path, error):
@@ -141,7 +149,8 @@ def encode_files(
     begun = [[empty] for _ in files]  # the pieces of each file so far
     done = 0
     encoded = 0
-    reading = loading(dataset, workers=min(workers, len(files)), pin=device.type == "cuda")
+    workers = min(len(files), cores() if workers is None else workers)
+    reading = loading(dataset, workers=workers, pin=device.type == "cuda")
     with contextlib.suppress(Stopped), reading as batches:
         for rows, pixels in batches:
             if pixels is not None:
@@ -208,11 +217,7 @@ def update_index(model, folder, where, mark, new, job, stopped, **encoding):
     files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
     encoded = 0
     if files and new and not stopped:
-        noting = contextlib.nullcontext([])
-        # Python handles signals in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            noting = noting_signals()
-        with noting as stopping:
+        with noting_signals() as stopping:
             known = shards.values()
             count = encode_files(model, folder, files, known, writer, job, stopping, **encoding)
             encoded = sum(job.gather(count))  # also waits until all processes have saved
@@ -238,7 +243,8 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
     Ctrl-C stops the encoding, and the Index holds what was encoded so far. Raises DataError if
     there is nothing to search.
     """
-    refuse_lone("paths", paths, (str, bytes, os.PathLike), "folders and files")
+    if isinstance(paths, (str, bytes, os.PathLike)):  # a str would pass as a list of letters
+        raise TypeError(f"paths must be a list of folders and files, not {paths!r}")
     # Files may change in the meantime, so all processes work from the list of the first.
     folders = job.gather(list_videos(paths, new))[0]
     mark = store.fingerprint(model, window)
@@ -275,7 +281,7 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
                         found[real] = path
                         names.append(path if several else name)
                     else:  # it may have been elsewhere when it was read
-                        reasons.append(f"video {path}{why.rpartition(name)[2]}")
+                        reasons.append(f"{path}{why.rpartition(name)[2]}")
                 numbers.append(number)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
         reasons += folder.refused
@@ -457,32 +463,41 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    option = p.option
     p.add_argument("query", nargs="*",
                    help="what to look for; none: asks, or reads one a line from a pipe")
-    option("ckpt NAME", "ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of "
-           "train.py, or a released T-MASS or X-Pool one", default="ViT-B/32")
-    option("videos PATH", "folders and files to search", nargs="+", action="extend",
-           required=True)
-    option("window SECONDS", "a video longer than 1.5 of these is searched by pieces of about "
-           "this length; 0: whole videos", numeric(float, 0, 1e6), 10)
-    option("pieces", "list every piece, not each file once by its best", bool)
-    option("top N", "results to show", numeric(int, 1), 5)
-    option("shortlist K", "score exactly the best K pieces by mean-pooled frames; 0: all",
-           numeric(int, 0), 1000)
-    option("files", "print file names alone, for other programs", bool, short="-f")
-    option("null", "the same, each name ended by a NUL byte, for xargs -0", short="-0",
-           dest="end", action="store_const", const="\0")
-    option("no-new", "search what the index holds: don't look for new files", bool, short="-n")
-    option("update", "only bring the index up to date, for cron", bool)
-    option("index DIR", f"keep embeddings there (default: {INDEX}/ in the searched folder)")
-    p.group("page")
-    option("serve PORT", "show a page to search and watch on (port 8000; 0: any that is free)",
-           numeric(int, 0, 65535), nargs="?", const=8000)
-    option("host", "the address or name to serve it at; 0.0.0.0: to all who can reach this "
-           "machine; by default for this machine alone", default="127.0.0.1")
-    option("every MINUTES", "look for new videos again and again (default: at the start alone)",
-           numeric(float, 0.01, 10 ** 6))
+    p.add_argument("--ckpt", metavar="NAME", default="ViT-B/32",
+                   help="ViT-B/32, ViT-B/16, ViT-L/14 or any CLIP's file, a checkpoint of "
+                        "train.py, or a released T-MASS or X-Pool one (default: %(default)s)")
+    p.add_argument("--videos", metavar="PATH", nargs="+", action="extend", required=True,
+                   help="folders and files to search")
+    p.add_argument("--window", metavar="SECONDS", type=numeric(float, 0, 1e6), default=10,
+                   help="a video longer than 1.5 of these is searched by pieces of about this "
+                        "length; 0: whole videos (default: %(default)s)")
+    p.add_argument("--pieces", action="store_true",
+                   help="list every piece, not each file once by its best")
+    p.add_argument("--top", metavar="N", type=numeric(int, 1), default=5,
+                   help="results to show (default: %(default)s)")
+    p.add_argument("--shortlist", metavar="K", type=numeric(int, 0), default=1000,
+                   help="score exactly the best K pieces by mean-pooled frames; 0: all (default: "
+                        "%(default)s)")
+    p.add_argument("-f", "--files", action="store_true",
+                   help="print file names alone, for other programs")
+    p.add_argument("-0", "--null", dest="end", action="store_const", const="\x00",
+                   help="the same, each name ended by a NUL byte, for xargs -0")
+    p.add_argument("-n", "--no-new", action="store_true",
+                   help="search what the index holds: don't look for new files")
+    p.add_argument("--update", action="store_true",
+                   help="only bring the index up to date, for cron")
+    p.add_argument("--index", metavar="DIR",
+                   help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
+    g = p.add_argument_group("page")
+    g.add_argument("--serve", metavar="PORT", type=numeric(int, 0, 65535), nargs="?", const=8000,
+                   help="show a page to search and watch on (port 8000; 0: any that is free)")
+    g.add_argument("--host", default="127.0.0.1",
+                   help="the address or name to serve it at; 0.0.0.0: to all who can reach this "
+                        "machine; by default for this machine alone (default: %(default)s)")
+    g.add_argument("--every", metavar="MINUTES", type=numeric(float, 0.01, 10 ** 6),
+                   help="look for new videos again and again (default: at the start alone)")
     add_common(p)
     p.set_defaults(expected=True, end="\n")
     args = p.parse_intermixed_args(argv)  # several queries, options between them
@@ -498,6 +513,10 @@ def parse_args(argv=None):
         p.error("--update looks for new files: drop -n")
     if args.every and args.serve is None:
         p.error("--every goes with --serve")
+    for option in ("json", "report"):
+        path = getattr(args, option) or ""
+        if path.lower().endswith((*SUFFIXES, *PICTURES)):
+            p.error(f"--{option} {path} has the name of a video or picture: give another name")
     if args.index == "":
         p.error("--index is empty: name a folder")
     if args.files and args.json == "-":
@@ -564,7 +583,11 @@ def main(argv=None):
             if job.world > 1:
                 raise DataError("--serve is for one process: start it without torchrun")
             page = SearchPage(args.host, args.serve)  # first, in case the port is not free
-        model, tokenizer, _ = load_model(args, job)
+        outputs = {"--json": args.json if args.json != "-" else None, "--report": args.report}
+        check_outputs(outputs, [args.ckpt, *args.query])
+        model, tokenizer, _ = load_model(
+            args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
+        say_loaded(args, model, job)
         build = functools.partial(
             build_index,
             model,
@@ -586,6 +609,7 @@ def main(argv=None):
 
             return page.run(build, find, model.frames, args.every)
         index = build()
+        check_outputs(outputs, index.paths)
     if args.update:
         return 2 if index.unsaved else 0
     found, status = answer(model, tokenizer, index, args, job)

@@ -19,6 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 PRIORS = ("normal", "uniform")
 SUPPORTS = ("matched", "batch")
@@ -27,8 +28,8 @@ SUPPORTS = ("matched", "batch")
 # ---- frame pooling psi: one vector per text and video ----
 #
 # Each class is constructed with (width, heads, dropout) and maps t (N,D), f (V,T,D) -> v (N,V,D).
-# lib/exact.py has a faster version of each of the three classes below: a change here needs the same
-# change there, and the tests compare the two. A new class needs only an entry in POOLINGS.
+# A new class needs only an entry in POOLINGS. lib/exact.py has a faster version of XPool: a change
+# to it needs the same change there, and the tests compare the two.
 
 
 class XPool(nn.Module):
@@ -104,15 +105,12 @@ POOLINGS = {"xpool": XPool, "mean": MeanPool, "query": QueryPool}
 # ---- similarity-aware radius of the text mass (section 3.3) ----
 #
 # Each class is constructed with (frames, width) and maps S_j = cos(t, f_j), (...,T) -> R (...,D),
-# or (...,1) if all dimensions share one value. `of_mean = True` declares that R depends on S only
-# through mean_j S_j, so that lib/exact.py can score faster; without it, scoring is slower, but
-# still correct.
+# or (...,1) if all dimensions share one value. A new class needs only an entry in RADII.
+# lib/exact.py has a faster version of LinearRadius, as of XPool.
 
 
 class NoRadius(nn.Module):
     """R = 0: T-MASS becomes X-Pool."""
-
-    of_mean = True
 
     def __init__(self, *unused):
         super().__init__()
@@ -125,8 +123,6 @@ class NoRadius(nn.Module):
 class MeanRadius(nn.Module):
     """R = exp(mean_j S_j)."""
 
-    of_mean = True
-
     def __init__(self, *unused):
         super().__init__()
 
@@ -137,8 +133,6 @@ class MeanRadius(nn.Module):
 
 class ScaledRadius(nn.Module):
     """R = exp(θ mean_j S_j), θ learnt."""
-
-    of_mean = True
 
     def __init__(self, *unused):
         super().__init__()
@@ -239,16 +233,33 @@ class TMASS(nn.Module):
         self.support_weight = support_weight
         self.ce_weight = ce_weight
         self.support_video = support_video
+        self.chunk = 0  # rows per call of an encoder in training (in_chunks); 0: all at once
 
     def encode_text(self, ids):
         """ids (N,L) -> t (N,D), float32, not normalised."""
-        return self.clip.encode_text(ids).float()
+        return self.in_chunks(self.clip.encode_text, ids).float()
 
     def encode_video(self, pixels):
         """pixels (V,T,3,P,P), uint8 or normalised float -> f (V,T,D), float32, not normalised."""
         V, T = pixels.shape[:2]
-        frames = self.clip.encode_image(pixels.flatten(0, 1))
-        return frames.float().view(V, T, -1)
+        frames = self.in_chunks(self.clip.encode_image, pixels.flatten(0, 1))
+        return frames.float().unflatten(0, (V, T))
+
+    def in_chunks(self, encode, x):
+        """encode(x), in training with the memory of self.chunk rows. x (N,...) -> (N,D).
+
+        Of a chunk, only the embeddings are kept; the backward pass computes the rest a second time,
+        with the same dropout. The gradient is that of the whole batch. Adding up the gradients of
+        smaller batches would not give it, because the losses contrast all pairs of a batch.
+        """
+        if not self.chunk or not torch.is_grad_enabled():
+            return encode(x)
+        chunks = []
+        for part in x.split(self.chunk):
+            chunks.append(checkpoint(encode, part, use_reentrant=False))
+            # Otherwise, autocast would add up the chunks' gradients in half precision.
+            torch.clear_autocast_cache()
+        return torch.cat(chunks)
 
     def sample_noise(self, shape, **where):
         """Sample ε ~ P. where: device and generator, passed to torch.rand or torch.randn."""

@@ -16,42 +16,20 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from argparse import SUPPRESS, Namespace
 
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 import data
-from clip_model import CLIP, Tokenizer
 from eval import AMP, autocast, evaluate, format_metrics
-from lib.check import say_cut
-from lib.common import DataError, Parser, Progress, WeightsError, mixed_seed, numeric
-from lib.processes import (
-    DEVICE,
-    Gather,
-    Stopped,
-    loading,
-    noting_signals,
-    process_died,
-    run,
-    start_processes,
-)
-from lib.runs import (
-    START_ONLY,
-    Checkpoint,
-    Log,
-    board,
-    check_settings,
-    earlier_run,
-    go_on,
-    only_run,
-    without_effect,
-)
-from lib.shapes import render_shapes, shapes_pictures
-from lib.video import FrameCache
-from lib.weights import ACTIVATIONS, build_own, load_checkpoint, load_strictly
-from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS, symmetric_cross_entropy
+from lib import runs, shapes
+from lib.common import DataError, Parser, mixed_seed, numeric
+from lib.encoders import say_cut
+from lib.processes import Gather, Stopped, loading, noting_signals, run, start_processes
+from lib.weights import build_own, load_checkpoint, load_strictly, read_weights, usable
+from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS
 
 # ---- settings ----
 
@@ -60,9 +38,10 @@ METHOD = {  # the method's settings and their defaults, read from TMASS
     for name, parameter in inspect.signature(TMASS).parameters.items()
     if name != "clip"
 }
-BASE = dict(
+BASE = dict(  # what decides the result: --resume refuses others
     METHOD,
     clip="ViT-B/32",
+    init=None,
     batch=32,
     epochs=5,
     head_lr=1e-5,
@@ -75,6 +54,19 @@ BASE = dict(
     val_videos=0,
     amp="off",
     seed=24,
+)
+PLACES = dict(data="shapes", root=None, videos=None, cache=None)  # where things lie
+RUN = dict(  # what is for one start, and is not saved
+    out="model.pt",
+    workers=None,
+    skip_bad=False,
+    chunk=0,
+    save_every=500,
+    log_every=20,
+    tensorboard=None,
+    device=None,
+    overwrite=False,
+    resume=False,
 )
 RECIPES = {  # what differs from BASE, by data set
     "shapes": dict(
@@ -99,17 +91,6 @@ RECIPES_ARE = """\
 Recipes, where they differ from the defaults above, which are those of the other data sets.
 msrvtt, lsmdc and didemo are the released commands; none was released for the others: msrvtt-7k and
 msvd have X-Pool's rates and dropout, the rest are ours. Every value can be overridden."""
-TINY = dict(  # a CLIP that is small enough to be trained from scratch on a CPU
-    embed_dim=128,
-    image_size=32,
-    patch_size=8,
-    vision_width=128,
-    vision_layers=3,
-    context_length=48,
-    text_width=128,
-    text_layers=2,
-    quick_gelu=False,
-)
 
 
 def learning_rate(step, total, warmup):
@@ -125,52 +106,33 @@ def learning_rate(step, total, warmup):
 
 # ---- the training loop ----
 
-def descend(loss, model, optimizer, scaler):
-    """One optimizer step, with the gradient clipped to norm 1. -> norm (), finite ()
 
-    norm: of the gradient before clipping. finite: whether loss and gradient are finite. If not, the
-    optimizer itself skips the step, on the device, so that nothing here waits for the device.
-
-    With --amp fp16, the scaler multiplies the loss by an adaptive factor, so that gradients neither
-    underflow nor overflow. All processes take the same step, because their gradients are already
-    averaged.
-    """
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    finite = torch.isfinite(loss + norm)
-    # If found_inf is 1, fused AdamW changes nothing. On MPS it ignores found_inf, so wait there.
-    optimizer.found_inf = (~finite).float()
-    if loss.device.type != "mps" or finite:
-        optimizer.step()
-    scaler.update()
-    with torch.no_grad():
-        model.clip.logit_scale.clamp_(max=math.log(100))
-    return norm, finite
-
-
-def fit(args, job, checkpoint, batches, splits, noted):
+def fit(args, job, state, batches, splits, log, noted):
     """Train to the last step, or until a signal arrives. -> 0, or the signal's number.
 
     On a signal, the current step is finished and the checkpoint saved.
     """
-    model = checkpoint.model
+    model = state.model
+    optimizer = state.optimizer
+    scaler = state.scaler  # does nothing without --amp fp16
     parallel = model
     if job.world > 1:
         # Static: each step uses the same parameters, perhaps not all (SigLIP's bias is unused).
         parallel = DistributedDataParallel(model, static_graph=True)
     gather = functools.partial(Gather.apply, job, args.skip_bad)
-    log = Log(args, job, checkpoint, batches)
     model.train()
     model.clip.train(not args.freeze_clip)
-    with read_batches(args, job, checkpoint, batches, splits["train"]) as loader:
+    for module in model.clip.modules():
+        if hasattr(module, "running_mean"):
+            # Batch normalisation keeps its pretrained statistics: those of a batch would differ
+            # with the number of processes that share it.
+            module.eval()
+    skipped = 0  # steps in a row whose gradient was not finite
+    with read_batches(args, job, state, batches, splits["train"]) as loader:
         for step, (ids, pixels, bad) in enumerate(loader, batches.start):
-            # A bad video comes up once per caption and epoch, but is listed only once.
-            new = [line for line in dict.fromkeys(bad) if line not in checkpoint.bad_videos]
-            checkpoint.bad_videos += new
+            refuse_bad(args, job, ids, bad)
             factor = learning_rate(step, batches.total, args.warmup)
-            for group in checkpoint.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             # Makes noise and dropout the same in all processes, and in a resumed run.
             torch.manual_seed(mixed_seed(args.seed, step))
@@ -179,114 +141,128 @@ def fit(args, job, checkpoint, batches, splits, noted):
             pixels = pixels.to(job.device, non_blocking=True)
             with autocast(job.device, args.amp):
                 losses = parallel(ids, pixels, gather=gather)
-            norm, finite = descend(losses["loss"], model, checkpoint.optimizer, checkpoint.scaler)
-            log.flags.append(finite)
+            optimizer.zero_grad()
+            scaler.scale(losses["loss"]).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if norm.isfinite():  # the released code takes the step in any case
+                scaler.step(optimizer)
+                skipped = 0
+            else:
+                skipped += 1
+                report_skipped(args, job, step + 1, skipped)
+            scaler.update()
+            with torch.no_grad():
+                model.clip.logit_scale.clamp_(max=math.log(100))
 
-            done = step + 1
-            end_of_epoch = done % batches.per_epoch == 0
-            # The last step of an epoch must not be saved before its validation.
-            checkpoint.unsaved = None if end_of_epoch else done
-            # Reading numbers waits for the device, so only logged or saved steps do it.
-            if end_of_epoch or done % args.log_every == 0:
+            state.step = step + 1
+            # A bad video comes up once per caption and epoch, but is listed only once.
+            new = [line for line in dict.fromkeys(bad) if line not in state.bad_videos]
+            state.bad_videos += new
+            end_of_epoch = state.step % batches.per_epoch == 0
+            if end_of_epoch or state.step % args.log_every == 0:
                 scale = model.clip.logit_scale.exp()
-                log.step(done, dict(losses, grad_norm=norm, scale=scale), factor)
+                log.step(state.step, dict(losses, grad_norm=norm, scale=scale), factor)
             if end_of_epoch and splits["val"].segments:
-                epoch = done // batches.per_epoch
-                R1 = test(args, job, checkpoint, splits["val"], f"validation after epoch {epoch}")
-                checkpoint.validated(done, R1)
-                log.row(step=done, epoch=epoch, val_R1=R1)
+                validate(args, job, state, splits["val"], log)
             stopping = job.largest(noted)
-            saving = stopping or end_of_epoch or done % args.save_every == 0
-            if saving and log.was_finite(done):
-                checkpoint.save(done)
+            if stopping or end_of_epoch or state.step % args.save_every == 0:
+                runs.save(args.out, job, state)
             if stopping:
                 return stopping
-    checkpoint.save(batches.total, finished=True)
-    return job.largest(noted)
+    return 0
 
 
-def test(args, job, checkpoint, annotations, title):
+def report_skipped(args, job, step, skipped):
+    """Print that a step was not finite. Too many in a row are an error.
+
+    With fp16, each of them halves the scale of the loss until the gradients fit: more are allowed.
+    """
+    job.say(f"step {step}: loss or gradient is not finite; step skipped ({skipped} in a row)")
+    fp16 = args.amp == "fp16"
+    if skipped == (30 if fp16 else 10):
+        cure = "--amp bf16, then " if fp16 else ""
+        raise DataError(f"{skipped} steps in a row, to {step}, were not finite: {args.out} keeps "
+                        f"the last saved state; train on from it with {cure}lower rates: --init "
+                        f"{args.out} --out NEW.pt --head-lr {args.head_lr / 10:g} --clip-lr "
+                        f"{args.clip_lr / 10:g}")
+
+
+def validate(args, job, state, annotations, log):
+    """Evaluate after an epoch, and keep the weights if they are the best so far."""
+    epoch = state.step // log.batches.per_epoch
+    R1 = test(args, job, state, annotations, f"validation after epoch {epoch}")
+    log.row(state.step, epoch=epoch, val_R1=R1)
+    if state.best is None or R1 > state.best[1]:
+        state.best = [state.step, R1]
+        weights = state.model.state_dict()
+        # On the CPU: the device needs its memory for training.
+        state.best_weights = {k: x.detach().to("cpu", copy=True) for k, x in weights.items()}
+
+
+def test(args, job, state, annotations, title):
     """Evaluate, and print the metrics in one line. -> t2v R@1 in percent."""
-    result = evaluate(checkpoint.model, checkpoint.tokenizer, annotations, job=job,
-                      workers=args.workers, skip_bad=args.skip_bad, cache=args.cache)
+    result = evaluate(state.model, state.tokenizer, annotations, job=job, workers=args.workers,
+                      skip_bad=args.skip_bad, cache=args.cache)
     job.say(f"{title}: {format_metrics(result)}")
-    checkpoint.bad_videos += result["left_out"]
+    state.bad_videos += result["left_out"]
     return result["t2v"]["R1"]
 
 
 # ---- batches ----
 
-@dataclass
-class Batches:
-    """This process's share of each batch, from step `start` on: lists of (epoch, pair).
 
-    An incomplete batch at the end of an epoch is dropped. This differs from the released code,
-    which trains on it.
+def collate(tokenizer, shape, items):
+    """Items of PairDataset -> ids (n,L), pixels uint8 (n,T,3,P,P), error messages of the others.
+
+    shape: (T,3,P,P), where no item of a process's share can be read.
     """
-    pairs: int
-    batch: int
-    epochs: int
-    seed: int
-    start: int = 0
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self):
-        self.per_epoch = self.pairs // self.batch
-        self.total = self.per_epoch * self.epochs
-
-    def __iter__(self):
-        share = self.batch // self.world
-        for epoch in range(self.epochs):
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-            order = torch.randperm(self.pairs, generator=generator).tolist()
-            for k in range(self.per_epoch):
-                first = k * self.batch + self.rank * share
-                if epoch * self.per_epoch + k >= self.start:
-                    yield [(epoch, pair) for pair in order[first:first + share]]
+    good, bad = data.readable(items)
+    captions = [caption for _, caption in good]
+    pixels = torch.zeros(0, *shape, dtype=torch.uint8)
+    if good:
+        pixels = default_collate([x for x, _ in good])
+    return tokenizer(captions), pixels, list(bad.values())
 
 
-def collate(tokenizer, skip_bad, items):
-    """Pairs -> ids (B,L), pixels uint8 (B,T,3,P,P), errors of the pairs that were left out.
+def refuse_bad(args, job, ids, bad):
+    """Raise the error of a video that can't be read; with --skip-bad, only if a batch has no other.
 
-    Raises the DataError of a pair that can't be read; with skip_bad, only if no pair can be read.
+    A process without any takes no part in the step.
     """
-    good, bad = data.readable(items, skip_bad)
-    if not good:
+    if bad and not args.skip_bad:
+        raise DataError(bad[0])
+    if not len(ids) and job.world == 1:
         raise DataError(f"no video of a whole batch can be read; the first error: {bad[0]}")
-    pixels, captions = zip(*good)
-    return tokenizer(captions), torch.stack(pixels), list(bad.values())
 
 
-def read_batches(args, job, checkpoint, batches, annotations):
+def read_batches(args, job, state, batches, annotations):
     """Context manager: iterates over the collated batches, which worker processes read."""
-    clip = checkpoint.model.clip
+    clip = state.model.clip
     transform = data.train_transform(clip.image_size)
     if args.augment == "none":
         transform = data.transform_for(clip)
-    cache = FrameCache(args.cache, args.frames) if args.cache else None
-    dataset = data.PairDataset(annotations, args.frames, transform, args.seed, cache)
-    finish = functools.partial(collate, checkpoint.tokenizer, args.skip_bad)
+    dataset = data.PairDataset(annotations, args.frames, transform, args.seed, args.cache)
+    shape = args.frames, 3, clip.image_size, clip.image_size
+    finish = functools.partial(collate, state.tokenizer, shape)
     return loading(dataset, batches, finish, args.workers, pin=job.device.type == "cuda")
 
 
 # ---- what is trained ----
 
+
 def build(args, captions, saved, job):
     """Build the model to start from: that of --resume, --init or --clip. -> (model, tokenizer)."""
     if saved:
-        # This also raises if the best weights so far are damaged.
-        model, tokenizer, _ = build_own(saved, args.out)
-        # If those are from an earlier epoch, the latest weights are stored beside them.
-        if "training" in saved:
-            model, tokenizer, _ = build_own(saved | saved["training"], args.out)
+        # If the result so far is an earlier epoch's, the weights to go on from are beside it.
+        model, tokenizer, _ = build_own(saved | saved.get("training", {}), args.out)
         return model, tokenizer
     torch.manual_seed(args.seed)
     method = {name: getattr(args, name) for name in METHOD}
     if args.clip == "tiny" and not args.init:
-        tokenizer = Tokenizer.learn(captions, 600, TINY["context_length"])
-        return TMASS(CLIP(vocab_size=tokenizer.vocab_size, **TINY), **method), tokenizer
-    start, tokenizer, _ = load_checkpoint(args.init or args.clip, args.activation)
+        clip, tokenizer = shapes.tiny_clip(captions)
+        return TMASS(clip, **method), tokenizer
+    start, tokenizer, _ = load_checkpoint(args.init or args.clip)
     model = TMASS(start.clip, **method)
     if args.init:
         new = []
@@ -296,7 +272,7 @@ def build(args, captions, saved, job):
             new = [f"radius.{name}" for name in model.radius.state_dict()]
         heads = start.config["heads"]
         if heads != args.heads and list(model.pool.parameters()):
-            raise WeightsError(f"--init {args.init} has {heads} heads: give --heads {heads}")
+            raise DataError(f"--init {args.init} has {heads} heads: give --heads {heads}")
         load_strictly(model, start.state_dict(), "the model asked for with --pooling and --frames")
         job.say(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
     return model, tokenizer
@@ -320,41 +296,11 @@ def make_optimizer(model, args):
     )
 
 
-def draw(tokenizer, size, seed, steps):
-    """Draw the pairs of one warm-up step. -> ids (128,L), pictures uint8 (128,3,P,P).
-
-    steps: a list of one step number. Each step gets new pairs.
-    """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, *steps))
-    pictures, phrases = shapes_pictures(128, generator, size)
-    return tokenizer(phrases), pictures
-
-
-def pretrain(model, tokenizer, args, scaler, job):
-    """Warm up the tiny CLIP on single pictures. Real runs start from a pretrained CLIP instead."""
-    clip = model.clip
-    optimizer = torch.optim.AdamW(
-        clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    progress = Progress("pretrain", args.pretrain, "steps", enabled=job.rank == 0)
-    steps = range(args.pretrain)
-    draw_pairs = functools.partial(draw, tokenizer, clip.image_size, args.seed)
-    with loading(steps, [[step] for step in steps], draw_pairs, args.workers) as loader:
-        for step, (ids, pixels) in enumerate(loader):
-            optimizer.param_groups[0]["lr"] = 2e-3 * learning_rate(step, args.pretrain, args.warmup)
-            with autocast(job.device, args.amp):
-                t = clip.encode_text(ids.to(job.device))
-                v = clip.encode_image(pixels.to(job.device))
-            sims = F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
-            loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
-            descend(loss, model, optimizer, scaler)
-            progress.update(step + 1)
-    job.say(f"pretrain {args.pretrain}/{args.pretrain}  loss {loss.item():.3f}")
-
-
 # ---- options ----
 
+
 def listed(settings):
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "nothing"
 
 
 def data_name(text):
@@ -363,180 +309,283 @@ def data_name(text):
 
 def parser():
     recipes = [f"  {name}: {listed(recipe)}" for name, recipe in RECIPES.items()]
-    p = Parser(__doc__, later=BASE, epilog="\n".join([RECIPES_ARE, *recipes]))
-    option = p.option
+    p = Parser(__doc__, argument_default=SUPPRESS, epilog="\n".join([RECIPES_ARE, *recipes]))
     count = numeric(int, 1)
     folder = os.path.abspath
     rate = numeric(float, 0, 10)
     size = numeric(int, 1, 1000)
     weight = numeric(float, 0, 1e6)
     whole = numeric(int, 0, 10 ** 6)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="NAME", type=data_name,
+                   help=f"{', '.join(data.names())}, or a .csv (default: shapes)")
+    g.add_argument("--root", metavar="DIR", type=folder,
+                   help="folder of the data set (default: data/NAME; of a .csv, its own)")
+    g.add_argument("--videos", metavar="DIR", type=folder,
+                   help="folder of the videos, where they lie apart from the annotations")
+    g.add_argument("--val-videos", metavar="N", type=whole,
+                   help="so many are held out of train to choose the checkpoint, where a data set "
+                        "has no validation split: 500 is plenty")
+    g.add_argument("--cache", metavar="DIR", type=folder,
+                   help="folder that keeps frames as JPEG, so that a video is decoded once: "
+                        "faster from the second epoch on (default: none; shapes: frames/ beside "
+                        "its videos)")
+    g.add_argument("--augment", choices=("crop-flip", "none"),
+                   help="crop-flip: one random crop and flip per video; none: where captions say "
+                        "left and right")
+    g.add_argument("--workers", metavar="N", type=numeric(int, 0, 1000),
+                   help="processes that read videos: more, while the device waits for them "
+                        "(default: one per core, at most 8)")
+    g.add_argument("--skip-bad", action="store_true",
+                   help="leave out videos that are missing or broken, and list them")
 
-    p.group("data")
-    option("data NAME", f"{', '.join(data.names())}, or a .csv (default: shapes)", data_name)
-    option("root DIR", "folder of the data set (default: data/NAME; of a .csv, its own)", folder)
-    option("videos DIR", "folder of the videos, where they lie apart from the annotations", folder)
-    option("val-videos N", "so many are held out of train to choose the checkpoint, where a data "
-           "set has no validation split: 500 is plenty", whole)
-    option("cache DIR", "folder that keeps frames as JPEG, so that a video is decoded once: faster "
-           "from the second epoch on (default: none; shapes: frames/ beside its videos)", folder)
-    option("augment", "crop-flip: one random crop and flip per video; none: where captions say "
-           "left and right", ("crop-flip", "none"))
-    option("workers N", "processes that read videos: more, while the device waits for them",
-           numeric(int, 0, 1000), min(8, os.cpu_count() or 1))
-    option("skip-bad", "leave out videos that are missing or broken, and list them", bool)
+    g = p.add_argument_group("model")
+    g.add_argument("--clip", metavar="NAME",
+                   help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
+                        "weights, or tiny")
+    g.add_argument("--init", metavar="FILE",
+                   help="start from a whole checkpoint: this program's, released T-MASS or X-Pool")
+    g.add_argument("--frames", metavar="T", type=size,
+                   help="T, frames sampled per video: time and memory grow with it")
+    g.add_argument("--pooling", choices=POOLINGS,
+                   help="how frames become one vector: xpool learns to, for each text; query does "
+                        "so without a parameter; mean is the same for all texts")
+    g.add_argument("--heads", metavar="H", type=size, help="attention heads of xpool")
+    g.add_argument("--dropout", type=numeric(float, 0, 0.99), help="in xpool")
+    g.add_argument("--radius", choices=RADII,
+                   help="of the text mass: linear is the paper's, none the X-Pool baseline")
+    g.add_argument("--prior", choices=PRIORS,
+                   help="distribution of the noise: normal in the paper, uniform as released")
+    g.add_argument("--prior-std", type=weight,
+                   help="of the normal prior: at 1 the noise is longer than CLIP's texts")
+    g.add_argument("--support-weight", type=weight,
+                   help="weight of the support text's loss (radius none: 0)")
+    g.add_argument("--support-video", choices=SUPPORTS,
+                   help="what the support text looks towards: its own video, or the mean over the "
+                        "batch's texts, as released")
+    g.add_argument("--ce-weight", type=weight, help="weight of the point text's loss")
 
-    p.group("model")
-    option("clip NAME", "ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
-           "weights, or tiny")
-    option("activation", "of --clip, where the guess that is printed is wrong", ACTIVATIONS)
-    option("init FILE", "start from a whole checkpoint: this program's, released T-MASS or X-Pool")
-    option("frames T", "T, frames sampled per video: time and memory grow with it", size)
-    option("pooling", "how frames become one vector: xpool learns to, for each text; query does so "
-           "without a parameter; mean is the same for all texts", POOLINGS)
-    option("heads H", "attention heads of xpool", size)
-    option("dropout", "in xpool", numeric(float, 0, 0.99))
-    option("radius", "of the text mass: linear is the paper's, none the X-Pool baseline", RADII)
-    option("prior", "distribution of the noise: normal in the paper, uniform as released", PRIORS)
-    option("prior-std", "of the normal prior: at 1 the noise is longer than CLIP's texts", weight)
-    option("support-weight", "weight of the support text's loss (radius none: 0)", weight)
-    option("support-video", "what the support text looks towards: its own video, or the mean over "
-           "the batch's texts, as released", SUPPORTS)
-    option("ce-weight", "weight of the point text's loss", weight)
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", metavar="N", type=whole,
+                   help="passes over all (caption, video) pairs; 0 writes the starting point")
+    g.add_argument("--batch", metavar="B", type=numeric(int, 2, 10 ** 6),
+                   help="pairs per step, over all processes: more are a harder contrast")
+    g.add_argument("--head-lr", type=rate, help="peak learning rate of pooling and radius")
+    g.add_argument("--clip-lr", type=rate,
+                   help="peak learning rate of CLIP: far lower, so that it forgets little")
+    g.add_argument("--freeze-clip", action="store_true",
+                   help="leave CLIP as it is, and train pooling and radius alone")
+    g.add_argument("--weight-decay", type=rate, help="of AdamW")
+    g.add_argument("--warmup", type=numeric(float, 0, 1),
+                   help="share of the steps in which learning rates rise; then a cosine to 0")
+    g.add_argument("--pretrain", metavar="STEPS", type=whole,
+                   help="shapes: steps of the tiny CLIP on single pictures before")
+    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), help="of everything random")
 
-    p.group("optimisation")
-    option("epochs N", "passes over all (caption, video) pairs; 0 writes the starting point", whole)
-    option("batch B", "pairs per step, over all processes: more are a harder contrast",
-           numeric(int, 2, 10 ** 6))
-    option("head-lr", "peak learning rate of pooling and radius", rate)
-    option("clip-lr", "peak learning rate of CLIP: far lower, so that it forgets little", rate)
-    option("freeze-clip", "leave CLIP as it is, and train pooling and radius alone", bool)
-    option("weight-decay", "of AdamW", rate)
-    option("warmup", "share of the steps in which learning rates rise; then a cosine to 0",
-           numeric(float, 0, 1))
-    option("pretrain STEPS", "shapes: steps of the tiny CLIP on single pictures before", whole)
-    option("seed", "of everything random", numeric(int, 0, 2 ** 63 - 1))
-
-    p.group("run")
-    option("out FILE", "the checkpoint; its log is NAME.log.csv", default="model.pt")
-    option("save-every STEPS", "steps between two saves; each epoch ends with one", count, 500)
-    option("log-every STEPS", "steps between two lines", count, 20)
-    option("tensorboard DIR", "folder for TensorBoard: what the log has, as curves", board)
-    option("amp", "towers in bfloat16: less memory, two to four times as fast where the device has "
-           "it; or in float16 with a scaled loss (T4, V100)", AMP)
-    option("device", "cpu, cuda or mps", default=DEVICE)
-    option("grad-checkpoint", "compute the towers twice: less memory, a third slower", bool)
-    option("overwrite", "replace a finished run in --out", bool)
-    option("resume", "continue the run in --out, exactly, or start it", bool)
+    g = p.add_argument_group("run")
+    g.add_argument("--out", metavar="FILE", help="the checkpoint; its log is NAME.log.csv")
+    g.add_argument("--save-every", metavar="STEPS", type=count,
+                   help="steps between two saves; each epoch ends with one")
+    g.add_argument("--log-every", metavar="STEPS", type=count, help="steps between two lines")
+    g.add_argument("--tensorboard", metavar="DIR",
+                   help="folder for TensorBoard: what the log has, as curves")
+    g.add_argument("--amp", choices=AMP,
+                   help="towers in bfloat16: less memory, two to four times as fast where the "
+                        "device has it; or in float16 with a scaled loss (T4, V100)")
+    g.add_argument("--device",
+                   help="cpu, cuda or mps (default: cuda where there is a GPU, else cpu)")
+    g.add_argument("--chunk", metavar="N", type=whole,
+                   help="compute N frames or texts at a time, twice: memory no longer grows with "
+                        "the batch, and the result is the same; a third slower")
+    g.add_argument("--overwrite", action="store_true", help="replace a finished run in --out")
+    g.add_argument("--resume", action="store_true",
+                   help="continue the run in --out, exactly, or start it")
+    for action in p._actions:
+        default = (BASE | RUN).get(action.dest)
+        if default not in (None, False):
+            action.help = f"{action.help or ''} (default: {default})"
     return p
 
 
-def settle(args, world):
-    """Complete args from the run to resume or from the recipe. -> the run's checkpoint, or None."""
-    chosen = {}
-    saved = earlier_run(args)
+def settle(given, saved):
+    """Put the settings together. given: those of the command line; saved: the run to resume.
+
+    -> Namespace of all settings, dict of the recipe. Raises DataError.
+    """
+    earlier = {}
     if saved:
-        chosen = check_settings(parser(), saved["config"], args.out) | saved["tmass"]
-        if args.data not in (None, chosen.get("data")):  # the same data in another place
-            chosen.update(root=None, videos=None)
-        # Frames are kept beside the videos, not in the place where these were before.
-        if chosen.get("data") == "shapes" and args.root not in (None, chosen.get("root")):
-            chosen.update(cache=None)
-    chosen |= {name: value for name, value in vars(args).items() if value is not None}
-    name = chosen.setdefault("data", "shapes")
-    vars(args).update(BASE | RECIPES.get(name, {}) | chosen)
+        known = BASE | PLACES  # old checkpoints may have others
+        earlier = {k: x for k, x in saved["config"].items() if k in known and x is not None}
+        # Checksums tell whether data in another place are the same; old checkpoints have none.
+        fixed = BASE if "splits" in saved else BASE | dict(data=None)
+        for name in given.keys() & earlier.keys() & fixed.keys():
+            if given[name] != earlier[name]:
+                raise DataError(f"--{name.replace('_', '-')} {given[name]} differs from "
+                                f"{earlier[name]} in the run: drop it to resume, or start anew "
+                                "with another --out")
+    name = (PLACES | earlier | given)["data"]
+    recipe = dict(RECIPES.get(name, {}))
     # With R = 0, the support text is the text itself: without its loss, this is X-Pool.
-    if args.radius == "none" and "support_weight" not in chosen:
-        args.support_weight = 0.0
+    if given.get("radius") == "none":
+        recipe["support_weight"] = 0.0
     # The warm-up is for random weights, and would harm those that are loaded.
-    if (args.init or args.clip != "tiny") and "pretrain" not in chosen:
-        args.pretrain = 0
+    if "init" in given or given.get("clip", "tiny") != "tiny":
+        recipe["pretrain"] = 0
+    # Data in another place have their videos and frames there.
+    if name != earlier.get("data", name):
+        earlier |= dict(root=None, videos=None)
+    if name == "shapes" and "root" in given:
+        earlier["cache"] = None
+
+    args = Namespace(**BASE | PLACES | RUN | recipe | earlier | given)
+
     args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")
-    if args.batch % world:
-        raise DataError(f"--batch {args.batch} is for all processes: give a multiple of {world}")
-    if args.pretrain and name != "shapes":
+    elif args.pretrain:
         raise DataError("--pretrain is only for --data shapes: start from weights with --clip")
-    if args.activation and args.clip == "tiny" and not args.init:
-        raise DataError("--activation is for weights that are loaded: give --clip or --init")
-    return saved
+    return args, recipe
 
 
 # ---- the run ----
 
+
 def main(argv=None):
-    args = parser().parse_args(argv)
-    job = start_processes(args.device)
-    try:
-        with only_run(args.out) if job.rank == 0 else contextlib.nullcontext():
-            return train(args, job)
-    except (OSError, RuntimeError, WeightsError) as error:
-        # Causes outside this process: another process died, or the disk is full.
-        why = str(error).split("; ")[0]
-        if process_died(error):
-            why = "another process of this job died"
-        elif not isinstance(error, OSError) and not error.__cause__:
+    given = vars(parser().parse_args(argv))
+    start = Namespace(**RUN | given)
+    for source in (given.get("clip"), given.get("init")):
+        if source and os.path.realpath(source) == os.path.realpath(start.out):
+            raise DataError(f"--out {start.out} is what --clip or --init starts from: choose "
+                            "another --out")
+    plain = os.path.isfile(start.out) or not os.path.lexists(start.out)
+    if not plain or not os.path.basename(start.out):
+        raise DataError(f"--out {start.out} cannot be written: give a plain file's name")
+    job = start_processes(start.device)
+    with contextlib.closing(runs.Log(start.out, job)) as log:
+        saved = find_run(start, job, log)
+        if saved and saved.get("finished", True):
+            job.say(f"{start.out} is finished (step {saved.get('step')}): nothing to resume. Test "
+                    f"it: {evaluation(start)}")
+            return 0
+        args, recipe = settle(given, saved)
+        job.say(f"resuming {args.out}" if saved else f"recipe of {args.data}: {listed(recipe)}")
+        job.say(f"given: {listed(given)}")
+        try:
+            with usable(args.out) if saved else contextlib.nullcontext():
+                state, batches, splits = prepare(args, job, saved, log)
+        except KeyboardInterrupt:
+            if job.rank == 0:
+                print("stopped before the first step: nothing was saved", file=sys.stderr)
             raise
-        raise DataError(f"{why}; the last checkpoint, if any, is intact: go on with "
-                        f"{go_on()}") from error
+        del saved  # all of it has been copied
+        return train(args, job, log, state, batches, splits)
 
 
-def train(args, job):
-    """The whole run, from completing the settings to the test. -> exit status."""
-    saved = settle(args, job.world)
-    if saved and saved.get("finished", True):
-        job.say(f"{args.out} is finished (step {saved.get('step')}): nothing to resume. Test it: "
-                f"{evaluation(args)}")
-        return 0
+def find_run(args, job, log):
+    """What --out holds, for --resume to continue; None if a new run may start there.
+
+    A new run may replace one without a completed step or, with --overwrite, a finished one.
+    """
+    out = args.out
+    if os.path.lexists(out):
+        saved = read_weights(out)
+        if saved.get("format") != "tmass":
+            raise DataError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
+                            "choose another --out")
+    elif log.had_rows:
+        raise DataError(f"{log.path} belongs to another run, whose {out} is gone: move it, or "
+                        "choose another --out")
+    else:
+        saved = None
+    finished = saved and saved.get("finished", True)
+    if finished and not args.resume and not args.overwrite:
+        raise DataError(f"{out} holds a finished run: choose another --out, or replace it with "
+                        "--overwrite")
+    if saved and not finished and not args.resume and saved["step"]:
+        raise DataError(f"{out} holds an unfinished run at step {saved['step']}: --resume it, or "
+                        "choose another --out")
+    if not args.resume:
+        saved = None
+    mark = None
+    if saved:
+        with usable(out):
+            saved["config"] = saved["config"] | saved["tmass"]
+            mark = [saved["step"], float(sum(x.double().sum() for x in saved["model"].values()))]
+    if any(other != mark for other in job.gather(mark)):
+        raise DataError(f"the processes of this job find different checkpoints in --out {out}: it "
+                        "belongs on a disk that all nodes share")
+    return saved
+
+
+def prepare(args, job, saved, log):
+    """Everything before the first step. -> Run, Batches, {split: Annotations}"""
+    if args.batch % job.world:
+        raise DataError(f"--batch {args.batch} is for all processes: give a multiple of "
+                        f"{job.world}")
     splits, missing = load_splits(args, job)
     captions = splits["train"].captions
     with job.first_alone():
         try:
             model, tokenizer = build(args, captions, saved, job)
         except ValueError as error:  # TMASS and CLIP raise it for a wrong setting
-            raise WeightsError(str(error)) from None
+            raise DataError(str(error)) from None
     model.to(job.device)
-    model.clip.grad_checkpoint = args.grad_checkpoint
-    optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16")
-    checkpoint = Checkpoint(args, job, model, tokenizer, optimizer, scaler, splits, saved)
-    checkpoint.bad_videos += missing
-    batches = Batches(len(captions), args.batch, args.epochs, args.seed, checkpoint.step, job.rank,
-                      job.world)
-    announce(args, job, splits, optimizer, batches)
+    model.chunk = args.chunk
+    state = runs.Run(
+        model,
+        tokenizer,
+        make_optimizer(model, args),
+        torch.amp.GradScaler(job.device.type, enabled=args.amp == "fp16"),
+        config={name: getattr(args, name) for name in BASE | PLACES},
+        splits={name: annotations.checksum() for name, annotations in splits.items()},
+    )
+    if saved:
+        runs.resume(args.out, state, saved)
+    state.bad_videos += missing
+    batches = data.Batches(len(captions), args.batch, args.epochs, args.seed, state.step,
+                           job.rank, job.world)
+    announce(args, job, splits, state.optimizer, batches)
     say_cut(job, tokenizer, captions, "train")
-    if saved is None:
+    log.begin(state.step, batches, args)
+    if not saved:
         if args.pretrain:
-            pretrain(model, tokenizer, args, scaler, job)
-        checkpoint.save(0)
+            rates = [learning_rate(k, args.pretrain, args.warmup) for k in range(args.pretrain)]
+            shapes.warm_up(model.clip, tokenizer, rates, args.seed, args.workers, job.say)
+        runs.save(args.out, job, state)
     model.clip.requires_grad_(not args.freeze_clip)
-    # All of its tensors have been copied: free the memory.
-    del saved
+    return state, batches, splits
 
+
+def train(args, job, log, state, batches, splits):
+    """Train, and test the result. -> exit status."""
     with noting_signals() as noted:
         try:
-            stopped = fit(args, job, checkpoint, batches, splits, noted)
+            stopped = fit(args, job, state, batches, splits, log, noted)
+            if state.step == batches.total:
+                runs.save(args.out, job, state, finished=True)
+                stopped = job.largest(noted)
         except (Stopped, DataError, RuntimeError):
             if not noted:
                 raise
             # No batch arrived: the workers are slow, or the signal ended them. The other processes
             # wait in the middle of a step, or are gone: so nothing more is exchanged with them.
             stopped = noted[0]
-            checkpoint.job = job._replace(world=1)
-            if checkpoint.unsaved:
-                checkpoint.save(checkpoint.unsaved)
+            job = job._replace(world=1)
+            # The last step of an epoch was saved, or its validation is not over.
+            if state.step % batches.per_epoch:
+                runs.save(args.out, job, state)
     if stopped:
-        checkpoint.list_bad()
+        runs.list_bad(args.out, job, state)
         name = signal.Signals(stopped).name
-        job.say(f"stopped by {name} after step {checkpoint.step}; continue with: {go_on()}")
+        job.say(f"stopped by {name} after step {state.saved}; to go on, give the same command "
+                "with --resume")
         return 128 + stopped
-    if checkpoint.best:
-        job.say(f"the result is that of step {checkpoint.best[0]}, the best on the validation "
-                "split")
+    if state.best:
+        state.model.load_state_dict(state.best_weights)
+        job.say(f"the result is that of step {state.best[0]}, the best on the validation split")
     if splits["test"].segments:
-        test(args, job, checkpoint, splits["test"], "test")
-    checkpoint.list_bad()
+        test(args, job, state, splits["test"], "test")
+    runs.list_bad(args.out, job, state)
     job.say(f"checkpoint: {args.out}   evaluate it again: {evaluation(args)}")
     return 0
 
@@ -545,7 +594,7 @@ def load_splits(args, job):
     """Load the splits. -> {train, val, test: Annotations}, a line per missing video left out."""
     if args.data == "shapes":
         with job.first_alone():
-            render_shapes(args.root)  # on first use
+            shapes.render_shapes(args.root)  # on first use
     splits = {}
     missing = []
     for name in data.SPLITS:
@@ -564,10 +613,7 @@ def load_splits(args, job):
 
 
 def announce(args, job, splits, optimizer, batches):
-    """Print the settings and the plan, before anything takes long."""
-    unused = {*START_ONLY, *without_effect(args)}
-    settings = {name: x for name, x in sorted(vars(args).items()) if name not in unused}
-    job.say(f"settings: {listed(settings)}")
+    """Print the plan, before anything takes long."""
     for split, annotations in splits.items():
         job.say(f"{split:5s} {len(annotations.captions)} texts, "
                 f"{len(annotations.segments)} videos")
@@ -584,12 +630,8 @@ def announce(args, job, splits, optimizer, batches):
 
 def evaluation(args):
     """The command that repeats the test. Its other settings are in the checkpoint."""
-    words = ["python", "eval.py", "--ckpt", args.out]
-    if args.skip_bad:
-        words.append("--skip-bad")
-    if args.device != DEVICE:
-        words += ["--device", args.device]
-    return shlex.join(words)
+    skip_bad = ["--skip-bad"] if args.skip_bad else []
+    return shlex.join(["python", "eval.py", "--ckpt", args.out, *skip_bad])
 
 
 if __name__ == "__main__":

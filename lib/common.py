@@ -2,21 +2,17 @@
 import argparse
 import contextlib
 import errno
-import glob
 import math
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from textwrap import shorten
 
 # ---- errors ----
 
@@ -35,9 +31,10 @@ class WeightsError(UserError):
 
 CURES = {  # pattern in an error of the system, Python or torch -> advice
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|MemoryError":
-        "use a smaller --batch, --amp bf16, fewer --workers or, in training, --grad-checkpoint",
+        "use a smaller --batch, --amp bf16, fewer --workers or, in training, --chunk 64",
     "Too many open files|items of ancdata":
         "use fewer --workers, or allow more files (ulimit -n 4096)",
+    "File too large": "allow larger files (ulimit -f unlimited)",
     "shared memory|torch_.*(No space left|Bus error)":
         "give /dev/shm more room (docker run --shm-size 8g, or --ipc=host), or use fewer --workers",
     "determine home directory": "set TMASS_CACHE or HOME to a folder that exists",
@@ -54,9 +51,12 @@ def cure(error):
 
 
 def first_line(error):
-    """The first line of an error's message (torch appends a stack); its type if that is empty."""
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0]
+    """The first line of an error's message (torch appends a stack); its type if that is empty.
+
+    If DataLoader passes an error on from a worker, the message ends with the error itself.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if lines[0].startswith("Caught ") else lines[0]
 
 
 @contextlib.contextmanager
@@ -70,58 +70,45 @@ def curable(what):
         raise DataError(f"{what} ({first_line(e)}): {cure(e)}") from e
 
 
+# A file may hold anything. While it is interpreted, these errors are due to its content.
+MISTAKES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@contextlib.contextmanager
+def explained(path, what, advice):
+    """Turn any error caused by the content of a file into a WeightsError of one line."""
+    with curable(f"{path}: no room to load it"):
+        try:
+            yield
+        except DataError:  # of something else
+            raise
+        except MISTAKES as error:
+            # Not the file's fault, but a limit of the machine.
+            if cure(error):
+                raise
+            why = shorten(str(error), 500)
+            if isinstance(error, KeyError):
+                why = f"it has no {error}"
+            raise WeightsError(f"{path}: {what}: {why}; {advice}") from None
+
+
 # ---- options and numbers ----
 
 
 class Parser(argparse.ArgumentParser):
-    """Options, described by the first two paragraphs of the program's docstring.
+    """An ArgumentParser whose mistakes are one line and exit status 2, as of everything else.
 
-    A wrong one ends the program as every mistake does: one line, exit status 2.
-    later: {name: value} of settings that are None until the program fills them in.
+    The first two paragraphs of the program's docstring describe it.
     """
 
-    def __init__(self, doc=None, later=(), **settings):
+    def __init__(self, doc=None, **settings):
         paragraphs = (doc or "").split("\n\n")  # python -OO: there is none
         super().__init__(
             description="\n\n".join(paragraphs[:2]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
             **settings,
         )
-        self.later = dict(later)
-        self.section = self
-
-    def group(self, title):
-        """List the options that follow under a title."""
-        self.section = self.add_argument_group(title)
-
-    def option(self, name, text, kind=None, default=None, short=None, **more):
-        """Add --name. A second word in it stands for the value in the help: "save FILE".
-
-        kind: the type of the value, or its choices; bool: the option takes no value.
-        """
-        name, _, metavar = name.partition(" ")
-        shown = self.later.get(name.replace("-", "_"))
-        if shown is None and default is not None:
-            shown = "%(default)s"
-        if kind is bool:
-            more["action"] = "store_true"
-            # None tells that the user did not give it, so that the program fills it in later.
-            default = None if shown is not None else False
-        elif kind:
-            more["type" if callable(kind) else "choices"] = kind
-        if metavar:
-            more["metavar"] = metavar
-        if shown is not None:
-            text += f" (default: {shown})"
-        flags = [short] if short else []
-        self.section.add_argument(*flags, f"--{name}", help=text, default=default, **more)
-
-    def parse_known_args(self, args=None, namespace=None):
-        # Before Python 3.13, argparse makes an empty list of the value.
-        for word in sys.argv[1:] if args is None else args:
-            if re.fullmatch("-.*=--", word):
-                self.error(f"argument {word[:-3]}: '--' is no value")
-        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -155,13 +142,6 @@ def mixed_seed(*numbers):
 # ---- what is printed ----
 
 
-def first_few(lines):
-    """The first ten lines; if there are more, another line says how many. -> list"""
-    if len(lines) <= 10:
-        return lines
-    return [*lines[:10], f"and {len(lines) - 10} more"]
-
-
 def escaped(text, keep=""):
     """Make text from any source, such as a file name, safe to print on a terminal.
 
@@ -174,6 +154,12 @@ def escaped(text, keep=""):
         return c.encode("unicode_escape").decode() if odd and c not in keep else c
 
     return "".join(map(escape, text))
+
+
+def first_few(lines):
+    """The first ten lines, `escaped`; if there are more, another line says how many. -> list"""
+    more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return [*map(escaped, lines[:10]), *more]
 
 
 def clock(seconds):
@@ -215,53 +201,6 @@ class Progress:
         print(f"{line}{left} left{more}".ljust(78), end=end, file=sys.stderr, flush=True)
 
 
-class _Output:
-    """A standard stream whose failure does not end the program.
-
-    Once its reader has gone or its disk is full, printed text is discarded, and `error` keeps the
-    reason. The files that the user asked for are still written.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        self.error = None
-        # File names may hold characters that the stream's encoding lacks.
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def write(self, text):
-        return self._attempt(self.stream.write, text)
-
-    def flush(self):
-        return self._attempt(self.stream.flush)
-
-    def _attempt(self, act, *arguments):
-        try:
-            return act(*arguments)
-        except OSError as e:
-            self.error = e
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # also discards what is still in its buffer
-            os.close(nowhere)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def _lasting_streams():
-    """Make sys.stdout and sys.stderr `_Output`s in this block; reopen closed ones on os.devnull."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # otherwise the next file to be opened would become the standard stream
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdin = sys.stdin or open(os.devnull)
-    out = _Output(sys.stdout)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(_Output(sys.stderr)):
-        yield out
-
-
 # ---- files written whole ----
 
 
@@ -269,100 +208,60 @@ def _lasting_streams():
 def written_whole(path, flush=True):
     """Yield a temporary name beside path. What is written there replaces path if all goes well.
 
-    A kill or a power cut leaves the old file or the new one, and perhaps the temporary file, which
-    `remove_parts` removes. flush=False is for files that can be made again: it is faster, but a
-    power cut may leave an empty file.
+    A kill or a power cut leaves the old file or the new one. flush=False is for files that can be
+    made again: it is faster, but a power cut may leave an empty file.
     """
-    part, file = _begun(path)
+    path = os.path.realpath(path)  # a link stays a link
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f"{name[:50]}.{secrets.token_hex(4)}.part")  # not too long a name
     try:
-        with file:
-            yield part
-            # The new name may reach the disk before the content does.
-            if flush:
+        yield part
+        if flush:  # the new name may reach the disk before the content does
+            with open(part, "rb+") as file:
                 os.fsync(file.fileno())
-            close_on_windows(file)
-            os.replace(part, path)  # while locked: no other process removes it
-    # Also on KeyboardInterrupt: a part left behind would look like another run's.
-    except BaseException:
+        os.replace(part, path)
+    except BaseException:  # also KeyboardInterrupt
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
 
 
-def _begun(path):
-    """Create a temporary file beside path. -> (its name, the file), locked until it is closed."""
-    while True:
-        part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.part"
-        file = open(part, "xb")
-        _lock(file, wait=True)
-        if os.path.exists(part):
-            return part, file
-        file.close()  # another process removed it as left behind, before it was locked
+def write_whole(path, content):
+    """Write a file of text or bytes, whole or not at all."""
+    if isinstance(content, str):
+        content = content.encode()
+    with written_whole(path) as part:
+        Path(part).write_bytes(content)
 
 
-def close_on_windows(file):
-    """Close a file on Windows, which neither renames nor deletes an open one."""
-    if fcntl is None:
-        file.close()
-
-
-def _lock(file, wait=False):
-    """Lock a file until it is closed. -> False if another process has, or if locks don't work."""
-    # Comparing process ids would not do: different containers use the same few.
+def write_output(option, path, content):
+    """`write_whole` for the file of an option. A DataError says why it can't be written."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
-    except (OSError, AttributeError):  # AttributeError: Windows
-        return False
-
-
-def remove_parts(path):
-    """Remove what killed writes of path left behind. A file being written is locked, and stays."""
-    pattern = glob.escape(os.fspath(path)) + ".*" + 8 * "[0-9a-f]" + ".part"
-    for part in glob.glob(pattern):
-        with contextlib.suppress(OSError), open(part, "rb") as file:
-            if _lock(file):
-                os.unlink(part)
-
-
-def check_output(option, path, mark=b""):
-    """Raise a DataError unless the result of an option can go to path. Call it before long work.
-
-    Only an empty file, or one that the same option wrote, is replaced: one with `mark` in its first
-    4 kB (by default, any file). A link, pipe or device is never replaced.
-    """
-    start = b""
-    try:
-        plain = os.path.isfile(path) and not os.path.islink(path)
-        if not os.path.basename(path) or os.path.lexists(path) and not plain:
-            raise OSError("give a plain file's name in a folder that exists")
-        part, file = _begun(path)  # fails without a writable folder, or if the name is too long
-        with file:
-            close_on_windows(file)
-            os.unlink(part)
-        if plain:
-            with open(path, "r+b") as file:
-                start = file.read(4096)
+        write_whole(path, content)
     except OSError as e:
-        raise DataError(f"{option} {path} cannot be written: {e.strerror or e}") from None
-    # Replacing an empty file loses nothing.
-    if start not in (b"", b"{}") and mark not in start:
-        raise DataError(f"{option} {path} exists and was not written by {option}: "
-                        "give another name")
-    remove_parts(path)
+        raise DataError(f"{option} {path} cannot be written: {why_not_written(e)}") from e
 
 
-@contextlib.contextmanager
-def output(option, path):
-    """`written_whole` for the file of an option. A DataError says why it can't be written."""
-    try:
-        with written_whole(path) as part:
-            yield part
-    except (OSError, RuntimeError) as e:
-        why = why_not_written(e)
-        if not why:
-            raise
-        raise DataError(f"{option} {path} cannot be written: {why}") from e
+def check_outputs(outputs, inputs):
+    """Refuse early what `write_output` must not replace. outputs: {option: path or None}.
+
+    Raises a DataError for what is no file in a folder, for one file of two options, and for one of
+    inputs: files that the command reads, and folders of which it reads the files.
+    """
+    taken = set(map(os.path.realpath, inputs))
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        folder = os.path.dirname(real)
+        if real in taken or folder in taken:
+            raise DataError(f"{option} {path}: this command reads or writes that file, or reads "
+                            "its folder: give another name")
+        taken.add(real)
+        plain = os.path.isfile(real) or not os.path.exists(real)
+        if not os.path.basename(path) or not plain or not os.path.isdir(folder):
+            raise DataError(f"{option} {path} cannot be written: give a plain file's name in a "
+                            "folder that exists")
 
 
 def why_not_written(error):
@@ -374,12 +273,6 @@ def why_not_written(error):
     return error and (error.strerror or str(error))
 
 
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    with written_whole(path) as part:
-        Path(part).write_text(text, encoding="utf-8", newline="")
-
-
 # ---- how a program ends ----
 
 
@@ -389,25 +282,27 @@ def program(main, *mistakes):
     A user's mistake (UserError or one of `mistakes`) or an error of the system prints one line on
     stderr and gives status 2. Standard output need not be read to its end (| head).
     """
-    with _lasting_streams() as out:
-        try:
-            status = main()
-            out.flush()
-            if isinstance(out.error, BrokenPipeError):
-                return 0 if status == 1 else status  # 1 is a verdict: it counts only if it is read
-            if out.error:
-                raise DataError(f"standard output cannot be written: {out.error.strerror}")
-            return status
-        except (UserError, *mistakes) as e:
-            line = str(e)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        except (OSError, RuntimeError, MemoryError) as e:  # many are RuntimeErrors in torch
-            line = first_line(e)
-            if advice := cure(e):
-                line += f": {advice}"
-            elif not isinstance(e, OSError):
-                raise  # a bug in the program: show its stack
-        print(f"error: {escaped(line)}", file=sys.stderr)
-        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may hold what the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is in its buffer
+        return 0
+    except (UserError, *mistakes) as e:
+        line = str(e)
+    except KeyboardInterrupt as e:
+        print("interrupted", file=sys.stderr)
+        number = e.args[0] if e.args else signal.SIGINT
+        return 128 + number
+    except (OSError, RuntimeError, MemoryError) as e:  # many are RuntimeErrors in torch
+        line = first_line(e)
+        if advice := cure(e):
+            line += f": {advice}"
+        elif not isinstance(e, OSError):
+            raise  # a bug in the program: show its stack
+    print(f"error: {escaped(line)}", file=sys.stderr)
+    return 2

@@ -1,10 +1,11 @@
 """Other image-text models, from the package open_clip, with the interface of clip_model.CLIP.
 
 Such a model needs: encode_text, encode_image, logit_scale, embed_dim, image_size, resize,
-grad_checkpoint, config (the arguments that build it again), and tokenizer (texts -> ids (N,L)).
+config (the arguments that build it again), and tokenizer (texts -> ids (N,L)).
 To add another kind of model, write such a class and use it in lib/weights.py.
 """
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -165,7 +166,6 @@ class OpenCLIP(nn.Module):
         self.config = dict(open_clip=open_clip, quick_gelu=quick_gelu, **settings)
         self.image_size = height
         self.resize = settings["resize"]
-        self.checkpointing = False
         mean_std = torch.tensor([settings["mean"], settings["std"]]).view(2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
         self.eval()
@@ -180,17 +180,6 @@ class OpenCLIP(nn.Module):
         """The logarithm of the factor that cosines are multiplied by, a parameter ()."""
         return self.model.logit_scale
 
-    @property
-    def grad_checkpoint(self):
-        """If True, training needs less memory, but loses a third of its speed."""
-        return self.checkpointing
-
-    @grad_checkpoint.setter
-    def grad_checkpoint(self, enable):
-        if enable != self.checkpointing:
-            self.model.set_grad_checkpointing(enable)
-        self.checkpointing = enable
-
     def encode_image(self, images):
         """images (N,3,P,P) -> (N,D). uint8 is normalised here; floats must be already."""
         if images.dtype == torch.uint8:
@@ -201,3 +190,18 @@ class OpenCLIP(nn.Module):
     def encode_text(self, ids):
         """ids (N,L) -> (N,D)."""
         return self.model.encode_text(ids)
+
+
+def say_cut(job, tokenizer, captions, what):
+    """Print how many captions are too long for the encoder, whatever its tokenizer."""
+    most = tokenizer.context_length
+    empty, full = tokenizer(["", "a " * most])
+    padding = empty.mode().values
+    longer = copy.copy(tokenizer)
+    longer.context_length = 2 * most
+    # A token takes at least one byte, except start, end and one more: skip short captions quickly.
+    cut = [x for x in captions if len(x.encode()) > most - 4
+           and (longer([x]) != padding).sum() > (full != padding).sum()]
+    if cut:
+        job.say(f"{what}: {len(cut)} captions are longer than the encoder's {most} tokens, and "
+                f"are cut; the first: {cut[0]!r:.60}")

@@ -3,16 +3,14 @@
 `TMASS.score` pools every video for every text through D x D matrices, and compares M noisy copies
 of every text with every pooled video. This module avoids that work:
 
-- `_xpool_span`: whatever the text, a pooled video lies in the span of a few vectors. They are
-  computed once per video, and for each text only the coefficients remain to be computed.
+- `_xpool_span`: whatever the text, a video pooled by XPool lies in the span of a few vectors. They
+  are computed once per video, and for each text only the coefficients remain to be computed.
 - `sample_cosines`: cos(t + R·ε_m, v) of M samples needs only three products with the samples, and
   no copies of the text.
-- `_best_of_scalar`: if all dimensions share one R, then R factors out of these products, and no
-  vector of width D is computed for a pair.
 - `expected_cosine`: the mean of the best of M samples, over the noise, needs no samples at all.
 
-A pooling that is not in SPANS is simply called, and so is every radius. New classes are therefore
-scored correctly without any change here.
+Only XPool and LinearRadius have a faster version here. All other poolings and radii are simply
+called, so a new class is scored correctly without any change.
 """
 import functools
 import math
@@ -20,19 +18,18 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tmass import LinearRadius, MeanPool, NoRadius, QueryPool, XPool, cosine
+from tmass import LinearRadius, NoRadius, XPool, cosine
 
 TINY = 1e-16  # lower bound for a squared length in a denominator
 
 
-# ---- poolings as spans: v_ij = Σ_k c_ijk Z_jk ----
-#
-# Each function takes a pooling and texts t (N,D). It returns a function that maps videos f (V,T,D)
-# to their spanning vectors Z (V,K,D) and the coefficients c (V,K,N).
+# ---- XPool ----
 
 
 def _xpool_span(pool, t):
-    """The span of XPool, K = T*H + 2.
+    """XPool as a span, v_ij = Σ_k c_ijk Z_jk with K = T*H + 2. t (N,D) -> function.
+
+    The function maps f (V,T,D) to the spanning vectors Z (V,K,D) and the coefficients c (V,K,N).
 
     For given attention weights a, psi is affine in LN1(f) except for the normalisations in LN2 and
     LN3, which only rescale. Let j run over the T*H pairs of a frame and a head, Wo_h be the columns
@@ -112,26 +109,6 @@ def _pool_few(pool, t, f):
     return pool.ln3(x + pool.linear(x))
 
 
-def _mean_span(pool, t):
-    """The span of MeanPool, K = 1: the mean frame, with coefficient 1."""
-    return lambda f: (f.mean(1, keepdim=True), t.new_ones(len(f), 1, len(t)))
-
-
-def _query_span(pool, t):
-    """The span of QueryPool, K = T: the normalised frames, with the softmax as coefficients."""
-    t = F.normalize(t, dim=-1)
-
-    def span(f):
-        Z = F.normalize(f, dim=-1)
-        logits = Z @ t.T / 0.1
-        return Z, logits.softmax(1)
-    return span
-
-
-# Looked up by exact type, because a subclass may compute something else.
-SPANS = {XPool: _xpool_span, MeanPool: _mean_span, QueryPool: _query_span}
-
-
 def centred(x):
     """x minus its mean over the last axis, as in LayerNorm."""
     return x - x.mean(-1, keepdim=True)
@@ -150,22 +127,17 @@ def sample_cosines(t, v, R, eps, products=None):
     """cos(t + R·ε_m, v) of every sample, from three products. t, v, R (...,D) -> (...,M).
 
     eps (M,D). R may be (...,1). products: t·v, |v|² and |t|², each (...), if already computed.
+
+        cos(t_s, v) = (t·v + (R·v)·ε) / (|v| |t_s|)
+        |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε)
     """
     if products is None:
         products = (t * v).sum(-1), squared(v), squared(t)
+    tv, vv, tt = products
     R = R.expand(*R.shape[:-1], eps.shape[-1])
     along = (R * v) @ eps.T
     across = (R * t) @ eps.T
     square = R.square() @ eps.square().T
-    return _cosines_of_products(*products, along, across, square)
-
-
-def _cosines_of_products(tv, vv, tt, along, across, square):
-    """(t·v + (R·v)·ε) / (|v| |t_s|) with |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε).
-
-    tv, vv, tt: t·v, |v|², |t|², each (...). along, across, square: (R·v)·ε, (R·t)·ε, (R·R)·(ε·ε),
-    each (...,M); along and square are overwritten. -> (...,M)
-    """
     length = square.add_(across, alpha=2).add_(tt[..., None])
     length = length.clamp_min_(TINY).sqrt_()
     v_length = vv.clamp_min(TINY).sqrt()
@@ -212,30 +184,6 @@ def expected_cosine(t, v, R, mean, std, largest):
     return (cv + largest * spread) / (squared(v).clamp_min(TINY) * tau2).sqrt()
 
 
-def _best_of_scalar(t, Z, c, R, noise, tv, vv, tt):
-    """best_of for R (V,N,1), which factors out of sums. t (N,D), Z (V,K,D), c (V,K,N) -> (V,N)."""
-    if torch.is_tensor(noise):
-        along = c.mT @ (Z @ noise.T) * R
-        across = t @ noise.T * R
-        square = noise.square().sum(-1) * R.square()
-        cosines = _cosines_of_products(tv, vv, tt, along, across, square)
-        return cosines.amax(-1)
-    # expected_cosine, where c = t + shift: cv is c·v, cc is |c|², gg is |g/R|², v_sum is Σ_d v_d.
-    mean, std, largest = noise
-    D = t.shape[1]
-    R = R.squeeze(-1)
-    shift = mean * R
-    v_sum = (Z.sum(-1, keepdim=True) * c).sum(1)
-    cv = tv + shift * v_sum
-    cc = tt + 2 * shift * t.sum(-1) + D * shift.square()
-    tau2 = cc + D * (std * R).square()
-    tau2 = tau2.clamp_min(TINY)
-    k = cv / tau2
-    gg = vv - k * (2 * cv - k * cc)
-    spread = std * R * gg.clamp_min(0).sqrt()
-    return (cv + largest * spread) / (vv.clamp_min(TINY) * tau2).sqrt()
-
-
 def largest_of_normals(M):
     """E_M, the mean of the largest of M standard normals: 12 - ∫ Φ(x)^M dx, x from -12 to 12.
 
@@ -268,11 +216,11 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     V, T, _ = f.shape
     H = model.config["heads"]
     pool = model.pool
-    span_of = SPANS.get(type(pool))
-    if N <= T:  # a span takes 2T products with D x D matrices per video, pool_few 3 per pair
-        span_of = None
-        if type(pool) is XPool:
-            pool = functools.partial(_pool_few, pool)
+    is_xpool = type(pool) is XPool  # a subclass may compute something else
+    # A span takes 2T products with D x D matrices per video, _pool_few 3 per pair.
+    has_span = is_xpool and N > T
+    if is_xpool and not has_span:
+        pool = functools.partial(_pool_few, pool)
 
     # Pairs at a time: `wide` if each needs vectors of width D, `pairs` if only coefficients.
     floats = int(chunk_mb * 2 ** 18)
@@ -281,12 +229,12 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     if t.device.type == "cpu":  # twice as fast, because blocks fit into the cache
         wide = min(wide, 256)
         pairs = min(pairs, 16384)
-    if span_of is None:
-        n = max(1, min(N, wide))
-        v = wide // n
-    else:
+    if has_span:
         n = max(1, min(N, 2048, pairs))
         v = min(pairs // n, 64)
+    else:
+        n = max(1, min(N, wide))
+        v = wide // n
 
     sims = t.new_empty(N, V)
     head = torch.nn.ModuleList([model.pool, model.radius]).eval()  # no dropout
@@ -296,13 +244,14 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
         radius = _fast_radius(model.radius)
         for texts in blocks(N, n):
             t_i = t[texts]
-            span = span_of and span_of(pool, t_i)
+            if has_span:
+                span = _xpool_span(pool, t_i)
             for videos in blocks(V, v):
                 f_j = f[videos].to(t)
-                if span is None:
-                    best = _best_of_pooled(t_i, f_j, pool, radius, noise)
-                else:
+                if has_span:
                     best = _best_of_span(t_i, f_j, span, radius, noise, wide)
+                else:
+                    best = _best_of_pooled(t_i, f_j, pool, radius, noise)
                 sims[texts, videos] = best.T
     head.train(model.training)
     return sims
@@ -313,21 +262,18 @@ def _best_of_pooled(t, f, pool, radius, noise):
     v = pool(t, f).transpose(0, 1)                          # (V,N,D)
     if noise is None:
         return cosine(t, v)
-    S = similarities(t, f, radius)
-    return _best_of(t, v, radius(S), noise)
+    return _best_of(t, v, radius(similarities(t, f)), noise)
 
 
 def _best_of_span(t, f, span, radius, noise, wide):
-    """Scores computed from a span, in tiles if R has width D. t (N,D), f (V,T,D) -> (V,N)."""
+    """Scores computed from a span, in tiles of `wide` pairs. t (N,D), f (V,T,D) -> (V,N)."""
     Z, c = span(f)
     tv = (Z @ t.T * c).sum(1)                               # (V,N)
     vv = form(Z @ Z.mT, c).squeeze(1)                       # (V,N)
     tt = squared(t)                                         # (N)
     if noise is None:
         return tv / (vv * tt).clamp_min(TINY).sqrt()
-    S = similarities(t, f, radius)
-    if radius(S[:1, :1]).shape[-1] == 1:
-        return _best_of_scalar(t, Z, c, radius(S), noise, tv, vv, tt)
+    S = similarities(t, f)
     # Square tiles read the fewest texts and videos per pair.
     best = torch.empty_like(tv)
     side = math.isqrt(wide)
@@ -364,14 +310,9 @@ def noise_of(model, trials, seed, expected):
     return 0.0, model.prior_std, largest
 
 
-def similarities(t, f, radius):
-    """S = cos(t, f_j) (V,N,T), or its mean over j (V,N,1) if the radius depends only on that."""
-    f = F.normalize(f, dim=-1)
-    # Only if the class itself declares it, because a subclass may compute something else.
-    if vars(type(radius)).get("of_mean"):
-        f = f.mean(1, keepdim=True)
-    t = F.normalize(t, dim=-1)
-    return (f @ t.T).mT
+def similarities(t, f):
+    """S = cos(t, f_j). t (N,D), f (V,T,D) -> (V,N,T)."""
+    return (F.normalize(f, dim=-1) @ F.normalize(t, dim=-1).T).mT
 
 
 def _fast_radius(radius):

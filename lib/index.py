@@ -27,9 +27,8 @@ from lib.common import (
     escaped,
     first_few,
     first_line,
-    remove_parts,
     why_not_written,
-    write_text,
+    write_whole,
     written_whole,
 )
 from lib.processes import ALONE
@@ -416,7 +415,7 @@ def newest_with_missed(folder, where, mark, shards, newest):
     both = newest_shards(shards, None) | newest
     times = {name: since.get(name, time.time()) for name in both if name not in newest}
     if times != since:
-        write_text(path, json.dumps(times))
+        write_whole(path, json.dumps(times))
     for name, when in times.items():
         base = os.path.dirname(os.path.join(folder, name))
         if time.time() - when >= MISSED and os.access(base, os.R_OK):
@@ -427,10 +426,8 @@ def newest_with_missed(folder, where, mark, shards, newest):
 def repack(folder, mark, shards, newest):
     """Copy the valid rows of small or mostly outdated shards to new shards; then delete the old.
 
-    Also deletes the temporary files of searches that were killed. newest: {file name: shard name}.
+    newest: {file name: shard name}.
     """
-    for part in glob.glob(f"{glob.escape(folder)}/{mark}*.part"):
-        remove_parts(part.rsplit(".", 3)[0])  # keeps those that are being written
     # Shards are never rewritten, so that searches that have one open don't see it change.
     valid = {}  # name of a shard: for each of its files, whether its rows are the newest
     chosen = []

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from lib.common import DataError, clock, escaped, first_line, output
+from lib.common import DataError, clock, escaped, first_line, write_output
 from lib.video import Segment, read_segment
 
 # Colours are variables, so that the dark scheme only redefines these. Charts use their own classes.
@@ -139,9 +139,7 @@ def document(title, body, policy):
 
 def write_page(path, text):
     """Write a page, whole or not at all. Bytes that aren't valid text become &#NUMBER;."""
-    with output("--report", path) as part:
-        with open(part, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-            file.write(text)
+    write_output("--report", path, text.encode(errors="xmlcharrefreplace"))
 
 
 def html_table(heads, rows):

@@ -7,19 +7,17 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
-import time
-import traceback
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection, reduction, resource_tracker
+from multiprocessing import queues
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
-from lib.common import DataError, UserError, curable, first_line, program
+from lib.common import DataError, curable, cure, first_line, program
 
 # ---- this process among several ----
 
@@ -45,7 +43,7 @@ class Job(NamedTuple):
         """Collect plain objects or CPU tensors of all processes. -> list by rank, on all."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=_patient)
         return values
 
     def join(self, entries):
@@ -65,10 +63,10 @@ class Job(NamedTuple):
     def first_alone(self):
         """Let process 0 run the block before the others do: it may download or render."""
         if self.rank > 0:
-            dist.barrier()
+            dist.barrier(group=_patient)
         yield
         if self.world > 1 and self.rank == 0:
-            dist.barrier()
+            dist.barrier(group=_patient)
 
 
 class Gather(torch.autograd.Function):
@@ -80,8 +78,12 @@ class Gather(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, job, uneven, x):
-        """uneven: row counts may differ, as --skip-bad drops rows. Exchanging them costs a wait."""
-        counts = job.gather(len(x)) if uneven else [len(x)] * job.world
+        """uneven: row counts may differ or be 0, as --skip-bad drops rows. This costs a wait."""
+        counts = [len(x)] * job.world
+        if uneven:
+            own = torch.zeros(job.world, dtype=torch.int64, device=x.device)
+            own[job.rank] = len(x)
+            counts = job.sum(own).tolist()
         # A sum, where each process fills its own rows, is exact and also works for uneven counts.
         first = sum(counts[:job.rank])
         ctx.job = job
@@ -100,10 +102,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of --device, where it
 # Processes wait for each other while one of them downloads or reads more videos than the others, or
 # while a user thinks at a prompt. torch's timeout of 10 minutes (NCCL) or 30 (gloo) is too short.
 PATIENCE = datetime.timedelta(days=7)
+_patient = None  # the group that waits so long; tensors are exchanged under torch's own timeout
 
 
-def start_processes(device):
+def start_processes(device=None):
     """Join the job that torchrun started, if there is one. -> Job. Raises DataError on failure."""
+    global _patient
+    device = device or DEVICE
     rank, world = _place_in_job()
     if world > 1:
         if device.startswith("cuda:"):
@@ -119,8 +124,8 @@ def start_processes(device):
             store, *_ = next(rendezvous("env://"))  # this waits 30 minutes at most
             backend = "nccl" if device.startswith("cuda") else "gloo"
             with _stdout_to_stderr():
-                dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank,
-                                        world_size=world)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+                _patient = dist.new_group(timeout=PATIENCE, backend="gloo")
         except (RuntimeError, ValueError) as e:
             raise DataError(f"process {rank} can't join the others ({first_line(e)}): start them "
                             "with torchrun, or unset RANK and WORLD_SIZE to run alone") from e
@@ -167,20 +172,17 @@ def _try_device(device):
                         "try --device cpu") from e
 
 
-def process_died(error):
-    """Whether an error, of gloo or NCCL, means that another process of the job has died."""
-    match = re.search("torch.distributed|gloo|nccl|peer", f"{type(error)} {error}", re.IGNORECASE)
-    return dist.is_initialized() and match
-
-
 def run(main):
     """`program` for a main that torchrun may have started in several processes. -> exit status."""
     try:
-        status = program(main)
+        with _handling(_interrupt):
+            status = program(main)
     except RuntimeError as e:
-        if not process_died(e):
+        # An error of gloo or NCCL in the middle of an exchange.
+        if not dist.is_initialized() or not re.search("gloo|nccl|peer", f"{type(e)} {e}", re.I):
             raise
-        print(f"error: another process of this job died ({first_line(e)})", file=sys.stderr)
+        print("error: another process of this job died; a training goes on with --resume",
+              file=sys.stderr)
         status = 2
     if dist.is_initialized():
         if status > 1:
@@ -205,264 +207,162 @@ class Stopped(Exception):
     """A signal asked the program to stop, and no batch arrives after which it could."""
 
 
+def _interrupt(number, frame):
+    """End the program as Ctrl-C does; `program` makes an exit status of the signal's number."""
+    raise KeyboardInterrupt(number)
+
+
+def _note(number, frame):
+    if number in _noted:
+        _interrupt(number, frame)
+    _noted.append(number)
+
+
+@contextlib.contextmanager
+def _handling(handler):
+    """Handle SIGNALS by a function in this block, except those that are ignored, as by nohup."""
+    before = {}
+    # Python handles signals in the main thread only.
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 @contextlib.contextmanager
 def noting_signals():
     """Record SIGINT, SIGTERM and SIGHUP for the loop to check. -> list of those received.
 
     A second signal of the same kind raises KeyboardInterrupt at once.
     """
-    def note(number, frame):
-        if number in _noted:
-            raise KeyboardInterrupt
-        _noted.append(number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP
-            signal.signal(number, note)
     try:
-        yield _noted
+        with _handling(_note):
+            yield _noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         _noted.clear()
 
 
 # ---- workers that read data ----
-# torch's DataLoader is not used. It hands batches over in a thread, where an error is printed and
-# lost. It reports a worker's death by an exception in the middle of any other line. At exit, it
-# waits forever for workers that ignore SIGTERM. It needs /dev/shm, which is small in a container.
-# Here, a worker does one thing at a time: it reads a batch, waits until the main process asks for
-# it, and hands it over.
 
-GRACE = 3  # seconds that workers have to end when asked to; then they are killed
-STUCK = 5  # seconds of waiting for a batch after which a signal no longer waits for it
-_place = (0, 1)
+WAIT = 2  # seconds without a batch after which signals and dead workers are looked for
+# torch would report a dead worker by an exception in the middle of any line of the main thread,
+# perhaps while a checkpoint is saved. Without this handler, it is noticed where a batch is awaited.
+signal_handling._SIGCHLD_handler_set = True
 
 
-def worker_place():
-    """(k, n): this process is worker k of n; (0, 1) outside of workers."""
-    return _place
+def cores():
+    """The default of --workers: the cores that this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def loading(dataset, batches=None, collate=list, workers=0, pin=False):
     """`with loading(...) as found:` iterates over collate(items) for each list of keys in batches.
 
-    batches: lists of the dataset's keys; their order is kept. None: the dataset is an iterable of
-    finished batches, which it divides by worker_place(); they arrive as they are ready. A batch is
-    a list or tuple. The workers end within seconds, however the block is left. If a worker dies
-    (out of memory, a crash in a codec), a DataError names the video by the dataset's `was_reading`.
+    batches: lists of the dataset's keys; their order is kept. None: the dataset is an
+    IterableDataset of finished batches; they arrive as they are ready, as tuples. workers: None for
+    cores(). The workers end within seconds, however the block is left. If one of them dies (out of
+    memory, a crash in a codec), a DataError says so.
+
+    collate makes large tensors with torch's default_collate, which lets a worker put them into
+    shared memory itself. A thread of its own would do it otherwise, and only print an error.
     """
-    pool = {}  # pipe through which a worker hands over its batches -> its process
-    ending = multiprocessing.RawValue("b", 0)
-    source = (dataset, batches, collate)
-    if os.name == "nt":  # Windows can neither send descriptors nor block signals
-        workers = 0
-    try:
-        found = _read(*source)
-        if workers:
-            _start(pool, workers, ending, source)
-            found = _receive(pool, dataset, in_order=batches is not None)
-        yield _pinned(found) if workers and pin else found
-    finally:
-        _end(pool, ending)
-
-
-def _start(pool, workers, ending, source):
-    """Start the workers, with signals blocked until each has its own handlers."""
-    context = _context()
-    # If a fork server starts them, it imports torch once for all.
-    context.set_forkserver_preload([__name__, type(source[0]).__module__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if workers is None:
+        workers = cores()
+    if hasattr(batches, "__len__"):
+        workers = min(workers, len(batches))
+    loader = DataLoader(
+        dataset,
+        batch_size=None if batches is None else 1,  # 1: as batch_sampler says
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=tuple if batches is None else collate,
+        pin_memory=pin,
+        timeout=WAIT if workers else 0,
+        worker_init_fn=_obey,
+        multiprocessing_context=_context() if workers else None,
+        generator=torch.Generator(),  # so that it draws nothing from the global one
+        in_order=batches is not None,
+    )
+    others = multiprocessing.active_children()
+    found = None
     try:
         with curable("workers can't be started"):
-            if context.get_start_method() != "fork":
-                # Its start unblocks them. A fork server without them blocked would end at a signal
-                # to all processes, as torchrun's is, and its workers could no longer be killed.
-                resource_tracker.ensure_running()
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            for k in range(workers):
-                pipe, other_end = multiprocessing.Pipe()
-                arguments = ((k, workers), ending, pipe, other_end, source)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                pool[pipe] = process
-                other_end.close()  # now the pipe closes when the process ends
-                # A worker that has died is noticed where its batch is waited for.
-                with contextlib.suppress(ConnectionError):
-                    pipe.send(None)  # asks for the first batch
+            found = _start(loader)
+        yield _receive(found) if workers else found
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch alone would wait 5 s for each worker that is in the middle of a batch.
+        started = [x for x in multiprocessing.active_children() if x not in others]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(WAIT)
+            process.kill()
+        if hasattr(found, "_shutdown_workers"):  # it has workers
+            found._shutdown_workers()
+
+
+def _start(loader):
+    """iter(loader), with signals delivered only afterwards.
+
+    An exception in the middle of a fork would go on in both processes.
+    """
+    held = []
+    with _handling(lambda number, frame: held.append(number)):
+        found = iter(loader)
+    for number in held:
+        signal.raise_signal(number)
+    return found
 
 
 def _context():
-    """How workers are started: Python's default, but never a fork beside other threads.
+    """How workers are started: Python's default, but no fork beside threads of a job or a server.
 
     A fork copies locks that are held by threads which the copy lacks. gloo's threads left a worker
     of Python 3.10 waiting forever for the lock of Python's list of threads (1 of 10 jobs).
     """
     method = None
-    threads = dist.is_initialized() or threading.active_count() > 1
-    if threads and multiprocessing.get_start_method() == "fork":
+    served = threading.current_thread() is not threading.main_thread()
+    if multiprocessing.get_start_method() == "fork" and (served or dist.is_initialized()):
         method = "forkserver"
-    return multiprocessing.get_context(method)
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["torchvision"])  # imports it and torch once for all workers
+    return context
 
 
-def _work(place, ending, main_end, pipe, source):
-    """What a worker runs."""
-    global _place
-    _place = place
-    main_end.close()  # a copy: now the pipe closes when the main process ends
-    torch.set_num_threads(1)
-    try:
-        _obey(ending)
-        _answer(pipe, source)
-    finally:
-        os._exit(0)  # at once: a signal during Python's own exit would print a stack
-
-
-def _answer(pipe, source):
-    """Hand over a batch whenever the main process asks for one; at the end, None or an error.
-
-    True announces a batch, which does not go through the pipe itself: see `_send`.
-    """
-    last = None
-    with contextlib.suppress(EOFError, ConnectionError):  # the main process has ended
-        try:
-            with curable("a batch can't be read or handed over"):
-                for batch in _read(*source):
-                    pipe.recv()
-                    _send(pipe, batch)
-        except (UserError, OSError) as e:
-            last = e
-        except Exception:
-            last = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
-        pipe.recv()
-        pipe.send(last)
-
-
-def _obey(ending):
-    """In a worker, ignore signals until the main process ends the workers.
-
-    Ctrl-C, or a SIGTERM to the whole job, is not meant for a worker: its batch may be wanted.
-    """
-    def handle(number, frame):
-        if ending.value:
-            sys.exit()
-
+def _obey(worker):
+    """In a worker: Ctrl-C and SIGHUP are for the program; SIGTERM ends it, with exit code 0."""
     for number in SIGNALS:
-        signal.signal(number, handle)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    # A batch that the queue's thread can't hand over would be lost, and waited for without end.
+    queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def _read(dataset, batches, collate):
-    """The batches that this process reads: its share of an iterable dataset, or every n-th."""
-    if batches is None:
-        yield from dataset
-        return
-    k, n = worker_place()
-    for keys in itertools.islice(batches, k, None, n):
-        yield collate([dataset[key] for key in keys])
-
-
-def _receive(pool, dataset, in_order):
-    """Yield the batches of all workers, in turn or as they are ready."""
-    at_work = list(pool)
-    while at_work:
-        pipe = _wait(at_work[:1] if in_order else at_work)
+def _receive(found):
+    """Yield the batches of a DataLoader's iterator that has workers."""
+    while True:
         try:
-            with curable("a batch can't be received"):
-                message = pipe.recv()
-                if message is True:
-                    batch = _received(pipe)
-                    pipe.send(None)  # asks for the next one
-        except (EOFError, ConnectionError) as e:
-            raise _death(pool, pipe, dataset) from e
-        at_work.remove(pipe)
-        if message is True:
-            at_work.append(pipe)  # behind the others
-            yield batch
-        elif message is not None:
-            raise message
-
-
-def _wait(pipes):
-    """Wait until a pipe has a message, or its worker has died. -> that pipe"""
-    began = time.monotonic()
-    while not (ready := connection.wait(pipes, timeout=1)):
-        if _noted and time.monotonic() - began > STUCK:
-            raise Stopped
-    return ready[0]
-
-
-def _death(pool, pipe, dataset):
-    """The DataError for a worker that died."""
-    process = pool[pipe]
-    process.join(GRACE)
-    code = process.exitcode or 0
-    why = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-    reading = ""
-    if hasattr(dataset, "was_reading"):
-        reading = f" while it read {dataset.was_reading(list(pool).index(pipe))}"
-    return DataError(f"a decoding process died{reading} ({why}): check that video, or the "
-                     "machine's memory (fewer --workers)")
-
-
-def _end(pool, ending):
-    """End the workers. All together, they have GRACE seconds to clean up."""
-    ending.value = 1
-    deadline = time.monotonic() + GRACE
-    try:
-        for process in pool.values():
-            process.terminate()
-        for process in pool.values():
-            process.join(max(0, deadline - time.monotonic()))
-    finally:
-        for process in pool.values():
-            process.kill()
-            process.join(GRACE)
-
-
-def _pinned(batches):
-    """Yield batches in page-locked memory, from which a GPU copies them while it computes.
-
-    A thread receives and pins one batch ahead.
-    """
-    device = torch.cuda.current_device()
-
-    def fetch():
-        torch.cuda.set_device(device)  # the current device is per thread
-        batch = next(batches, ())
-        return [x.pin_memory() if torch.is_tensor(x) else x for x in batch]
-
-    thread = ThreadPoolExecutor(1)
-    try:
-        following = thread.submit(fetch)
-        while batch := following.result():
-            following = thread.submit(fetch)
-            yield batch
-    finally:
-        thread.shutdown(wait=False)  # it ends when the workers have ended
-
-
-# A batch travels in a file in memory, whose descriptor follows the message. Tensors are copied only
-# once, outlive the worker, and do not fill /dev/shm.
-
-def _send(pipe, batch):
-    """Hand over a batch, a list or tuple."""
-    if hasattr(os, "memfd_create"):
-        file = open(os.memfd_create("batch"), "wb")
-    else:  # macOS
-        file = tempfile.TemporaryFile()
-    with file:
-        torch.save(batch, file)
-        file.seek(0)
-        pipe.send(True)
-        reduction.send_handle(pipe, file.fileno(), None)
-
-
-def _received(pipe):
-    """The batch that `_send` sent."""
-    with open(reduction.recv_handle(pipe), "rb") as file:
-        return torch.load(f"/dev/fd/{file.fileno()}", weights_only=False, mmap=True)
+            batch = next(found)
+        except StopIteration:
+            return
+        except (EOFError, OSError, RuntimeError) as error:
+            if _noted:
+                raise Stopped from None
+            if "timed out" in str(error):
+                continue
+            with curable("a batch can't be read or received"):
+                if cure(error) or str(error).startswith("Caught"):  # in a worker
+                    raise
+            raise DataError(f"a process that reads videos died ({first_line(error)}): check the "
+                            "videos, and the machine's memory and /dev/shm (fewer --workers)") \
+                from None
+        yield batch

@@ -16,8 +16,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from lib.common import DataError, clock, escaped
-from lib.options import write_json
+from lib.common import DataError, clock, escaped, write_output
 from lib.page import document, esc, found_segment, images, jpeg, nearest_of, shrunk
 from lib.report import write_search_report
 from lib.video import read_segment
@@ -115,7 +114,7 @@ def write_results(model, found, args):
     if args.json == "-":
         print(json.dumps(found, indent=1), flush=True)
     elif args.json:
-        write_json(args.json, found)
+        write_output("--json", args.json, json.dumps(found, indent=1))
     if args.report:
         names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
         settings = {name: getattr(args, name) for name in names}

@@ -1,9 +1,8 @@
 """Settings in the files beside other projects' weights: heads, norms, activation, pixels."""
 import re
 
-from lib.common import WeightsError
+from lib.common import WeightsError, explained
 from lib.tables import read_json
-from lib.validate import SETTINGS, check_range, explained
 
 # How the names of a tower's settings in open_clip_config.json begin that may have any value. Sizes
 # follow from the weights, patch dropout matters in training only, and the last three rows matter
@@ -50,7 +49,6 @@ def settings_beside(path, sd):
         else:
             found["quick_gelu"], why = _activation_by_origin(path, sd, hf)
             heads_by = "guessed: usual width"
-        check_range(found, SETTINGS["clip"], f"{file.name}: ")
     return found, why, heads_by
 
 
@@ -69,7 +67,7 @@ def _activation_by_origin(path, sd, hf):
     name = path.name.lower().replace("_", "")
     quick = "quickgelu" in name or "openai" in name
     return quick, (f"an open_clip file with{'' if quick else 'out'} quickgelu or openai in its "
-                   f"name; to change: --activation {'gelu' if quick else 'quickgelu'}")
+                   "name; for its own settings: open_clip:NAME=FILE")
 
 
 def _hf_settings(content):
@@ -139,7 +137,11 @@ def _as_open_clip(images):
 def _pixel_settings(content):
     """How images are resized and pixels normalised, as far as it is set. -> arguments of CLIP"""
     mode = content.get("resize_mode") or "shortest"
-    found = dict(resize=(mode, content.get("interpolation") or "bicubic"))
+    interpolation = content.get("interpolation") or "bicubic"
+    if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise WeightsError(f"resize is {mode}, {interpolation}: expected shortest or squash, "
+                           "bicubic or bilinear")
+    found = dict(resize=(mode, interpolation))
     for key in ("mean", "std"):
         numbers = content.get(key)
         if numbers is None:

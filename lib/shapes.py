@@ -5,17 +5,19 @@
 The first `python train.py` renders that many into data/shapes.
 """
 import csv
+import functools
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
 
 import av
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from clip_model import CLIP, Tokenizer
 from lib.common import (
     DataError,
     Parser,
@@ -23,11 +25,12 @@ from lib.common import (
     mixed_seed,
     numeric,
     program,
-    write_text,
+    write_whole,
     written_whole,
 )
 from lib.processes import loading
 from lib.tables import read_json
+from tmass import symmetric_cross_entropy
 
 # ---- facts and words ----
 # A video is a sequence of shots. A shot has six facts: sky, ground, then shape and colour of the
@@ -503,15 +506,13 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
     if begun and begun != wanted:
         raise DataError(f"{root} holds an unfinished data set with {begun}: delete it, or choose "
                         "another --root")
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1)
     videos = ShapesVideos(root / "videos", train, val, test, seed)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        write_text(root / "shapes.json", json.dumps(dict(settings=wanted)))
+        write_whole(root / "shapes.json", json.dumps(dict(settings=wanted)))
         videos.folder.mkdir(exist_ok=True)
         rows, ceiling = _render(videos, workers)
-        write_text(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
+        write_whole(root / "shapes.json", json.dumps(dict(settings=wanted, ceiling=ceiling)))
         with written_whole(root / "captions.csv") as part, \
                 open(part, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
@@ -529,7 +530,7 @@ def _render(videos, workers):
     facts, owner, says, target = [], [], [], []
     progress = Progress(f"rendering {videos.folder.parent}", len(videos))
     numbers = [[i] for i in range(len(videos))]
-    with loading(videos, numbers, workers=min(workers, len(videos))) as items:
+    with loading(videos, numbers, workers=workers) as items:
         for i, [item] in enumerate(items):
             if isinstance(item, DataError):
                 raise item
@@ -558,15 +559,73 @@ def shapes_ceiling(root=None):
         return None
 
 
+# ---- the CLIP that is trained on it from scratch ----
+
+
+TINY = dict(  # a CLIP that is small enough to be trained from scratch on a CPU
+    embed_dim=128,
+    image_size=32,
+    patch_size=8,
+    vision_width=128,
+    vision_layers=3,
+    context_length=48,
+    text_width=128,
+    text_layers=2,
+    quick_gelu=False,
+)
+
+
+def tiny_clip(captions):
+    """A CLIP with random weights, whose vocabulary is that of the captions. -> (CLIP, Tokenizer)"""
+    tokenizer = Tokenizer.learn(captions, 600, TINY["context_length"])
+    return CLIP(vocab_size=tokenizer.vocab_size, **TINY), tokenizer
+
+
+def draw(tokenizer, size, seed, steps):
+    """Draw the pairs of one warm-up step. -> ids (128,L), pictures uint8 (128,3,P,P).
+
+    steps: a list of one step number. Each step gets new pairs.
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, *steps))
+    pictures, phrases = shapes_pictures(128, generator, size)
+    return tokenizer(phrases), pictures
+
+
+def warm_up(clip, tokenizer, rates, seed, workers, say):
+    """Train the tiny CLIP on single pictures. rates: one factor of the learning rate per step."""
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    device = clip.logit_scale.device
+    batches = [[step] for step in range(len(rates))]
+    draw_pairs = functools.partial(draw, tokenizer, clip.image_size, seed)
+    with loading(range(len(rates)), batches, draw_pairs, workers) as loader:
+        for step, (ids, pixels) in enumerate(loader):
+            optimizer.param_groups[0]["lr"] = 2e-3 * rates[step]
+            t = clip.encode_text(ids.to(device))
+            v = clip.encode_image(pixels.to(device))
+            sims = F.normalize(t, dim=-1) @ F.normalize(v, dim=-1).T
+            loss = symmetric_cross_entropy(sims, clip.logit_scale.exp())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=math.log(100))
+            if (step + 1) % 100 == 0 or step + 1 == len(rates):
+                say(f"pretrain {step + 1}/{len(rates)}  loss {loss.item():.3f}")
+
+
 # ---- command line ----
 
 
 def main(argv=None):
     p = Parser(__doc__)
-    p.option("root DIR", "folder to write into", required=True)
-    p.option("videos", "number of videos per split", numeric(int, 0), nargs=3,
-             metavar=("TRAIN", "VAL", "TEST"), required=True)
-    p.option("seed", "of everything random", numeric(int, 0), 24)
+    p.add_argument("--root", metavar="DIR", required=True, help="folder to write into")
+    p.add_argument("--videos", type=numeric(int, 0), nargs=3,
+                   metavar=("TRAIN", "VAL", "TEST"), required=True,
+                   help="number of videos per split")
+    p.add_argument("--seed", type=numeric(int, 0), default=24,
+                   help="of everything random (default: %(default)s)")
     args = p.parse_args(argv)
     wanted = dict(zip(CAPTIONS, args.videos), seed=args.seed)
     render_shapes(args.root, **wanted)

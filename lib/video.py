@@ -4,6 +4,7 @@ Reading a video never opens another file. Every error is a DataError that names 
 """
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -59,11 +60,43 @@ def spelled(path):
     return path
 
 
-def as_segment(segment_or_path):
-    """Return a Segment as it is, and a path as the Segment of the whole file."""
-    if isinstance(segment_or_path, Segment):
-        return segment_or_path
-    return Segment(os.fspath(segment_or_path))
+UNPACKED = (  # folders that the data sets' archives unpack to
+    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
+    "Charades_v1", "Charades_v1_480",
+)
+
+
+def video_finder(base, belongs):
+    """Make find(name) -> Segment of a whole file, which may have another suffix than the name.
+
+    find searches the folder `base`, then the folders UNPACKED in it and in a folder videos in it.
+    If a video is missing, the Segment has the path where the file belongs: in the first of those
+    folders that is there, else in the folder `belongs` of base.
+    """
+    base = Path(base)
+    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
+    folders = [*filter(Path.is_dir, folders)]
+    home = base / belongs
+    if belongs and folders:
+        home = folders[0]
+
+    def find(name):
+        # DiDeMo's names have various suffixes, or end in a bare dot.
+        stem = name.rsplit(".", 1)[0]
+        for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
+            for folder in [base, *folders]:
+                path = spelled(folder / other)
+                if os.path.isfile(path):
+                    return Segment(path)
+        return Segment(str(home / name))
+    return find
+
+
+def as_segments(segments_or_paths):
+    """A list of Segments, or of paths of whole files -> list of Segment. One alone: TypeError."""
+    if isinstance(segments_or_paths, (Segment, str, bytes, os.PathLike)):
+        raise TypeError(f"expected a list of paths or Segments, not {segments_or_paths!r}")
+    return [x if isinstance(x, Segment) else Segment(os.fspath(x)) for x in segments_or_paths]
 
 
 def read_frames(segment_or_path, frames):
@@ -71,7 +104,8 @@ def read_frames(segment_or_path, frames):
 
     Raises a DataError that names the file.
     """
-    return read_segment(as_segment(segment_or_path), frames).frames
+    [segment] = as_segments([segment_or_path])
+    return read_segment(segment, frames).frames
 
 
 def read_segment(segment, frames):
@@ -118,7 +152,7 @@ def _range_of(segment, times):
     if segment.end is not None:
         b = bisect.bisect_left(times, segment.end - 1e-6)
     if a == len(times) and start + 1e-6 > _end(times):
-        raise DataError(f"video {segment.path} ends after {times[-1]:.1f} s, before the clip's "
+        raise DataError(f"{segment.path}: ends after {times[-1]:.1f} s, before the clip's "
                         f"start at {start} s")
     if a >= b:
         a = max(0, bisect.bisect_right(times, start + 1e-6) - 1)
@@ -183,9 +217,9 @@ def _read(path, T, cut):
     file, and the rest of a file where this fails, is decoded from the start: `_count_frames`.
     """
     if not os.path.exists(path):
-        raise DataError(f"video {path} is missing")
+        raise DataError(f"{path}: is missing")
     if os.path.getsize(path) == 0:
-        raise DataError(f"video {path} is empty (0 bytes)")
+        raise DataError(f"{path}: is empty (0 bytes)")
     done = 0
     try:
         file, stream = _open(path)
@@ -205,10 +239,10 @@ def _read(path, T, cut):
                 return
         yield from itertools.islice(_count_frames(path, T, cut), done, None)
     except (MemoryError, RuntimeError) as e:  # torch raises the second
-        raise DataError(f"video {path} needs more memory than there is") from e
+        raise DataError(f"{path}: needs more memory than there is") from e
     except av.FFmpegError as e:
         _check_disk(path)
-        raise DataError(f"video {path} can't be decoded: {e.strerror or e}") from e
+        raise DataError(f"{path}: can't be decoded: {e.strerror or e}") from e
 
 
 # Video formats that never open another file: no playlists, no lists of files, no numbered pictures.
@@ -229,7 +263,7 @@ def _open(path):
         file = av.open(os.path.abspath(path), options=OPTIONS, **ANY_TITLE)
     except av.ArgumentError:  # FFmpeg's error for a format that is not listed
         _check_disk(path)
-        raise DataError(f"{path} is not a video, or cut off (playlists and lists of files are not "
+        raise DataError(f"{path}: not a video, or cut off (playlists and lists of files are not "
                         "followed)") from None
     best = file.streams.best("video")
     streams = []
@@ -239,7 +273,7 @@ def _open(path):
             streams.append(stream)
     if not streams:
         file.close()
-        raise DataError(f"{path} is not a video, is cut off, or has no video stream that can be "
+        raise DataError(f"{path}: not a video, is cut off, or has no video stream that can be "
                         "decoded")
     # A stream of a single frame is a preview, even if it is marked as the best.
     stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
@@ -277,7 +311,7 @@ def _check_disk(path, position=0):
             while file.read(2 ** 20):
                 pass
     except OSError as e:
-        raise DataError(f"video {path} can't be read: {e.strerror}") from e
+        raise DataError(f"{path}: can't be read: {e.strerror}") from e
 
 
 def _seek_frames(file, stream, T, cut):
@@ -369,7 +403,7 @@ def _count_frames(path, T, cut):
         if k in expected:
             found[k] = _pixels(frame, stream)
     if not times:
-        raise DataError(f"video {path} has no frame that can be decoded")
+        raise DataError(f"{path}: has no frame that can be decoded")
     times = _seconds(times, start, rate)
     again = enumerate(_decode(path))
     for a, b in cut(times):
@@ -454,7 +488,7 @@ def _piece(path, times, a, b, chosen, found):
     """The Piece of a range from the chosen frames. found: those decoded, {number: (3,H,W)}."""
     frames = [found.get(i) for i in chosen]
     if not found.keys() & chosen:
-        raise DataError(f"video {path} has no frame that can be decoded")
+        raise DataError(f"{path}: has no frame that can be decoded")
     end = times[b] if b < len(times) else _end(times)
     return Piece(times[a], end, [times[i] for i in chosen], torch.stack(_fill(frames)))
 
@@ -488,7 +522,7 @@ class FrameCache:
     def __init__(self, folder, frames):
         self.folder = Path(folder)
         self.frames = frames
-        self.warned = torch.zeros(1).share_memory_()  # one warning from all workers
+        self.warned = False  # in this process
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -542,9 +576,16 @@ class FrameCache:
 
     def _warn(self, error):
         if not self.warned:
-            self.warned.fill_(1)
+            self.warned = True
             why = error.strerror or error
             if isinstance(error, FileExistsError):
                 why = "it is a file"
             print(f"warning: frame cache {self.folder} can't be written ({why}): videos are "
                   "decoded each time", file=sys.stderr)
+
+
+def frame_reader(frames, cache=None):
+    """Make a function Segment -> uint8 (T,3,H,W). cache: the folder of a FrameCache."""
+    if cache:
+        return FrameCache(cache, frames).read
+    return functools.partial(read_frames, frames=frames)

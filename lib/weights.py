@@ -12,12 +12,20 @@ from textwrap import shorten
 import torch
 from safetensors.torch import load_file
 
-from clip_model import CLIP, Tokenizer
-from lib.common import WeightsError, curable, cure, first_line, why_not_written, written_whole
+from clip_model import CLIP, Tokenizer, sizes_of
+from lib.common import (
+    WeightsError,
+    curable,
+    cure,
+    explained,
+    first_few,
+    first_line,
+    why_not_written,
+    written_whole,
+)
 from lib.encoders import PREFIX, OpenCLIP, split_name
 from lib.settings import described, settings_beside
-from lib.validate import check_own, check_tensors, explained, listed, usable
-from tmass import TMASS
+from tmass import POOLINGS, TMASS
 
 # ---- downloads ----
 
@@ -40,7 +48,6 @@ OTHER_NAMES = {
     "openai/clip-vit-base-patch16": "ViT-B/16",
     "openai/clip-vit-large-patch14": "ViT-L/14",
 }
-ACTIVATIONS = {"quickgelu": True, "gelu": False}
 FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
          "open_clip_pytorch_model.bin")
 
@@ -101,6 +108,26 @@ def fetch(url, sha256):
 
 
 # ---- files of weights ----
+
+def check_tensors(sd):
+    """Raise a WeightsError unless all values are plain float tensors, with data.
+
+    Counters and masks are not weights: int64 and bool are taken too.
+    """
+    wrong = []
+    for key, x in sd.items():
+        plain = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
+        if not plain or not (x.is_floating_point() or x.dtype in (torch.int64, torch.bool)):
+            wrong.append(key)
+    if wrong:
+        raise WeightsError("expected a state dict, a dict of float tensors; these are not: "
+                           f"{listed(wrong)}")
+
+
+def listed(names):
+    """The first few names, on one line."""
+    return ", ".join(first_few(sorted(map(str, names))))
+
 
 def read_weights(path):
     """Read a TorchScript archive, torch.save or .safetensors file. -> the dict in it, on the CPU
@@ -254,28 +281,26 @@ def renamed(key, names):
 
 # ---- any CLIP ----
 
-def load_clip(name_or_path, quick_gelu=None):
+def load_clip(name_or_path):
     """Load a CLIP by its name or file (`find_weights`) -> CLIP in float32; print what it is.
 
     Files: OpenAI's archives, state dicts of HF's CLIPModel and of open_clip, and the CLIP in our
     checkpoints and in released ones of T-MASS and X-Pool. open_clip: names -> OpenCLIP.
-    quick_gelu: overrides what the files say about it.
     """
     if str(name_or_path).startswith(PREFIX):
-        return _load_open_clip(str(name_or_path), quick_gelu)
-    asked = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
+        return _load_open_clip(str(name_or_path))
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
-        return build_own(content, path, **asked)[0].clip
-    return _clip_from(content, path, **asked)
+        return build_own(content, path)[0].clip
+    return _clip_from(content, path)
 
 
-def _load_open_clip(name, quick_gelu=None):
+def _load_open_clip(name):
     """A name after open_clip:, perhaps with a tag or a weights file -> OpenCLIP."""
     model, tag, file = split_name(name)
     load = not file and (tag or ":" in model)
-    clip = OpenCLIP(model, tag, load, quick_gelu)
+    clip = OpenCLIP(model, tag, load)
     origin = ""
     if file:
         sd = _state_dict_in(read_weights(file))
@@ -294,18 +319,16 @@ def _load_open_clip(name, quick_gelu=None):
     return clip
 
 
-def _clip_from(weights, path, **asked):
+def _clip_from(weights, path):
     """Build the CLIP whose weights `read_weights` found in a file."""
     sd = _state_dict_in(weights)
     in_checkpoint = {k.removeprefix("clip."): x for k, x in sd.items() if k.startswith("clip.")}
     sd = in_checkpoint or sd
     settings, why, heads_by = settings_beside(path, sd)
-    if "quick_gelu" in asked:
-        why = "as asked for"
     what = ("not a checkpoint of train.py or of the released code, and not a CLIP with a vision "
             "transformer")
     with explained(path, what, f"found {listed(sd)}"):
-        clip = CLIP.from_state_dict(to_openai_names(sd), **settings | asked)
+        clip = CLIP.from_state_dict(to_openai_names(sd), **settings)
     print(f"CLIP from {path}: {described(clip, why, heads_by)}")
     return clip
 
@@ -355,24 +378,22 @@ def not_finite(state):
     return [name for name, x in state.items() if not x.isfinite().all()]
 
 
-def load_checkpoint(name_or_path, activation=None):
+def load_checkpoint(name_or_path):
     """A name or file of weights -> (model in eval mode on the CPU, tokenizer, config dict).
 
     Takes our checkpoints, released ones of T-MASS and X-Pool, and any CLIP that `load_clip` takes.
     A CLIP is used zero-shot: frames are pooled by `query`, and there is no radius.
-    activation: a key of ACTIVATIONS, overrides what the file says.
     """
-    asked = {"quick_gelu": ACTIVATIONS[activation]} if activation else {}
     if str(name_or_path).startswith(PREFIX):
-        clip = load_clip(name_or_path, **asked)
+        clip = load_clip(name_or_path)
         model = TMASS(clip, **_method_of({}))
         return model.eval(), clip.tokenizer, {"zero_shot": True, "frames": model.frames}
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
-        model, tokenizer, config = build_own(content, path, **asked)
+        model, tokenizer, config = build_own(content, path)
     else:
-        model, config = _load_foreign(content, path, **asked)
+        model, config = _load_foreign(content, path)
         tokenizer = _vocabulary_of(model.clip, path)
     if broken := not_finite(model.state_dict()):
         print(f"warning: {path}: weights that are not finite ({listed(broken)}): "
@@ -380,22 +401,56 @@ def load_checkpoint(name_or_path, activation=None):
     return model.eval(), tokenizer, config
 
 
-def build_own(content, path, **asked):
+def usable(path):
+    """`explained` for our own checkpoints."""
+    return explained(path, "a checkpoint of train.py that can't be used",
+                     "use the program that wrote it, or train again")
+
+
+def build_own(content, path):
     """Rebuild what save_checkpoint wrote. -> (model, tokenizer, config)"""
     with usable(path):
-        check_own(content)
-        settings = content["clip"] | asked
+        if content["version"] != 1:
+            raise ValueError(f"it has version {content['version']}, and this program reads 1")
+        settings = content["clip"]
         if "open_clip" in settings:
             clip = OpenCLIP(**settings, files=content["merges"])
             tokenizer = clip.tokenizer
         else:
+            weights = {k.removeprefix("clip."): x for k, x in content["model"].items()}
             with torch.device("meta"):  # no memory or random numbers: the weights follow
-                clip = CLIP(**settings)
+                clip = CLIP(**settings | sizes_of(weights))
             tokenizer = Tokenizer(content["merges"], content["context_length"])
         # Not on meta: a radius may have tensors that are not among the weights.
         model = TMASS(clip, **content["tmass"])
         load_strictly(model, content["model"], "its own settings")
+        D = clip.embed_dim
+        model.score(torch.zeros(1, D), torch.zeros(1, model.frames, D))  # fails if they don't fit
         return model, tokenizer, content["config"]
+
+
+def load_model(ckpt, job, pooling=None, frames=None, prior=None, prior_std=None):
+    """`load_checkpoint` on the job's device, with other settings than in training where given."""
+    # The first process may have to download the weights, which the others then find.
+    with job.first_alone():
+        model, tokenizer, config = load_checkpoint(ckpt)
+    if pooling and pooling != model.config["pooling"]:
+        model.pool = POOLINGS[pooling](model.clip.embed_dim, 1, 0.0)
+        if list(model.pool.parameters()):
+            raise WeightsError(f"--pooling {pooling}: {ckpt} has no weights for it; choose mean "
+                               "or query")
+        model.config["pooling"] = pooling
+    if frames:
+        try:
+            model.radius(torch.zeros(frames))
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(f"--frames {frames}: {error}") from None
+        model.frames = frames
+        model.config["frames"] = frames
+    model.prior = prior or model.prior
+    if prior_std is not None:
+        model.prior_std = prior_std
+    return model.to(job.device), tokenizer, config
 
 
 RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this order
@@ -407,11 +462,11 @@ RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this o
 }
 
 
-def _load_foreign(content, path, **asked):
+def _load_foreign(content, path):
     """A released checkpoint (HF's CLIP, pool_frames, stochastic) or a CLIP -> (model, config)."""
     sd = _state_dict_in(content)
     released = any(key.startswith("pool_frames.") for key in sd)
-    clip = _clip_from(content, path, **asked)
+    clip = _clip_from(content, path)
     # In a released file, all entries outside of CLIP belong to pooling or radius.
     head = {renamed(k, RELEASED_NAMES): x for k, x in sd.items() if released and k[:5] != "clip."}
     head.pop("radius.learnable_scalar", None)  # the released code never reads it

@@ -7,6 +7,7 @@ import csv
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from bench_gpu import gpu
 from bench_search import index, moment, shortlist
 from measure import (
     ROOT,
+    VITS,
     camera_video,
     peak_memory,
     random_clip,
@@ -22,11 +24,14 @@ from measure import (
     random_ids,
     scoring_model,
     seconds,
+    synchronize,
 )
 
 import data
-from lib import exact
+from eval import collate
+from lib import exact, shapes
 from lib import video as decode
+from lib.processes import loading
 from lib.video import FrameCache, Segment, read_frames
 from lib.weights import to_openai_names
 from tmass import TMASS
@@ -265,7 +270,7 @@ def data_(videos=8, T=12):
         ann = data.Annotations(segments, ["-"] * videos, list(range(videos)))
         cache = FrameCache(f"{folder}/cache", T)
         plain = data.PairDataset(ann, T, data.train_transform(224))
-        cached = data.PairDataset(ann, T, data.train_transform(224), cache=cache)
+        cached = data.PairDataset(ann, T, data.train_transform(224), cache=cache.folder)
 
         def epoch(dataset):
             return [dataset[0, i] for i in range(videos)]
@@ -300,54 +305,61 @@ def data_(videos=8, T=12):
                   f"difference of a pixel {gap}")
 
 
+def reading(videos=400, T=6, batch=4, times=3):
+    """Batches a second that workers hand over: `shapes` videos, decoded or from the frame cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        shapes.render_shapes(folder, train=videos, val=0, test=0)
+        segments = data.load_split("shapes", folder, "train").segments
+        batches = [list(range(k, k + batch)) for k in range(0, videos, batch)] * times
+        transform = data.test_transform(32)
+        datasets = {
+            "decoded": data.VideoDataset(segments, T, transform),
+            "cached": data.VideoDataset(segments, T, transform, f"{folder}/frames"),
+        }
+        for k in range(videos):
+            datasets["cached"][k]  # fills the cache
+        for what, dataset in datasets.items():
+            for workers in (1, 2):
+                with loading(dataset, batches, collate, workers) as loader:
+                    for k, _ in enumerate(loader):
+                        if k == workers:  # the first of each worker also waited for its start
+                            start = time.perf_counter()
+                took = time.perf_counter() - start
+                print(f"{what}, {workers} workers: {(len(batches) - workers - 1) / took:.1f} "
+                      f"batches/s of {batch} videos, T={T}", flush=True)
+
+
 # ---- training ----
 
-def saved_for_backward(model, pairs, T, amp):
-    """GB that autograd keeps of a training step, each storage once, without the parameters."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    total = 0
+def memory(batch=32, chunk=0, amp="off", clip="ViT-B/32", T=12):
+    """Peak memory of a training step, with weights, gradients and AdamW's state, and its seconds.
+    One case per process. On a CPU, set MALLOC_MMAP_THRESHOLD_=65536 in the environment: then what
+    is freed goes back to the system at once."""
+    taken = 0.0
 
-    def pack(x):
-        nonlocal total
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-        return x  # and so stays: no address is used twice
-
-    size = model.clip.image_size
-    pixels = torch.randint(0, 256, (pairs, T, 3, size, size), dtype=torch.uint8)
-    ids = random_ids([16] * pairs, 16)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        loss = model(ids, pixels)["loss"]
-    del loss
-    return total / 2 ** 30
-
-
-def memory(T=12, batch=32):
-    """What a training step keeps for its backward pass, counted tensor by tensor on the CPU (a
-    GPU's is the same but for its allocator's rounding), for ViT-B/32 and B/16 by precision and
-    --grad-checkpoint."""
-    print(f"GB at --batch {batch}, T={T}: weights, gradients and AdamW's state + kept for the "
-          "backward pass (with --grad-checkpoint one block, run again)")
-    for name in ("ViT-B/32", "ViT-B/16"):
+    def train():
+        nonlocal taken
         torch.manual_seed(0)
-        model = TMASS(random_clip(name), T).train()
-        fixed = 16 * sum(p.numel() for p in model.parameters()) / 2 ** 30
-        for amp in (False, True):
-            block = 0.0
-            for again in (False, True):
-                model.clip.grad_checkpoint = again
-                two = saved_for_backward(model, 2, T, amp)
-                a_pair = two - saved_for_backward(model, 1, T, amp)
-                whole = two + (batch - 2) * a_pair
-                if again:
-                    whole += block
-                block = a_pair * batch / 12  # one of 12 blocks, kept while it runs again
-                how = ("bf16" if amp else "fp32") + (", grad-checkpoint" if again else "")
-                print(f"{name}  {how:21s} {fixed:.1f} + {whole:5.1f} = {fixed + whole:5.1f}",
-                      flush=True)
+        model = TMASS(random_clip(clip), T).to(DEVICE).train()
+        model.chunk = chunk
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        size = model.clip.image_size
+        for pairs in (2, batch):  # the first makes the optimizer's state
+            pixels = torch.randint(0, 256, (pairs, T, 3, size, size), dtype=torch.uint8)
+            pixels = pixels.to(DEVICE)
+            ids = random_ids([16] * pairs, 16).to(DEVICE)
+            start = time.perf_counter()
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=amp == "bf16"):
+                loss = model(ids, pixels)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            synchronize(DEVICE)
+            taken = time.perf_counter() - start
+
+    peak = peak_memory(train)
+    print(f"{clip}, T={T}, --batch {batch} --chunk {chunk} --amp {amp}: {peak:.1f} GB, "
+          f"{taken:.0f} s a step on {DEVICE}")
 
 
 class PlainTMASS(torch.nn.Module):
@@ -398,7 +410,7 @@ class PlainTMASS(torch.nn.Module):
 def train_(batch=16, T=12, repeat=2):
     """A whole training step, ViT-B/32 with random weights: ours against the same step written
     plainly on transformers' CLIPModel (sdpa), in float32; ours in bf16; and with
-    --grad-checkpoint. One video of T frames and one caption of 12 tokens per pair."""
+    --chunk 64. One video of T frames and one caption of 12 tokens per pair."""
     import transformers
 
     from clip_model import CLIP
@@ -446,10 +458,9 @@ def train_(batch=16, T=12, repeat=2):
         "ours, bf16": step(ours, our_loss, amp=True),
     }
     s = seconds(runs, repeat)  # in turns, for the ratios
-    ours.clip.grad_checkpoint = True
+    ours.chunk = 64
     for name in ("ours, fp32", "ours, bf16"):
-        again = f"{name}, grad-checkpoint"
-        s.update(seconds({again: runs[name]}, repeat))
+        s.update(seconds({f"{name}, --chunk 64": runs[name]}, repeat))
     for name, time_of_step in s.items():
         print(f"{name:36s} {batch / time_of_step:7.2f} pairs/s")
     fp32 = s["ours, fp32"]
@@ -459,7 +470,8 @@ def train_(batch=16, T=12, repeat=2):
 
 
 def main(argv=None):
-    benches = encode, scoring, index, shortlist, moment, pieces, data_, train_, memory, gpu
+    benches = (encode, scoring, index, shortlist, moment, pieces, data_, reading, train_, memory,
+               gpu)
     benches = {bench.__name__.rstrip("_"): bench for bench in benches}
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
@@ -472,6 +484,14 @@ def main(argv=None):
         if name in ("shortlist", "moment"):
             command.add_argument("--ckpt", default="model.pt",
                                  help="a trained model (default: %(default)s)")
+        if name == "memory":
+            command.add_argument("--batch", type=int, default=32, help="(default: %(default)s)")
+            command.add_argument("--chunk", type=int, default=0,
+                                 help="frames at a time; 0: all at once (default: %(default)s)")
+            command.add_argument("--amp", choices=("off", "bf16"), default="off",
+                                 help="(default: %(default)s)")
+            command.add_argument("--clip", choices=VITS, default="ViT-B/32",
+                                 help="(default: %(default)s)")
         if name == "gpu":
             command.add_argument("--device", default="cuda", help="(default: %(default)s)")
             command.add_argument("--small", action="store_true",

@@ -37,6 +37,7 @@ FULL = dict(
     images=384,                 # at once
     texts=256,
     batch=32,                   # pairs of a training step
+    chunk=64,                   # frames at a time
     videos=64,                  # that the loader reads from the cache
     loaded=40,                  # batches of them
     workers=8,
@@ -54,6 +55,7 @@ SMALL = dict(
     images=8,
     texts=8,
     batch=4,
+    chunk=4,
     videos=4,
     loaded=2,
     workers=2,
@@ -255,25 +257,25 @@ def training_step(model, optimizer, ids, pixels, precision):
 def training(device, sizes, rates):
     """Pairs a second, which `rates` gets too, and peak memory with weights and optimizer."""
     rows = []
-    for name, precision, again in itertools.product(VITS, PRECISIONS, (False, True)):
+    for name, precision, chunk in itertools.product(VITS, PRECISIONS, (0, sizes["chunk"])):
         try:
-            rate, memory = measure_training(name, precision, again, device, sizes)
+            rate, memory = measure_training(name, precision, chunk, device, sizes)
             rates.append(rate)
             measured = f"{rate:.3g} pairs/s, {memory:.2f} GB"
         except torch.OutOfMemoryError:
             measured = "out of memory"
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-        how = precision + (", --grad-checkpoint" if again else "")
+        how = precision + (f", --chunk {chunk}" if chunk else "")
         what = f"training, {name}, batch {sizes['batch']}, T={sizes['frames']}, {how}"
         rows.append((what, measured))
     return rows
 
 
-def measure_training(name, precision, again, device, sizes):
+def measure_training(name, precision, chunk, device, sizes):
     """-> pairs a second, peak memory in GB"""
     model = make_model(sizes, name, device).train()
-    model.clip.grad_checkpoint = again
+    model.chunk = chunk
     ids, pixels = make_batch(model, sizes["batch"], device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.2, fused=True)
     step = training_step(model, optimizer, ids, pixels, precision)
@@ -306,9 +308,9 @@ def loader(device, sizes, rates):
             segments.append(Segment(os.path.join(folder, f"{k}.mp4")))
             os.link(path, segments[k].path)
         T = sizes["frames"]
-        cache = FrameCache(os.path.join(folder, "cache"), T)
+        cache = os.path.join(folder, "cache")
         for segment in segments:
-            cache.read(segment)
+            FrameCache(cache, T).read(segment)
         ann = data.Annotations(segments, ["-"] * len(segments), list(range(len(segments))))
         dataset = data.PairDataset(ann, T, data.train_transform(224), cache=cache)
         pairs = itertools.cycle(range(len(segments)))

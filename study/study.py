@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 from eval import encode_texts, encode_videos, metrics, ranks, released_scores  # noqa: E402
-from lib import exact, video  # noqa: E402
+from lib import exact  # noqa: E402
 from lib.shapes import ShapesVideos, shapes_of  # noqa: E402
 from lib.weights import load_checkpoint  # noqa: E402
 from tmass import cosine  # noqa: E402
@@ -66,11 +66,11 @@ def prepare():
     """In this process each video is decoded and resized once (shapes has no augmentation: its
     pixels stay the same) and
     train.py leaves the test split to `evaluated`."""
-    kept, video, load = {}, data.VideoDataset.item, train.load_splits
+    kept, item, load = {}, data.VideoDataset.item, train.load_splits
 
     def once(self, v):
         if self.segments[v] not in kept:
-            kept[self.segments[v]] = video(self, v)
+            kept[self.segments[v]] = item(self, v)
         return kept[self.segments[v]]
 
     def without_test(args, job):
@@ -123,7 +123,7 @@ class Test:
         )
         shots = [len(rendered[len(rendered) - V + v][1]) for v in range(V)]
         frames = data.VideoDataset(
-            self.ann.segments, 6, data.test_transform(32), video.FrameCache(SHAPES / "frames", 6)
+            self.ann.segments, 6, data.test_transform(32), SHAPES / "frames"
         )
         apart = torch.tensor([colour_distance(frames[v]) for v in range(V)])
         third = torch.bucketize(apart, apart.quantile(torch.tensor([1 / 3, 2 / 3])))

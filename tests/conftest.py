@@ -63,3 +63,17 @@ def run():
         )
 
     return run
+
+
+@pytest.fixture
+def soon():
+    """A test may take 20 seconds, on a busy machine; then an exception ends it."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

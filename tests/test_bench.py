@@ -45,7 +45,7 @@ def test_the_table_of_a_gpu(run):
     for name in VITS:
         for precision in PRECISIONS:
             kinds += [f"towers, {name}, {precision}"]
-            for again in ("", ", --grad-checkpoint"):
+            for again in ("", ", --chunk 4"):
                 kinds += [f"training, {name}, batch 4, T=3, {precision}{again}"]
     for what in kinds:
         first, second, *more = numbers(table[what])

@@ -197,29 +197,12 @@ def test_a_text_cut_to_the_longest_equals_padding_to_77():
     assert ((a - b).norm(dim=-1) / b.norm(dim=-1)).max() <= 1e-6
 
 
-def test_gradient_reaches_every_parameter_and_checkpointing_changes_none():
-    clip, ids, images = (
-        tiny(vision_layers=4),
-        Tokenizer()(["a red circle", "b"]),
-        torch.randn(2, 3, 16, 16),
-    )
-    grads, kept = [], []
-    for clip.grad_checkpoint in (False, True):
-        clip.zero_grad()
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: sizes.append(x.numel()) or x, lambda x: x
-        ):
-            loss = (
-                clip.logit_scale * (clip.encode_text(ids) * clip.encode_image(images)).tanh().sum()
-            )
-        kept.append(sum(sizes))
-        loss.backward()
-        grads.append([p.grad.clone() for p in clip.parameters()])
-    assert kept[1] < kept[0] / 3, kept
-    assert all(g.abs().sum() > 0 for g in grads[0])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b)
+def test_gradient_reaches_every_parameter():
+    clip = tiny(vision_layers=4)
+    text = clip.encode_text(Tokenizer()(["a red circle", "b"]))
+    image = clip.encode_image(torch.randn(2, 3, 16, 16))
+    (clip.logit_scale * (text * image).tanh().sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in clip.parameters())
 
 
 def test_towers_that_cannot_be(tmp_path):
@@ -247,12 +230,11 @@ def test_towers_that_cannot_be(tmp_path):
 
 def test_autocast_and_empty_batches():
     clip, ids, images = tiny(), Tokenizer()(["a red circle", "b"]), torch.randn(2, 3, 16, 16)
-    for clip.grad_checkpoint in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
-            image, text = clip.encode_image(images), clip.encode_text(ids)
-        torch.testing.assert_close(image.float(), clip.encode_image(images), atol=0.05, rtol=0.05)
-        torch.testing.assert_close(text.float(), clip.encode_text(ids), atol=0.05, rtol=0.05)
-        (image.sum() + text.sum()).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        image, text = clip.encode_image(images), clip.encode_text(ids)
+    torch.testing.assert_close(image.float(), clip.encode_image(images), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(text.float(), clip.encode_text(ids), atol=0.05, rtol=0.05)
+    (image.sum() + text.sum()).backward()
     assert clip.encode_image(images[:0]).shape == clip.encode_text(Tokenizer()([])).shape == (0, 24)
 
 
@@ -406,7 +388,6 @@ def test_hf_safetensors_and_the_activation_that_a_config_beside_it_names(tmp_pat
     images, ids = batch(TINY)
     with torch.no_grad():
         assert_same_features(clip, TINY, hf.get_image_features(images), hf.get_text_features(ids))
-    assert load_clip(tmp_path / "model.safetensors", quick_gelu=True).config["quick_gelu"]
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match="config.json: not valid JSON"):
         load_clip(tmp_path / "model.safetensors")
@@ -482,13 +463,9 @@ def test_open_clip_weights_give_open_clip_features(kind, file, quick, size, tmp_
         ("laion2b_b79k.bin", False),
     ],
 )
-def test_the_activation_of_open_clip_files_goes_by_their_name_unless_told(
-    name, quick, tmp_path, capsys
-):
+def test_the_activation_of_open_clip_files_goes_by_their_name(name, quick, tmp_path):
     torch.save(tiny().state_dict(), tmp_path / name)
     assert load_clip(tmp_path / name).config["quick_gelu"] is quick
-    assert f"to change: --activation {'gelu' if quick else 'quickgelu'})" in capsys.readouterr().out
-    assert load_clip(tmp_path / name, quick_gelu=not quick).config["quick_gelu"] is not quick
 
 
 class Archive(CLIP):

@@ -12,11 +12,11 @@ from videos import numbered, write_video
 import eval
 import search
 import train
-from lib.check import say_cut
 from lib.common import WeightsError
-from lib.encoders import split_name
+from lib.encoders import say_cut, split_name
 from lib.index import fingerprint
 from lib.weights import load_checkpoint, load_clip, save_checkpoint
+from tmass import TMASS
 
 open_clip = pytest.importorskip("open_clip")
 # A small model of the kind that clip_model.CLIP is not: timm's tower, text without a mask, and as
@@ -32,11 +32,20 @@ SMALL = dict(
 )
 
 
+# A small RN50, OpenAI's tower with BatchNorm.
+RESNET = dict(
+    embed_dim=32,
+    vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=16),
+    text_cfg=dict(context_length=20, vocab_size=49408, width=64, heads=2, layers=1),
+)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The name of SMALL in open_clip."""
+    """The name of SMALL in open_clip, which then knows RESNET as resnet, too."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "small.json").write_text(json.dumps(SMALL))
+    (folder / "resnet.json").write_text(json.dumps(RESNET))
     open_clip.add_model_config(folder)
     return "small"
 
@@ -125,9 +134,9 @@ def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeyp
         raise AssertionError("a file needs no download")
     monkeypatch.setattr("open_clip.factory.download_pretrained", download)
 
-    def load(tags, name, *rest):
+    def load(tags, name):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, small, tags)
-        config = load_clip(f"open_clip:{name}", *rest).config
+        config = load_clip(f"open_clip:{name}").config
         return config, capsys.readouterr().out
     config, out = load(dict(one=GREY, two=dict(GREY)), small + file)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5) and config["quick_gelu"]
@@ -141,27 +150,62 @@ def test_a_file_gets_what_the_weights_of_its_model_want(small, tmp_path, monkeyp
     assert config["mean"][0] == 0.48145466 and config["std"] == (0.5, 0.5, 0.5)
     config, out = load(dict(one=GREY, two=dark), f"{small}/two{file}")
     assert config["mean"] == (0.1, 0.1, 0.1) and "warning" not in out
-    config, _ = load(dict(one=GREY, two=dark), f"{small}/two{file}", True)
-    assert config["quick_gelu"]
     with pytest.raises(WeightsError, match="has no weights tow for it; it has one, two"):
         load(dict(one=GREY, two=dark), f"{small}/tow{file}")
     assert "by default" in load({}, small + file)[1]
 
 
-def test_grad_checkpoint_changes_no_gradient(small):
-    clip = load_clip(f"open_clip:{small}")
-    ids = clip.tokenizer(["a dog runs"])
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+def training(name):
+    """A model in training mode, but for BatchNorm: its statistics are those of the weights."""
+    torch.manual_seed(0)
+    model = TMASS(load_clip(f"open_clip:{name}"), frames=3, dropout=0.3)
+    for key, x in model.named_buffers():
+        if key.endswith("running_mean"):
+            x.normal_(std=0.1)
+    model.train()
+    for module in model.clip.modules():
+        if hasattr(module, "running_mean"):
+            module.eval()
+    return model
+
+
+@pytest.mark.parametrize("name, dtype, at_most", [
+    ("small", torch.float64, 1e-12),
+    ("resnet", torch.float64, 1e-12),
+    ("resnet", torch.bfloat16, 5e-3),  # 1.7e-2 from the gradient in float32
+])
+def test_chunks_change_no_gradient(small, name, dtype, at_most):
+    """Beyond rounding: in float64, which autocast leaves alone, there is next to none."""
+    model = training(name)
+    if dtype == torch.float64:
+        model.clip.double()
+    ids = model.clip.tokenizer(["a dog runs", "two people talk"])
+    pixels = torch.randint(0, 256, (2, 3, 3, 64, 64), dtype=torch.uint8)
     gradients = []
-    for enable in (False, True, False):
-        clip.grad_checkpoint = enable
-        assert clip.grad_checkpoint is enable
-        assert all(tower.transformer.grad_checkpointing is enable for tower in [clip.model.text])
-        clip.zero_grad()
-        (clip.encode_image(pixels).square().sum() + clip.encode_text(ids).square().sum()).backward()
-        gradients.append([p.grad for p in clip.parameters() if p.grad is not None])
-    for other in gradients[1:]:
-        assert all(the_same(*pair) for pair in zip(other, gradients[0]))
+    for model.chunk in (0, 4, 100):
+        model.zero_grad()
+        torch.manual_seed(1)  # of the noise
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(ids, pixels)["loss"]
+        loss.backward()
+        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts).double())
+    plain, *others = gradients
+    for chunked in others:
+        assert (chunked - plain).norm() < at_most * plain.norm()
+
+
+@pytest.mark.parametrize("name", ["small", "resnet"])
+def test_batchnorm_in_evaluation_mode_keeps_its_statistics(small, name):
+    """And what a picture's embedding is does not depend on its batch."""
+    model = training(name)
+    before = {key: x.clone() for key, x in model.clip.named_buffers()}
+    assert any(key.endswith("running_var") for key in before)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    whole = model.clip.encode_image(images)
+    alone = torch.cat([model.clip.encode_image(image[None]) for image in images])
+    assert the_same(alone, whole)
+    assert all(torch.equal(x, before[key]) for key, x in model.clip.named_buffers())
 
 
 def test_files_of_other_kinds(small, tmp_path):

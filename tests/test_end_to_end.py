@@ -1,4 +1,5 @@
 """What README promises, typed as README types it: train, evaluate and search on real mp4 files."""
+import csv
 import json
 import os
 import re
@@ -107,3 +108,44 @@ def test_readmes_commands_run_as_they_stand(trained, run):
         assert done.returncode == 0, (command, done.stderr)
         ran[script] += 1
     assert ran["eval.py"] >= 4 and ran["search.py"] >= 4
+
+
+@pytest.mark.slow
+def test_a_setting_and_a_loss_are_a_few_lines(trained, tmp_path):
+    """Two rows of README's table "Change it", done in a copy of the project."""
+    folder, _ = trained
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    changes = [
+        ("tmass.py", 'support_video="matched"):', 'support_video="matched", pull_weight=0.0):'),
+        ("tmass.py", "        self.support_video = support_video\n",
+         "        self.support_video = support_video\n        self.pull_weight = pull_weight\n"),
+        ("tmass.py", "        return dict(loss=loss,",
+         "        loss = loss + self.pull_weight * (1 - cosine(t, v_sup)).mean()\n"
+         "        return dict(loss=loss,"),
+        ("train.py", '    g.add_argument("--ce-weight"',
+         '    g.add_argument("--pull-weight", type=weight, help="of a pull towards the video")\n'
+         '    g.add_argument("--ce-weight"'),
+    ]
+    for name, old, new in changes:
+        text = (tmp_path / name).read_text()
+        assert text.count(old) == 1, old
+        (tmp_path / name).write_text(text.replace(old, new))
+
+    def run_copy(*words):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    start = folder / "model.pt"
+    run_copy("train.py", "--root", folder / "data/shapes", "--clip", start, "--epochs", "1",
+             "--pull-weight", "5", "--log-every", "1", "--out", "pulled.pt")
+    saved = torch.load(tmp_path / "pulled.pt", weights_only=True)
+    assert saved["tmass"]["pull_weight"] == saved["config"]["pull_weight"] == 5
+    with open(tmp_path / "pulled.log.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    known = float(row["stochastic"]) + 0.8 * float(row["support"])
+    assert float(row["loss"]) > known + 0.1
+    assert "t2v R@1" in run_copy("eval.py", "--ckpt", "pulled.pt")

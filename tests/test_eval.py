@@ -279,8 +279,8 @@ def test_each_item_is_encoded_once_and_equal_captions_tie(folder, monkeypatch):
     model, tokenizer, _ = load_checkpoint(folder / "model.pt")
     ann = annotations(folder, "many.csv")
     seen, texts = [], []
-    read, encode = data.read_frames, model.encode_text
-    monkeypatch.setattr(data, "read_frames", lambda x, frames: seen.append(x) or read(x, frames))
+    read, encode = video.read_frames, model.encode_text
+    monkeypatch.setattr(video, "read_frames", lambda x, frames: seen.append(x) or read(x, frames))
     monkeypatch.setattr(model, "encode_text", lambda ids: texts.append(len(ids)) or encode(ids))
     model.train()
     model.clip.eval()  # as --freeze-clip leaves it
@@ -322,17 +322,11 @@ def test_lists_of_captions_and_of_videos(folder):
     assert torch.equal(f[0], f[1]) and torch.equal(f[0], f[2]) and not torch.equal(f[0], f[3])
     assert ev.encode_videos(model, (x for x in [path])).shape == (1, T, D)
     for lone in (segment, str(path), path):
-        with pytest.raises(TypeError, match="segments_or_paths must be a list of Segment, str or"):
+        with pytest.raises(TypeError, match="expected a list of paths or Segments"):
             ev.encode_videos(model, lone)
     with pytest.raises(TypeError, match="captions must be a list of str"):
         ev.encode_texts(model, tokenizer, "a dog")
     assert ev.encode_texts(model, tokenizer, ("a dog", "a cat")).shape == (2, D)
-
-
-def test_a_decoding_process_that_dies_is_named(folder, monkeypatch):
-    monkeypatch.setattr(data, "read_frames", lambda segment, frames: os._exit(9))
-    with pytest.raises(common.DataError, match="v3.mp4.*--workers"):
-        ev.encode_videos(make(), [folder / "videos" / "v3.mp4"], workers=1)
 
 
 @pytest.mark.slow
@@ -406,13 +400,12 @@ def test_mistakes_are_one_line(folder, tmp_path, call):
         assert one_error(status, out, err, name, word), (name, status, err)
     options = (
         ("--data", tmp_path / "none.csv"), ("--data", "nonsense"),
-        ("--json", tmp_path), ("--json", tmp_path / "no" / "x.json"), ("--json", "new/"),
-        ("--json", ""), ("--json", "-"),
+        ("--json", "-"),
         ("--split", "train"),
         ("--seed", -1), ("--seed", 2 ** 70), ("--seed", 10 ** 22),
         ("--prior", "odd"),
         ("--prior-std", "nan"), ("--prior-std", "inf"), ("--prior-std", 1e300), ("--prior-std", -1),
-        ("--device", "foo"), ("--device", "meta"), ("--device", "cuda:99"), ("--device", ""),
+        ("--device", "foo"), ("--device", "meta"), ("--device", "cuda:99"),
         ("--trials", -1), ("--trials", 10 ** 11), ("--trials", "2.5"),
         ("--batch", 0), ("--batch", "nan"),
         ("--workers", 10 ** 9),
@@ -424,51 +417,57 @@ def test_mistakes_are_one_line(folder, tmp_path, call):
         assert one_error(status, out, err, *words), (option, value, status, err)
 
 
-def inodes(folder):
-    return sorted((x.name, x.lstat().st_mode, x.lstat().st_ino) for x in folder.iterdir())
+def test_results_replace_the_files_that_are_named(folder, tmp_path, call, monkeypatch):
+    """Whatever was in them; a link stays one, and no temporary file is left."""
+    monkeypatch.chdir(tmp_path)
+    outputs = {"--json": "r.json", "--report": "link", "--save": "r.pt"}
+    for name in ("r.json", "notes", "r.pt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("notes")
+    for trials in (1, 2):
+        options = [word for pair in outputs.items() for word in pair]
+        status, out, err = call(*on(folder, *options, "--trials", trials))
+        assert status == 0 and "report: link" in out, err
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["trials"] == trials and saved(tmp_path / "r.pt")["result"] == result
+        assert (tmp_path / "notes").read_text().startswith("<!DOCTYPE html>")
+    assert sorted(os.listdir()) == ["link", "notes", "r.json", "r.pt"]
+    assert os.readlink("link") == "notes"
+
+
+def inodes(*folders):
+    """What is there, and whether it is still the same file."""
+    files = [x for folder in folders for x in folder.iterdir()]
+    return sorted((x, x.lstat().st_mode, x.lstat().st_ino, x.lstat().st_size) for x in files)
 
 
 @pytest.mark.parametrize("option", ["--json", "--report", "--save"])
-def test_only_plain_files_are_written_over(option, folder, tmp_path, call):
-    """A result is renamed into place: a pipe, a device (/dev/stdout!) or a link would be gone."""
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to(tmp_path / "kept.txt")
-    (tmp_path / "kept.txt").write_text("kept")
-    before = inodes(tmp_path)
-    for name in ("pipe", "link", "kept.txt", ""):
-        status, out, err = call(*on(folder), option, tmp_path / name)
-        assert one_error(status, out, err, option, str(tmp_path / name)), (status, err)
-    assert inodes(tmp_path) == before
-
-
-def test_what_the_user_made_is_kept_and_a_result_replaced(folder, tmp_path, call, monkeypatch):
-    """Files that an option did not write are kept, even of its kind; its own last one is not."""
+def test_what_no_result_replaces(option, folder, tmp_path, call, monkeypatch):
+    """What the same command reads, however it is spelled, and what is no plain file."""
     monkeypatch.chdir(tmp_path)
-    model = (folder / "model.pt").read_bytes()
-    users = {"--json": (b'{"videos": []}', b"my own notes"), "--save": (model, b"PK and more"),
-             "--report": (b"<!DOCTYPE html><title>Mine</title>", b"notes")}
-    mine = tmp_path / "mine"
-    for option, contents in users.items():
-        for content in contents:
-            mine.write_bytes(content)
-            assert one_error(*call(*on(folder), option, "mine"), option, "mine")
-            assert mine.read_bytes() == content
-    outputs = ["--json", "r.json", "--report", "r.html", "--save", "r.pt"]
-    (tmp_path / "r.json").write_text("{}")  # holds nothing, as r.html does
-    (tmp_path / "r.html").touch()
-    assert call(*on(folder, *outputs, "--trials", 1))[0] == 0
-    before = {name: (tmp_path / name).read_bytes() for name in ("r.html", "r.json", "r.pt")}
-    assert call(*on(folder, *outputs, "--trials", 2))[0] == 0
-    for name, content in before.items():
-        assert (tmp_path / name).read_bytes() != content
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["mine", *before]
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    (tmp_path / "link").symlink_to(folder / "model.pt")
     (tmp_path / "here").symlink_to(tmp_path)
-    for one, other in (("new", "new"), ("new", tmp_path / "new"), ("here/new", "./new")):
-        assert one_error(*call(*on(folder), "--json", one, "--save", other), "--json", "--save")
-    status, out, err = call(*on(folder), "--save", os.path.relpath(folder / "model.pt"))
-    assert one_error(status, out, err, "--save", "--ckpt")
-    assert (folder / "model.pt").read_bytes() == model
-    assert not (tmp_path / "new").exists() and "T=" not in out  # refused before the model was read
+    before = inodes(folder, folder / "videos", tmp_path)
+    checkpoint = folder / "model.pt", os.path.relpath(folder / "model.pt"), "link"
+    read = folder / "many.csv", folder / "videos" / "v3.mp4"
+    nowhere = "pipe", "/dev/null", "folder", "folder/", "missing/x"
+    for name in (*checkpoint, *read, *nowhere):
+        status, out, err = call(*on(folder), option, name)
+        assert one_error(status, out, err, option, str(name)), (name, status, err)
+        assert name in read or "T=" not in out  # refused before the model is loaded
+    other = "--save" if option == "--json" else "--json"
+    for one, two in (("new", "new"), ("new", tmp_path / "new"), ("here/new", "./new")):
+        assert one_error(*call(*on(folder), option, one, other, two), "new")
+    assert inodes(folder, folder / "videos", tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["new/", ""])
+def test_a_result_needs_the_name_of_a_file(name, folder, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert one_error(*call(*on(folder, "--trials", 1, "--json", name)), "--json", name)
+    assert os.listdir() == []
 
 
 def test_a_full_disk_is_called_so(folder, tmp_path, call, monkeypatch):
@@ -499,38 +498,6 @@ def test_saved_scores(folder, tmp_path, call):
     assert (content["captions"], content["owner"].tolist()) == (ann.captions, ann.owner)
     assert [video.Segment(*x) for x in content["clips"]] == ann.segments
     assert content["result"] == result
-
-
-def test_features_made_elsewhere(folder, tmp_path, call):
-    """What --save wrote gives the same numbers; without captions and clips too; else one line."""
-    first = ["--save", tmp_path / "s.pt", "--json", tmp_path / "s.json"]
-    assert call(*on(folder, *first))[0] == 0
-    expected = json.loads((tmp_path / "s.json").read_text())
-    content = saved(tmp_path / "s.pt")
-    bare = {name: content[name] for name in ("t", "f", "owner")}
-    torch.save(bare, tmp_path / "bare.pt")
-    for name in ("s.pt", "bare.pt"):
-        features = ["--features", tmp_path / name, "--json", tmp_path / "f.json"]
-        status, out, err = call(*on(folder, *features, "--report", tmp_path / "f.html"))
-        assert status == 0 and "15 texts, 7 videos" in out, err
-        found = json.loads((tmp_path / "f.json").read_text())
-        for way in ("t2v", "v2t"):
-            assert found[way] == pytest.approx(expected[way])
-    t, f, owner = bare.values()
-    torch.save(make(pooling="mean", radius="none").clip.state_dict(), tmp_path / "clip.pt")
-    wrong = (dict(t=t), dict(bare, t=t[0]), dict(bare, t=t[:, 1:]), dict(bare, f=f[:, :1]),
-             dict(bare, f=f[..., 1:]), dict(bare, owner=owner[1:]), dict(bare, owner=owner - 1),
-             dict(bare, owner=owner + 1), dict(bare, owner=owner / 1), dict(bare, t="t"),
-             dict(bare, captions=["one"]), dict(bare, clips=[5] * 7), dict(bare, f=f[:0]),
-             dict(bare, t=t * math.nan), dict(bare, t=t[:0], owner=owner[:0]),
-             *(dict(bare, clips=[clip] * 7) for clip in ([5], [["v"]], ["v", "0"], ["v", 0, [1]])))
-    for number, features in enumerate(wrong):
-        torch.save(features, tmp_path / "wrong.pt")
-        options = "--features", tmp_path / "wrong.pt", "--report", tmp_path / "f.html"
-        status, out, err = call(*on(folder, *options))
-        assert one_error(status, out, err, "wrong.pt"), (number, err)
-    both = "--features", tmp_path / "s.pt", "--data", folder / "one.csv"
-    assert one_error(*call(*on(folder, *both)), "--features takes the place of --data")
 
 
 def test_another_number_of_frames(folder, tmp_path, call):
@@ -652,15 +619,6 @@ def test_another_pooling(scores, tmp_path, call, monkeypatch):
     save_checkpoint(tmp_path / "mean.pt", make(pooling="mean"), Tokenizer((), 16), {})
     arguments = ["--ckpt", tmp_path / "mean.pt", "--device", "cpu", "--pooling", "xpool"]
     assert one_error(*call(*arguments), "--pooling xpool", "mean.pt", "no weights")
-
-
-def test_the_other_activation(folder, scores):
-    """What the checkpoint says is put right by --activation, and only by that."""
-    default = scores()["sims"]
-    both = {name: scores("--activation", name)["sims"] for name in ("gelu", "quickgelu")}
-    same = "quickgelu" if saved(folder / "model.pt")["clip"]["quick_gelu"] else "gelu"
-    assert torch.equal(default, both[same])
-    assert (both["gelu"] - both["quickgelu"]).abs().max() > 1e-5
 
 
 def test_a_clip_that_nobody_trained_further(folder, tmp_path, call, monkeypatch):

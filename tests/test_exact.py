@@ -50,7 +50,7 @@ class FirstXPool(XPool):
 
 
 class MaxRadius(nn.Module):
-    """R = exp(max_j S_j): one number for a pair, but not of the mean."""
+    """R = exp(max_j S_j): one number for a pair."""
 
     def __init__(self, frames, width):
         super().__init__()
@@ -61,7 +61,7 @@ class MaxRadius(nn.Module):
 
 
 class SpreadRadius(MeanRadius):
-    """What inherits from a radius of the mean may need more than the mean."""
+    """What inherits from a known radius is not the known radius."""
 
     def forward(self, S):
         """S (...,T) -> R (...,1)."""
@@ -96,19 +96,9 @@ class SquaredRadius(LinearRadius):
         return super().forward(S).square()
 
 
-class WideMeanRadius(WideRadius):
-    """Of the mean, and wide."""
-
-    of_mean = True
-
-    def forward(self, S):
-        """S (...,T) -> R (...,D)."""
-        return (S.mean(-1, keepdim=True) * self.weight).exp()
-
-
 POOLINGS = {**tmass.POOLINGS, "max": MaxPool, "first": FirstXPool}
 RADII = {**tmass.RADII, "max": MaxRadius, "spread": SpreadRadius, "wide": WideRadius,
-         "squared": SquaredRadius, "constant": ConstantRadius, "wide mean": WideMeanRadius}
+         "squared": SquaredRadius, "constant": ConstantRadius}
 SETTINGS = [dict(prior_std=0.5), dict(prior="uniform", heads=4)]
 
 
@@ -386,7 +376,7 @@ import resource, sys, torch
 sys.path[:0] = [{str(ROOT)!r}]
 from clip_model import CLIP
 from lib.exact import score
-from tmass import TMASS, MeanRadius
+from tmass import TMASS, MeanPool, MeanRadius
 torch.set_num_threads(1)
 model = TMASS(CLIP(256, 16, 8, 64, 1, 16, 514, 64, 1), frames=12).eval()
 t, f = torch.randn(1000, 256), torch.randn(300, 12, 256)
@@ -396,6 +386,8 @@ score(model, t, f, chunk_mb=64)
 score(model, t[:60], f[:20], 20_000, chunk_mb=64)
 model.radius = MeanRadius()
 score(model, t, f[:1], 20_000, chunk_mb=64)
+model.pool = MeanPool()
+score(model, t, f, chunk_mb=64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

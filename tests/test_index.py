@@ -21,7 +21,7 @@ import data
 import search as se
 from lib import exact
 from lib import index as store
-from lib.common import DataError, written_whole
+from lib.common import DataError
 from lib.index import File
 from lib.video import read_frames
 from lib.weights import load_checkpoint
@@ -329,21 +329,6 @@ def test_linked_folders_beside_each_other_count_once(tmp_path, ask):  # noqa: F8
         out, err = ask("-f", "x", "--videos", tmp_path / "v", tmp_path / more)
         assert len(out.splitlines()) == 2, (more, out)
         assert "2 in the index, 2 pieces" in err
-
-
-def test_parts_that_killed_searches_left_are_removed(tmp_path, ask):  # noqa: F811
-    """Not the part that another search is writing, and nothing of other names."""
-    noise_video(tmp_path / "a.mp4", 0)
-    found(ask, tmp_path)
-    [name] = shards(tmp_path)
-    index = tmp_path / se.INDEX
-    left = [index / f"{name}.12.0123abcd.part", index / f"{name[:16]}.missed.1.0123abcd.part"]
-    others = [index / "notes.part", index / f"{name}.part", index / "x.shard.12.0123abcd.part"]
-    for path in (*left, *others):
-        path.write_text("")
-    with written_whole(index / f"{name[:16]}-later.shard") as part:
-        found(ask, tmp_path)
-        assert not any(map(os.path.exists, left)) and all(map(os.path.exists, (part, *others)))
 
 
 # ---- what is encoded so far ----

@@ -21,7 +21,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, free_port
-from test_eval import ENV, D, T, called, folder, make, noise_video, one_error  # noqa: F401
+from test_eval import (  # noqa: F401
+    ENV,
+    D,
+    T,
+    called,
+    folder,
+    inodes,
+    make,
+    noise_video,
+    one_error,
+)
 from test_released import archive, cache, released  # noqa: F401
 from videos import numbered, numbers, write_video
 
@@ -413,7 +423,7 @@ def test_bad_videos_and_odd_names(ask, run, folder, tmp_path):  # noqa: F811
         (tmp_path / name).write_text(text.format(other="good.mp4"))
     out, err = ask("x", "--videos", tmp_path)
     assert "encoded 1 videos, 1 in the index, 1 pieces; 7 unreadable left out:\n" in err
-    assert re.search(r"\n  video .*bad\.mp4 can't be decoded: Invalid data", err)
+    assert re.search(r"\n  .*bad\.mp4: can't be decoded: Invalid data", err)
     assert [line.split()[-1] for line in out.strip().splitlines()[2:]] == ["good.mp4"]
     out, err = ask("x", "--videos", tmp_path)  # not tried again until it changes, and still named
     assert "encoded 0 videos, 1 in the index" in err and "bad.mp4" in err
@@ -534,21 +544,42 @@ def test_options_that_would_do_nothing_are_refused(words, capsys):
     assert capsys.readouterr().err.startswith("error: --")
 
 
-@pytest.mark.slow
-def test_a_file_gets_all_answers_though_nobody_reads_them(folder, tmp_path):  # noqa: F811
-    command = [sys.executable, str(ROOT / "search.py"), "--videos", str(folder / "videos"),
-               "--ckpt", str(folder / "model.pt"), "--device", "cpu",
-               "--json", str(tmp_path / "x.json")]
-    queries = [f"a dog {k}" for k in range(50)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    job = subprocess.Popen(command, **pipes, env={**os.environ, **ENV})
-    job.stdout.close()
-    with killing(job.pid, 300):
-        job.stdin.write("\n".join(queries).encode())
-        job.stdin.close()
-        err = job.stderr.read().decode()
-        assert job.wait() == 0, err
-    assert list(json.loads((tmp_path / "x.json").read_text())) == queries
+def test_what_no_result_replaces(ask, folder, tmp_path):  # noqa: F811
+    """The weights, the pictures that are asked for, the videos that are searched, a device."""
+    picture = tmp_path / "photo.png"
+    write_video(picture, numbered(1), codec="png", container="image2", pix_fmt="rgb24")
+    shutil.copy(folder / "videos" / "v1.mp4", tmp_path / "v1.mp4")
+    (tmp_path / "link").symlink_to(folder / "model.pt")
+    ask("x", "--videos", tmp_path)  # the index is made
+    names = ["photo.png", "v1.mp4", "link", ".", "missing/x"]
+    files = [folder / "model.pt", *(tmp_path / name for name in names), "/dev/null"]
+    for option in ("--json", "--report"):
+        for file in files:
+            before = inodes(folder, tmp_path)
+            _, err = ask(picture, "--videos", tmp_path, option, file, expect=2)
+            assert f"error: {option} {file}" in err, err
+            assert inodes(folder, tmp_path) == before
+    _, err = ask("x", "--videos", tmp_path, "--json", "new", "--report", "./new", expect=2)
+    assert "new: this command reads or writes" in err
+    for _ in range(2):  # a result is replaced
+        ask(picture, "--videos", tmp_path, "--json", tmp_path / "x", "--report", tmp_path / "y")
+    assert len(answers(tmp_path / "x", str(picture))) == 1
+
+
+def test_a_video_that_is_left_out_is_not_replaced(ask, folder, tmp_path):  # noqa: F811
+    shutil.copy(folder / "videos" / "v1.mp4", tmp_path / "v1.mp4")
+    (tmp_path / "broken.mp4").write_text("no video")
+    ask("x", "--videos", tmp_path, "--json", tmp_path / "broken.mp4", expect=2)
+    assert (tmp_path / "broken.mp4").read_text() == "no video"
+
+
+def test_a_picture_that_a_pipe_names(ask, folder, tmp_path, monkeypatch):  # noqa: F811
+    picture = tmp_path / "photo.png"
+    write_video(picture, numbered(1), codec="png", container="image2", pix_fmt="rgb24")
+    content = picture.read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{picture}\n".encode())))
+    ask("--videos", folder / "videos", "--json", picture, expect=2)
+    assert picture.read_bytes() == content
 
 
 @pytest.mark.parametrize("to_file", [False, True])
@@ -727,7 +758,6 @@ def test_an_index_survives_kills(folder, tmp_path, ask, monkeypatch):  # noqa: F
     assert before
     _, err = ask(*arguments, "--videos", tmp_path / "war", "--json", tmp_path / "war.json")
     assert f"encoded {80 - had} videos, 80 in the index, 240 pieces" in err
-    assert not list(index.glob("*.part"))
     war = answers(tmp_path / "war.json")
     war = [dict(x, file=x["file"].replace("/war/", "/peace/")) for x in war]
     assert same(war, answers(tmp_path / "peace.json"))

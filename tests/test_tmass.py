@@ -321,6 +321,88 @@ def test_forward_is_repeatable_from_the_seed_and_gathers():
     assert shapes == [(3, D), (3, T, D)]
 
 
+# ---- a batch larger than memory ----
+
+
+def gradient(model, chunk, amp=False, B=16):
+    """The gradient of a training step, as one vector of float64."""
+    model.chunk = chunk
+    model.zero_grad()
+    ids = IDS.repeat(B, 1)[:B]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        loss = model(ids, pixels(B))["loss"]
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
+def test_chunks_change_no_gradient(chunk):
+    model = make(dropout=0.3).train()
+    plain = gradient(model, 0)
+    assert apart(gradient(model, chunk), plain) < 1e-6
+    rounded = gradient(model, 0, amp=True)
+    rounding = apart(rounded, plain)
+    # However many chunks there are: their gradients are added up in float32.
+    assert apart(gradient(model, chunk, amp=True), rounded) < 0.1 * rounding
+
+
+def test_only_one_chunk_is_computed_at_a_time():
+    model = make().train()
+    rows = dict(visual=[], transformer=[])
+    for name, sizes in rows.items():
+        tower = getattr(model.clip, name)
+        tower.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+    gradient(model, 5, B=4)
+    assert rows["visual"][:4] == [5, 5, 5, 1]            # 4 videos of 4 frames
+    assert sorted(rows["visual"][4:]) == [1, 5, 5, 5]    # again, for the backward pass
+    assert rows["transformer"] == [4, 4]
+    with torch.no_grad():
+        model.encode_video(pixels(4))
+    assert rows["visual"][8:] == [16]  # it needs no memory for a backward pass
+
+
+def test_a_chunk_is_computed_again_with_the_same_dropout():
+    model = make().train()
+    model.chunk = 5
+    model.clip.visual.ln_post = torch.nn.Dropout(0.5)
+    images = pixels().flatten(0, 1)
+    gradients = []
+    for chunked in (True, False):
+        model.zero_grad()
+        torch.manual_seed(1)
+        if chunked:
+            f = model.encode_video(pixels()).flatten(0, 1)
+        else:
+            f = torch.cat([model.clip.encode_image(part) for part in images.split(5)])
+        f.square().sum().backward()
+        gradients.append(model.clip.visual.proj.grad.clone())
+        gradients.append(torch.rand(3))  # what is drawn next is the same, too
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[3])
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_no_videos_and_no_texts(chunk):
+    """As in a process whose share of a batch has no readable video."""
+    model = make().train()
+    model.chunk = chunk
+    t = model.encode_text(IDS[:0])
+    f = model.encode_video(pixels()[:0])
+    assert t.shape == (0, D)
+    assert f.shape == (0, T, D)
+    (t.sum() + f.sum()).backward()
+    towers = [p for name, p in model.clip.named_parameters() if name != "logit_scale"]
+    assert all(p.grad is not None and not p.grad.any() for p in towers)
+
+
+# ---- dropout and noise ----
+
+
 def test_dropout_is_inside_the_residual_and_off_in_eval():
     model = make(dropout=0.9)
     t, f = features(3, 3)

@@ -367,7 +367,7 @@ def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
     shape, error = got
     assert shape[:2] == (12, 3) and shape[2] * shape[3] <= 2 ** 19 * 1.01
     assert shape[3] / shape[2] == pytest.approx(16 / 9, rel=0.01)
-    assert "4608.avi needs more memory than there is" in error
+    assert "4608.avi: needs more memory than there is" in error
 
 
 def test_a_lost_frame_does_not_make_all_others_pile_up(tmp_path, monkeypatch):
@@ -460,7 +460,7 @@ def test_what_the_disk_does_not_give_is_not_the_end(tmp_path):
     said = done.stdout.splitlines()
     assert len(said) == 4 * len(paths), done.stderr
     for path in paths:
-        error = f"True video {path} can't be read: Input/output error"
+        error = f"True {path}: can't be read: Input/output error"
         assert [said.pop(0) for _ in range(4)] == ["frames 12", "frames 4", error, error]
 
 

@@ -2,7 +2,6 @@
 import math
 import os
 import resource
-import signal
 
 import pytest
 import torch
@@ -164,27 +163,27 @@ def test_a_checkpoint_that_was_cut_short(tmp_path):
     refuses(path, "m.pt")
 
 
+def setting(section, **values):
+    """A change of a checkpoint's content: these values in one of its parts."""
+    return lambda content: content[section].update(values)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pop("merges"), "it has no 'merges'"),
     (lambda c: c.pop("config"), "it has no 'config'"),
-    (lambda c: c.pop("version"), "it has no 'version'"),
-    (lambda c: c.update(version=99), "version 99.* reads version 1"),
-    (lambda c: c.update(clip={}), "image_size"),
+    (lambda c: c.update(version=99), "version 99"),
     (lambda c: c.update(clip=7), "m.pt"),
-    (lambda c: c["clip"].update(shape=3), "shape"),
-    (lambda c: c["clip"].update(patch_size=0), "m.pt"),
-    (lambda c: c["tmass"].update(temperature=3), "temperature"),
-    (lambda c: c["tmass"].update(pooling="max"), "'max': choose"),
-    (lambda c: c["tmass"].update(heads=0), "heads"),
-    (lambda c: c["tmass"].update(frames="four"), "m.pt"),
-    (lambda c: c["tmass"].update(frames=9), "size mismatch for radius.linear.weight"),
+    (lambda c: c.update(model=5), "m.pt"),
+    (setting("clip", shape=3), "shape"),
+    (setting("clip", vision_heads="four"), "m.pt"),
+    (setting("tmass", temperature=3), "temperature"),
+    (setting("tmass", pooling="max"), "'max': choose"),
+    (setting("tmass", heads=0), "heads"),
+    (setting("tmass", frames="four"), "m.pt"),
+    (setting("tmass", frames=9), "size mismatch for radius.linear.weight"),
     (lambda c: c["model"].pop("pool.ln1.bias"), 'Missing key.*"pool.ln1.bias"'),
     (lambda c: c["model"].update(new=torch.ones(1)), 'Unexpected key.*"new"'),
-    (lambda c: c.update(model=5), "m.pt"),
-    (lambda c: c["model"].update({"pool.ln1.bias": "x"}), "m.pt"),
     (lambda c: c.update(merges=["a"]), "'a' is no merge"),
-    (lambda c: c.update(merges=5), "m.pt"),
-    (lambda c: c.update(config=5), "m.pt"),
 ])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, change, message):
     path = tmp_path / "m.pt"
@@ -195,98 +194,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, change, message):
     line = refuses(path, message)
     assert line.startswith(f"{path}: a checkpoint of train.py that can't be used: ")
     assert line.endswith("; use the program that wrote it, or train again")
-
-
-# ---- settings of other types and values, for loading and for --resume ----
-
-def setting(section, **values):
-    """A change of a checkpoint's content: these values in one of its parts."""
-    return lambda content: content[section].update(values)
-
-
-def weight(make_another):
-    """A change of a checkpoint's content: another tensor in the place of one of its weights."""
-    def change(content):
-        content["model"]["pool.q.weight"] = make_another(content["model"]["pool.q.weight"])
-    return change
-
-
-DAMAGE = [
-    *(lambda c, x=x: c.update(context_length=x) for x in ("48", 48.0, 16.0, 0, -5, True, 17)),
-    *(setting("clip", context_length=x) for x in ("48", 48.0, 0, -5)),
-    *(setting("clip", **{name: 10 ** 5}) for name in ("vision_layers", "text_layers")),
-    *(setting("clip", embed_dim=x) for x in (64.0, None, [64], 10 ** 30)),
-    setting("clip", image_size=33),
-    setting("clip", patch_size=-8),
-    setting("clip", quick_gelu=1),
-    setting("clip", vocab_size=10 ** 15),
-    setting("clip", resize=("shortest", "x")),
-    *(setting("tmass", heads=x) for x in (1.0, "1", True, -1)),
-    *(setting("tmass", prior_std=x) for x in (None, -1.0, math.nan, math.inf, "1")),
-    *(setting("tmass", frames=x) for x in (2.0, "2", None, 0, 10 ** 12)),
-    *(setting("tmass", dropout=x) for x in (None, 2.0)),
-    setting("tmass", support_weight=None),
-    setting("tmass", ce_weight=[1]),
-    setting("tmass", pooling=["xpool"]),
-    setting("tmass", prior=5),
-    setting("config", data=5),
-    lambda c: c.update(config=5),
-    lambda c: c.update(config=[]),
-    lambda c: c.pop("config"),
-    lambda c: c.update(clip=5),
-    lambda c: c.pop("merges"),
-    lambda c: c.update(merges="merges"),
-    lambda c: c.update(merges=[*c["merges"], "a b"]),
-    lambda c: c.update(merges=[*c["merges"], "z z"] * 2),
-    lambda c: c.update(merges=[5]),
-    lambda c: c.pop("model"),
-    lambda c: c.update(model=5),
-    weight(lambda x: x.to_sparse()),
-    weight(lambda x: x.to("meta")),
-    weight(lambda x: x.to(torch.complex64)),
-    weight(lambda x: x.int()),
-    weight(lambda x: x.long()),
-    weight(lambda x: x[:1]),
-    weight(lambda x: "x"),
-]
-
-
-@pytest.fixture
-def soon():
-    """A test may take 20 seconds, on a busy machine; then an exception ends it."""
-    def late(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("number", range(len(DAMAGE)))
-def test_settings_of_other_types_are_one_line(tmp_path, soon, number):
-    path = tmp_path / "m.pt"
-    save_checkpoint(path, make(), Tokenizer((), 16), dict(data="shapes"))
-    content = torch.load(path, weights_only=True)
-    load_checkpoint(path)  # before, it is sound
-    DAMAGE[number](content)
-    torch.save(content, path)
-    refuses(path, "m.pt: a checkpoint of train.py that can't be used: .*train again")
-
-
-@pytest.mark.parametrize("merges, message", [
-    (["ab c", "a b"], "'ab c' joins what no earlier merge made"),
-    (["a b", "a b"], "1 different merges do not make a vocabulary of 516"),
-])
-def test_merges_that_no_training_writes(tmp_path, merges, message):
-    path = tmp_path / "m.pt"
-    clip = CLIP(**dict(SIZES, vocab_size=516))
-    save_checkpoint(path, TMASS(clip, frames=4), Tokenizer(["a b", "ab c"], 16), {})
-    load_checkpoint(path)
-    content = torch.load(path, weights_only=True)
-    torch.save(dict(content, merges=merges), path)
-    refuses(path, message)
 
 
 def test_zeros_in_a_tensor_are_found(tmp_path):
