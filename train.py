@@ -145,7 +145,7 @@ def fit(args, job, state, batches, splits, log, noted):
             scaler.scale(losses["loss"]).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if norm.isfinite():  # the released code takes the step in any case
+            if norm.isfinite():  # differs from the released code, which takes the step
                 scaler.step(optimizer)
                 skipped = 0
             else:
@@ -488,7 +488,9 @@ def find_run(args, job, log):
     """
     out = args.out
     if os.path.lexists(out):
-        saved = read_weights(out)
+        saved = {}
+        with contextlib.suppress(ValueError):  # no weights at all
+            saved = read_weights(out)
         if saved.get("format") != "tmass":
             raise DataError(f"--out {out} is not a checkpoint of this program, and stays as it is: "
                             "choose another --out")

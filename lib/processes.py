@@ -304,7 +304,8 @@ def loading(dataset, batches=None, collate=list, workers=0, pin=False):
         for process in started:
             process.terminate()
         for process in started:
-            process.join(WAIT)
+            process.join(WAIT / len(started))
+        for process in started:
             process.kill()
         if hasattr(found, "_shutdown_workers"):  # it has workers
             found._shutdown_workers()

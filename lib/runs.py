@@ -82,7 +82,8 @@ def resume(out, run, saved):
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("its optimizer belongs to other weights")
         run.scaler.load_state_dict(saved.get("scaler", {}))
-        run.step = run.saved = int(saved["step"])
+        run.step = int(saved["step"])
+        run.saved = run.step
         if saved["best"]:
             step, R1 = saved["best"]
             run.best = [int(step), float(R1)]
