@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from multiprocessing import queues
+from multiprocessing import forkserver, queues, resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -335,7 +335,13 @@ def _context():
     if multiprocessing.get_start_method() == "fork" and (served or dist.is_initialized()):
         method = "forkserver"
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["torchvision"])  # imports it and torch once for all workers
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["torchvision"])  # imports it and torch once for all workers
+        # A server that ended at a signal to the whole job would leave workers that nobody can end.
+        resource_tracker.ensure_running()  # here, because it unblocks signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -344,6 +350,8 @@ def _obey(worker):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a fork server has them blocked
     # A batch that the queue's thread can't hand over would be lost, and waited for without end.
     queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
