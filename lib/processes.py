@@ -220,12 +220,15 @@ def _note(number, frame):
 
 @contextlib.contextmanager
 def _handling(handler):
-    """Handle SIGNALS by a function in this block, except those that are ignored, as by nohup."""
+    """Handle SIGNALS by a function in this block, except a SIGHUP that nohup ignores.
+
+    A shell's background jobs ignore SIGINT, but who sends it to one of them means it.
+    """
     before = {}
     # Python handles signals in the main thread only.
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    before = {n: old for n, old in before.items() if old != signal.SIG_IGN or n == signal.SIGINT}
     for number in before:
         signal.signal(number, handler)
     try:

@@ -269,12 +269,15 @@ def test_signals_are_noted():
             time.sleep(1)
     assert [signal.getsignal(number) for number in processes.SIGNALS] == before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does in the background
     try:
         with noting_signals() as noted:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert noted == []
+            os.kill(os.getpid(), signal.SIGINT)
+            assert noted == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 # ---- jobs ----
