@@ -25,6 +25,26 @@ with contextlib.suppress(ImportError):  # optional; torch.hub shows downloads wi
     tqdm.monitor_interval = 0
 
 
+# Code for a program whose videos can't be opened once there is a file "slow": in a job, those of
+# process 1 alone.
+SLOW = """
+import os
+import time
+
+import av
+
+plain = av.open
+
+def slowly(*arguments, **options):
+    if os.path.exists("slow"):  # as on a network disk that does not answer
+        time.sleep(60)
+    return plain(*arguments, **options)
+
+if os.environ.get("RANK", "1") == "1":
+    av.open = slowly
+"""
+
+
 def free_port():
     """A port that is free, and stays so: none of those that systems give whoever asks for any."""
     while True:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, free_port
+from conftest import ROOT, SLOW, free_port
 from torch.utils.data import IterableDataset, get_worker_info
 from videos import numbered, write_video
 
@@ -215,19 +215,6 @@ def test_limits_of_the_machine_end_training_with_advice(
 
 
 # ---- signals ----
-
-
-SLOW = """
-import os, time, av
-plain = av.open
-
-def slowly(*arguments, **options):
-    if os.path.exists("slow"):  # as on a network disk that does not answer
-        time.sleep(60)
-    return plain(*arguments, **options)
-
-av.open = slowly
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port
+from conftest import ROOT, SLOW, free_port
 from videos import write_video
 
 import data
@@ -630,24 +630,6 @@ def test_sigterm_under_torchrun(here):
     again = torchrun(ROOT / "train.py", *settings, "--resume", cwd=here / "cut")
     assert ended(again)[0] == ended(whole)[0] == 0
     check_equal(here / "cut", here / "whole")
-
-
-SLOW = """
-import os
-import time
-
-import av
-
-plain = av.open
-
-def slowly(*arguments, **options):
-    if os.path.exists("slow"):  # as on a network disk that does not answer
-        time.sleep(60)
-    return plain(*arguments, **options)
-
-if os.environ["RANK"] == "1":
-    av.open = slowly
-"""
 
 
 @pytest.mark.slow
