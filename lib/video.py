@@ -6,8 +6,10 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import struct
 import sys
@@ -109,8 +111,14 @@ def read_frames(segment_or_path, frames):
 
 
 def read_segment(segment, frames):
-    """Read a Segment as one Piece of T frames. Times are in seconds, as a player shows them."""
-    [piece] = _read(segment.path, frames, lambda times: [_range_of(segment, times)])
+    """Read a Segment as one Piece of T frames. Times are in seconds, as a player shows them.
+
+    Of mp4/mov, matroska/webm, avi and MPEG-TS, only the segment and a little around it is read. The
+    Piece is that of reading the whole file, with one exception: in an MPEG-TS that was joined from
+    recordings whose time stamps start anew, this is noticed only if they fall back by more than a
+    sixteenth of the file; otherwise, a segment is where its time stamps are.
+    """
+    [piece] = _read(segment.path, frames, lambda times: [_range_of(segment, times)], segment)
     return piece
 
 
@@ -121,6 +129,15 @@ def read_pieces(path, frames, window=0):
     matroska/webm file is opened, and its packet table read, only once.
     """
     return _read(path, frames, lambda times: _cut(times, window))
+
+
+def start_time(path):
+    """The time stamp, in seconds, that a file begins with: what times count from. 0.0 if unknown.
+
+    Only the header is read. Raises a DataError that names the file.
+    """
+    with _explained(path), _open(path) as (file, stream):
+        return _file_start(file) or 0.0
 
 
 # ---- which frames ----
@@ -160,8 +177,8 @@ def _range_of(segment, times):
 
 
 def _end(times):
-    """When the last frame ends, if it lasts as long as the others do on average."""
-    return times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1)
+    """When the last frame ends, if it lasts as long as the one before it."""
+    return 2 * times[-1] - times[-2:][0]
 
 
 def _cut(times, window):
@@ -177,12 +194,12 @@ def _cut(times, window):
     return [(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
 
 
-def _seconds(times, origin, rate=25):
+def _seconds(times, start, rate):
     """Convert time stamps of frames to seconds as a player shows them, sorted.
 
-    times: in seconds, in file order; None where unknown. origin: start of the file, which may be
-    that of its sound, in microseconds, or None. rate: frames per second, for unknown times. Where
-    recordings were joined, time stamps start anew; here, they continue where the last one ended.
+    times: in seconds, in file order; None where unknown. start: of the file, which may be that of
+    its sound, or None. rate: frames per second, for unknown times. Where recordings were joined,
+    time stamps start anew; here, they continue where the last one ended.
     """
     step = float(1 / rate)
     earlier = max(1, 4 * step)  # frames may be out of order by a few
@@ -200,86 +217,122 @@ def _seconds(times, origin, rate=25):
             shift = last + step - time
         seconds.append(time + shift)
         last = max(last, seconds[-1])
-    seconds.sort()
-    start = seconds[0]
-    if origin is not None and origin / av.time_base < start - 1e-5:  # more than rounding
-        start = origin / av.time_base
-    return [time - start for time in seconds]
+    origin = _origin(min(seconds), start)
+    return sorted(time - origin for time in seconds)
+
+
+def _file_start(file):
+    """The time stamp, in seconds, that a file begins with; None if unknown."""
+    # avi stores when frames are decoded, which is a few frames before they are shown.
+    if file.format.name == "avi" or file.start_time is None:
+        return None
+    return file.start_time / av.time_base
+
+
+def _origin(first, start):
+    """What times count from: the first frame or, if that is earlier, the start of the sound."""
+    if start is not None and start < first - 1e-5:  # more than rounding
+        return start
+    return first
 
 
 # ---- decoding ----
-
-
-def _read(path, T, cut):
-    """Yield a Piece for each range that cut(times of all frames) returns.
-
-    mp4/mov and matroska/webm give every frame's time without decoding: `_seek_frames`. Any other
-    file, and the rest of a file where this fails, is decoded from the start: `_count_frames`.
-    """
-    if not os.path.exists(path):
-        raise DataError(f"{path}: is missing")
-    if os.path.getsize(path) == 0:
-        raise DataError(f"{path}: is empty (0 bytes)")
-    done = 0
-    try:
-        file, stream = _open(path)
-        with file:
-            pieces = [None]
-            # A palette comes with the first packet that is read, and never again.
-            pixels = stream.codec_context.format
-            palette = pixels is not None and pixels.has_palette
-            if file.format.name in SEEKABLE and not palette:
-                pieces = _seek_frames(file, stream, T, cut)
-            for piece in pieces:
-                if piece is None:
-                    break
-                yield piece
-                done += 1
-            else:
-                return
-        yield from itertools.islice(_count_frames(path, T, cut), done, None)
-    except (MemoryError, RuntimeError) as e:  # torch raises the second
-        raise DataError(f"{path}: needs more memory than there is") from e
-    except av.FFmpegError as e:
-        _check_disk(path)
-        raise DataError(f"{path}: can't be decoded: {e.strerror or e}") from e
-
 
 # Video formats that never open another file: no playlists, no lists of files, no numbered pictures.
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,"
             "rm,mxf,gxf,nut,nuv,nsv,dv,wtv,ivf,obu,h261,h263,h264,hevc,vvc,vc1,m4v,mjpeg,"
             "cavsvideo,dirac,dnxhd,swf,gif,apng,yuv4mpegpipe")
-SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+MATROSKA = "matroska,webm"
 OPTIONS = dict(protocol_whitelist="file", format_whitelist=DEMUXERS)
 AREA = 2 ** 19  # pixels per frame at most: more than encoders use, and 1.5 MB even from 8K video
+CANVAS = 2 ** 26  # pixels per frame of the file at most: decoders take memory before they decode
+REORDERED = 32  # packets at most between one and another that is shown earlier: 16 frames, 2 fields
 # Titles in old files are not always UTF-8. From version 19 on, PyAV accepts them by default;
 # earlier ones need an option.
 ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
+class _Unseekable(Exception):
+    """The packets of a file don't tell where its frames are."""
+
+
+class _Disk(io.FileIO):
+    """A file of which PyAV raises the first error; others it would print."""
+    failed = False
+
+    def read(self, size):
+        if self.failed:
+            return b""
+        try:
+            return super().read(size)
+        except OSError:
+            self.failed = True
+            raise
+
+
+@contextlib.contextmanager
 def _open(path):
     """Open a file. -> (file, its best video stream)"""
-    try:  # absolute: in "12:30.mp4", 12 would be a protocol
-        file = av.open(os.path.abspath(path), options=OPTIONS, **ANY_TITLE)
-    except av.ArgumentError:  # FFmpeg's error for a format that is not listed
-        _check_disk(path)
-        raise DataError(f"{path}: not a video, or cut off (playlists and lists of files are not "
-                        "followed)") from None
-    best = file.streams.best("video")
-    streams = []
-    for stream in file.streams.video:
-        cover = stream.disposition & av.stream.Disposition.attached_pic
-        if stream.codec_context and not cover:
-            streams.append(stream)
-    if not streams:
-        file.close()
-        raise DataError(f"{path}: not a video, is cut off, or has no video stream that can be "
-                        "decoded")
-    # A stream of a single frame is a preview, even if it is marked as the best.
-    stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
-    # Decoding threads cost workers more than they gain.
-    stream.codec_context.thread_type = "NONE"
-    return file, stream
+    with _Disk(path) as disk, av.open(disk, options=OPTIONS, **ANY_TITLE) as file:
+        best = file.streams.best("video")
+        streams = []
+        for stream in file.streams.video:
+            cover = stream.disposition & av.stream.Disposition.attached_pic
+            if stream.codec_context and not cover:
+                streams.append(stream)
+        if not streams:
+            raise DataError(f"{path}: not a video, is cut off, or has no video stream that can be "
+                            "decoded")
+        # A stream of a single frame is a preview, even if it is marked as the best.
+        stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
+        if stream.width * stream.height > CANVAS:
+            raise DataError(f"{path}: its frames are too large: {stream.width} x {stream.height}")
+        # Decoding threads cost workers more than they gain.
+        stream.codec_context.thread_type = "NONE"
+        yield file, stream
+
+
+@contextlib.contextmanager
+def _explained(path):
+    """Turn errors of reading a video into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (MemoryError, RuntimeError) as e:  # torch raises the second
+        raise DataError(f"{path}: needs more memory than there is") from e
+    except (av.ArgumentError, av.InvalidDataError):  # a format that is not listed, or none
+        empty = os.path.getsize(path) == 0
+        why = "is empty (0 bytes)" if empty else (
+            "not a video, or cut off (playlists and lists of files are not followed)")
+        raise DataError(f"{path}: {why}") from None
+    except av.FFmpegError as e:
+        raise DataError(f"{path}: can't be decoded: {e.strerror or e}") from e
+    except FileNotFoundError as e:
+        raise DataError(f"{path}: is missing") from e
+    except OSError as e:
+        raise DataError(f"{path}: can't be read: {e.strerror}") from e
+
+
+def _read(path, T, cut, segment=None):
+    """Yield a Piece for each range that cut(times of the frames) returns.
+
+    mp4/mov and matroska/webm tell every frame's time without decoding, and some more formats where
+    to find a segment: `_seek_frames`. Any other file, and the rest of a file where this fails, is
+    decoded from the start: `_count_frames`.
+    """
+    ways = [_seek_frames(path, T, cut), _count_frames(path, T, cut)]
+    if segment and segment[1:] != (None, None):
+        ways.insert(0, _seek_frames(path, T, cut, segment))
+    done = 0
+    with _explained(path):
+        for pieces in ways:
+            with contextlib.suppress(_Unseekable):
+                for piece in itertools.islice(pieces, done, None):
+                    yield piece
+                    done += 1
+                return
 
 
 @contextlib.contextmanager
@@ -294,67 +347,128 @@ def _damage_allowed():
 
 
 def _packets(file, stream):
-    """Yield the packets up to the end or to damage. Raises DataError if the disk fails."""
-    position = 0
+    """Yield the packets up to the end or to damage."""
     with _damage_allowed():
-        for packet in file.demux(stream):
-            position = packet.pos or position
-            yield packet
-    _check_disk(file.name, position)
+        yield from file.demux(stream)
 
 
-def _check_disk(path, position=0):
-    """Raise DataError if the system can't read the rest: to FFmpeg, that is its end, or damage."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(position)
-            while file.read(2 ** 20):
-                pass
-    except OSError as e:
-        raise DataError(f"{path}: can't be read: {e.strerror}") from e
-
-
-def _seek_frames(file, stream, T, cut):
-    """The fast way of `_read`: seek to the keyframe before each frame that is wanted.
-
-    Yields Pieces; then None, if this way does not apply or a frame is not found.
-    """
-    shown = []  # presentation times of the frames, in the stream's time base
-    keys = []  # those of keyframes
+def _decode(file, stream):
+    """Yield every frame, in order. Damaged packets are skipped."""
     for packet in _packets(file, stream):
-        if packet.size and not packet.is_discard:
+        with _damage_allowed():
+            yield from packet.decode()
+
+
+def _listed(file, stream, begin=None, end=math.inf):
+    """The time stamps of frames and of keyframes, as the packets tell them, sorted.
+
+    begin: time stamp to seek to. end: time stamp, in seconds, that ends the list.
+    """
+    if begin is not None:
+        file.seek(begin, stream=stream)
+    shown = []
+    keys = []
+    late = 0
+    for packet in _packets(file, stream):
+        if packet.is_keyframe and not packet.is_discard:
+            keys.append(packet.pts)
+        if packet.size and not packet.is_discard and (keys or begin is None):
             shown.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(packet.pts)
+            late += packet.pts is not None and packet.pts * stream.time_base > end
+        if late > REORDERED:
+            break
     # In joined recordings, time stamps start anew, also those of keyframes.
     if not shown or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
-        yield None
+        raise _Unseekable
+    return sorted(shown), keys
+
+
+def _listed_near(file, stream, segment):
+    """What `_listed` returns for the part of a file that a segment needs, and the file's origin."""
+    name = file.format.name
+    # In avi, packets of H.264 and later codecs don't tell when they are shown.
+    mixed = name == "avi" and stream.codec.name in ("h264", "hevc", "vvc")
+    first = next(_decode(file, stream), None)
+    if name not in (MP4, MATROSKA, "avi", "mpegts") or mixed or not first or first.time is None:
+        raise _Unseekable
+    origin = _origin(first.time, _file_start(file))
+    start = max(first.time, origin + (segment.start or 0))
+    end = math.inf if segment.end is None else origin + segment.end
+    for begin in _places(file, stream, start):
+        shown, keys = _listed(file, stream, begin, end)
+        # Packets after a keyframe may be shown before it, but none before it after it.
+        if keys and keys[0] * stream.time_base <= start <= shown[-1] * stream.time_base:
+            return shown[bisect.bisect_left(shown, keys[0]):], keys, origin
+    raise _Unseekable
+
+
+def _places(file, stream, time):
+    """Yield time stamps to seek to, ever earlier, for a keyframe that is shown before a time."""
+    if file.format.name == "mpegts":  # has no table
+        if _rises(file, stream):
+            for earlier in (1, 10, 100):
+                yield round((time - earlier) / stream.time_base)
         return
-    shown.sort()
-    times = [float(pts * stream.time_base) for pts in shown]
-    times = _seconds(times, file.start_time)
-    ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
-    wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
-    found = {}
-    last_key = packets = None
-    for a, b, chosen in ranges:
-        for i in chosen:
-            if i in found:
-                continue
-            key = shown[0]
-            if keys:
-                before = bisect.bisect_right(keys, shown[i]) - 1
-                key = keys[max(0, before)]
-            if key != last_key:  # otherwise, decoding continues from here
-                file.seek(key, stream=stream)
-                packets = _packets(file, stream)
-                last_key = key
-            _decode_until(i, packets, stream, wanted, found)
-            if i not in found:
-                yield None
-                return
-        yield _piece(file.name, times, a, b, chosen, found)
-        found = {i: pixels for i, pixels in found.items() if i >= b}
+    file.seek(0, stream=stream)  # only then has matroska/webm its table, of keyframes
+    table = stream.index_entries
+    row = table.search_timestamp(int(time / stream.time_base))
+    # To find the last row, FFmpeg would read matroska/webm to its end.
+    row = min(row, len(table) - 2)
+    if file.format.name != MATROSKA:  # times of decoding
+        row = max(row - REORDERED, 0)
+    if 0 <= row < len(table):
+        yield table[row].timestamp
+
+
+def _rises(file, stream):
+    """Whether time stamps rise over 16 places of a file. In most joined recordings, they don't."""
+    stamps = []
+    for k in range(16):
+        file.seek(file.size * k // 16, unsupported_byte_offset=True)
+        known = (packet.dts for packet in file.demux(stream) if packet.dts is not None)
+        stamps += itertools.islice(known, 1)
+    return stamps == sorted(stamps)
+
+
+def _seek_frames(path, T, cut, segment=None):
+    """The fast way of `_read`: seek to the keyframe before each frame that is wanted -> Pieces.
+
+    Raises _Unseekable if this way does not apply or a frame is not found.
+    """
+    with _open(path) as (file, stream):
+        pixels = stream.codec_context.format
+        # A palette comes with the first packet that is read, and never again.
+        if pixels is not None and pixels.has_palette:
+            raise _Unseekable
+        if segment:
+            shown, keys, origin = _listed_near(file, stream, segment)
+        elif file.format.name in (MP4, MATROSKA):
+            shown, keys = _listed(file, stream)
+            origin = _origin(float(shown[0] * stream.time_base), _file_start(file))
+        else:
+            raise _Unseekable
+        times = [float(pts * stream.time_base) - origin for pts in shown]
+        ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
+        wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
+        found = {}
+        last_key = packets = None
+        for a, b, chosen in ranges:
+            for i in chosen:
+                if i in found:
+                    continue
+                key = shown[0]
+                if keys:
+                    before = bisect.bisect_right(keys, shown[i]) - 1
+                    key = keys[max(0, before)]
+                if key != last_key:  # otherwise, decoding continues from here
+                    file.seek(key, stream=stream)
+                    packets = _packets(file, stream)
+                    last_key = key
+                _decode_until(i, packets, stream, wanted, found)
+                if i not in found:
+                    raise _Unseekable
+            yield _piece(path, times, a, b, chosen, found)
+            found = {i: pixels for i, pixels in found.items() if i >= b}
 
 
 def _decode_until(i, packets, stream, wanted, found):
@@ -380,10 +494,8 @@ def _count_frames(path, T, cut):
     usually needs only the first: the time stamps of the packets nearly always tell in advance which
     frames to keep.
     """
-    file, stream = _open(path)
-    with file:
-        # avi stores when frames are decoded, which is a few frames before they are shown.
-        start = None if file.format.name == "avi" else file.start_time
+    with _open(path) as (file, stream):
+        start = _file_start(file)
         # FFmpeg's guess is made from time stamps where there are any, be it only a few.
         rate = start is not None and stream.codec_context.framerate
         rate = rate or stream.guessed_rate or 25
@@ -398,14 +510,14 @@ def _count_frames(path, T, cut):
             expected = _chosen(*ranges[0], T)
     times = []
     found = {}
-    for k, (frame, stream) in enumerate(_decode(path)):
+    for k, (frame, stream) in enumerate(_decode_all(path)):
         times.append(frame.time)
         if k in expected:
             found[k] = _pixels(frame, stream)
     if not times:
         raise DataError(f"{path}: has no frame that can be decoded")
     times = _seconds(times, start, rate)
-    again = enumerate(_decode(path))
+    again = enumerate(_decode_all(path))
     for a, b in cut(times):
         chosen = _chosen(a, b, T)
         if any(i not in found for i in chosen):
@@ -418,14 +530,11 @@ def _count_frames(path, T, cut):
         yield _piece(path, times, a, b, chosen, found)
 
 
-def _decode(path):
-    """Yield every frame of a file, in order, and its stream. Damaged packets are skipped."""
-    file, stream = _open(path)
-    with file:
-        for packet in _packets(file, stream):
-            with _damage_allowed():
-                for frame in packet.decode():
-                    yield frame, stream
+def _decode_all(path):
+    """Yield every frame of a file, and its stream."""
+    with _open(path) as (file, stream):
+        for frame in _decode(file, stream):
+            yield frame, stream
 
 
 def _pixels(frame, stream):
