@@ -546,6 +546,10 @@ def _pixels(frame, stream):
     # Of a longer strip, encoders use a small part of what it would be resized to.
     W = min(W, 99 * H)
     H = min(H, 99 * W)
+    curve = frame.color_trc
+    frame.color_trc = UNSPECIFIED  # not used here, and FFmpeg refuses some
+    if frame.colorspace not in MATRICES:
+        frame.colorspace = BT2020 if frame.colorspace == 10 else UNSPECIFIED
     # PyAV 19 keeps the threads of a conversion. A process forked later lacks them, and would wait
     # for them forever.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
@@ -564,13 +568,17 @@ def _pixels(frame, stream):
             x = x.flip(0)
         if a < 0:
             x = x.flip(1)
-    if frame.color_trc in (PQ, HLG):
-        x = _from_hdr(x, frame.color_trc)
+    if curve in (PQ, HLG):
+        x = _from_hdr(x, curve)
     return x.permute(2, 0, 1).contiguous()
 
 
-PQ = 16  # FFmpeg's numbers of transfer curves
+# FFmpeg's numbers of transfer curves and matrices.
+PQ = 16
 HLG = 18
+UNSPECIFIED = 2
+BT2020 = 9
+MATRICES = (0, 1, 2, 4, 5, 6, 7, BT2020)  # those that it converts
 
 
 def _from_hdr(x, curve):
