@@ -142,7 +142,7 @@ def test_a_segment_costs_a_segment(tmp_path, name):
     noise = torch.randint(40, (48, 128, 128, 3), generator=generator, dtype=torch.uint8)
     codec = dict(codec="mpeg4") if name == "x.avi" else {}
     write_video(tmp_path / "part.mp4", numbered(48, 128) + noise, g=16, **codec)
-    copy_videos(tmp_path / name, [tmp_path / "part.mp4"] * 30, later=6)
+    copy_videos(tmp_path / name, [tmp_path / "part.mp4"] * 30, later=0 if codec else 6)
 
     def read(*span):
         with open("/proc/self/io") as file:
@@ -153,9 +153,9 @@ def test_a_segment_costs_a_segment(tmp_path, name):
 
     for second in (0, 90, 174):
         frames, cost = read(second + 2, second + 3)
-        assert frames == list(range(16, 24)) and cost < os.path.getsize(tmp_path / name) / 4
+        assert frames == list(range(16, 24)) and cost < os.path.getsize(tmp_path / name) / 2
     _, cost = read(None, None)
-    assert cost > os.path.getsize(tmp_path / name) / 2
+    assert cost > os.path.getsize(tmp_path / name)
 
 
 def joined(path, frames, **options):
@@ -404,12 +404,15 @@ LIMITED = """
 import resource
 import sys
 import torch
-from lib.video import read_frames
+from lib.video import DataError, read_frames
 torch.set_num_threads(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-limit = used + int(sys.argv[2]) * 2 ** 20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-print(*read_frames(sys.argv[1], 12).shape)
+for room in (150, 1):
+    resource.setrlimit(resource.RLIMIT_AS, (used + room * 2 ** 20, -1))
+    try:
+        print(*read_frames(sys.argv[1], 12).shape)
+    except DataError as error:
+        print(error)
 """
 
 
@@ -419,12 +422,9 @@ def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
     path = tmp_path / "x.avi"
     frame = torch.full((2160, 3840, 3), 90, dtype=torch.uint8)
     write_video(path, [frame] * 12, codec="mjpeg", pix_fmt="yuvj420p")
-    said = []
-    for room in ("150", "1"):
-        command = [sys.executable, "-c", LIMITED, str(path), room]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        said += [done.stdout + done.stderr[-60:]]
-    assert said[0] == "12 3 543 965\n" and said[1].endswith("needs more memory than there is\n")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"12 3 543 965\n{path}: needs more memory than there is\n", done.stderr
 
 
 def test_a_canvas_may_be_too_large(tmp_path):
