@@ -67,28 +67,28 @@ UNPACKED = (  # folders that the data sets' archives unpack to
 
 
 def video_finder(base, belongs):
-    """Make find(name) -> Segment of a whole file, which may have another suffix than the name.
+    """Make find(name) -> Segment of a whole file, for a name with its suffix, another one or none.
 
     find searches the folder `base`, then the folders UNPACKED in it and in a folder videos in it.
-    If a video is missing, the Segment has the path where the file belongs: in the first of those
-    folders that is there, else in the folder `belongs` of base.
+    If a video is missing, the Segment has the path where it belongs: in the folder `belongs` of
+    base.
     """
     base = Path(base)
     folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
-    folders = [*filter(Path.is_dir, folders)]
-    home = base / belongs
-    if belongs and folders:
-        home = folders[0]
+    folders = [base, *filter(Path.is_dir, folders)]
+    endings = [*SUFFIXES, *map(str.upper, SUFFIXES)]
 
     def find(name):
-        # DiDeMo's names have various suffixes, or end in a bare dot.
-        stem = name.rsplit(".", 1)[0]
-        for other in [name, *(stem + suffix for suffix in SUFFIXES)]:
-            for folder in [base, *folders]:
+        stem, suffix = os.path.splitext(name)
+        # The name "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's end in a dot.
+        if suffix not in (".", *endings):
+            stem = name
+        for other in [name, *(stem + ending for ending in endings)]:
+            for folder in folders:
                 path = spelled(folder / other)
                 if os.path.isfile(path):
                     return Segment(path)
-        return Segment(str(home / name))
+        return Segment(str(base / belongs / name))
     return find
 
 
