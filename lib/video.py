@@ -78,6 +78,7 @@ def video_finder(base, belongs):
     folders = [base, *filter(Path.is_dir, folders)]
     endings = [*SUFFIXES, *map(str.upper, SUFFIXES)]
 
+    @functools.cache  # a video may have 20 captions, and a missing one takes many looks
     def find(name):
         stem, suffix = os.path.splitext(name)
         # The name "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's end in a dot.
