@@ -76,19 +76,31 @@ def video_finder(base, belongs):
     base = Path(base)
     folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
     folders = [base, *filter(Path.is_dir, folders)]
-    endings = [*SUFFIXES, *map(str.upper, SUFFIXES)]
 
-    @functools.cache  # a video may have 20 captions, and a missing one takes many looks
+    @functools.cache
+    def videos_in(folder):  # {name without suffix: path}; of two, the mp4
+        videos = {}
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            stem, suffix = os.path.splitext(unicodedata.normalize("NFC", file))
+            if suffix == ".mp4" or suffix.lower() in SUFFIXES and stem not in videos:
+                videos[stem] = os.path.join(folder, file)
+        return videos
+
+    @functools.cache
     def find(name):
-        stem, suffix = os.path.splitext(name)
-        # The name "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's end in a dot.
-        if suffix not in (".", *endings):
-            stem = name
-        for other in [name, *(stem + ending for ending in endings)]:
-            for folder in folders:
-                path = spelled(folder / other)
-                if os.path.isfile(path):
-                    return Segment(path)
+        for folder in folders:
+            path = spelled(folder / name)
+            if os.path.isfile(path):
+                return Segment(path)
+        stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+        # "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's names end in a dot.
+        if suffix.lower() not in (".", *SUFFIXES):
+            stem += suffix
+        above, stem = os.path.split(stem)
+        for folder in folders:
+            path = videos_in(spelled(folder / above)).get(stem, "")
+            if os.path.isfile(path):
+                return Segment(path)
         return Segment(str(base / belongs / name))
     return find
 
