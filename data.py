@@ -9,7 +9,6 @@ the files of each published data set, DATASETS, splits.
 import functools
 import hashlib
 import html
-import math
 import os
 import re
 import sys
@@ -27,6 +26,9 @@ from lib.processes import loading
 from lib.video import Segment, as_segments, frame_reader, video_finder
 
 SPLITS = ("train", "val", "test")
+# What else a csv may call them.
+SPLIT_NAMES = dict.fromkeys(["valid", "validate", "validation", "dev"], "val")
+SPLIT_NAMES |= dict(training="train", testing="test")
 
 
 @dataclass
@@ -50,6 +52,11 @@ class Annotations:
             [number[self.owner[i]] for i in texts],
             self.where and [self.where[v] for v in number],
         )
+
+    def of_files(self, paths):
+        """Keep only the segments of these files. -> Annotations"""
+        paths = set(paths)
+        return self.take([v for v, segment in enumerate(self.segments) if segment.path in paths])
 
     def checksum(self):
         """Of all captions in order, with names and seconds of their videos, without folders."""
@@ -166,34 +173,34 @@ class Batches:
 
 
 # ---- readers ----
-# A reader takes the folder of the annotation files, a split, and `find` of video_finder. It yields
-# (Segment, caption, where) for each caption; `where` is the file and line for error messages.
+# A reader is a generator, read(root, split, find) -> (segment, caption, where) for each caption:
+# root (Path): the folder of the annotation files. split: "train", "val" or "test".
+# find(name): the Segment of a whole file, wherever below the folder of the videos it lies.
+# where: the file and line, for error messages. Rows with equal segments describe one video.
 
 
 def read_csv(path, split, find):
-    """Read a csv with columns video, caption and optionally split, start, end (seconds)."""
-    what = "--data, a csv file with the columns video and caption"
-    for line, row in tables.read_table(Path(path), what, ["video", "caption"]):
+    """Read a csv with columns video, caption and optionally split, start, end (seconds).
+
+    Without a split column, it is divided by `split_by_name`.
+    """
+    rows = tables.read_table(Path(path), tables.YOUR_CSV, ["video", "caption"])
+    split_of = tables.split_by_name([os.path.normpath(row["video"]) for _, row in rows])
+    for line, row in rows:
         where = f"{path}, row {line}"
-        row_split = row.get("split", split).strip()
-        if "split" in row and row_split not in SPLITS:
-            raise DataError(f"{where}: split {row['split']!r} must be train, val or test")
-        if split not in ("all", row_split):
-            continue
-        name = row["video"].strip()
-        if not name:
+        if not row["video"]:
             raise DataError(f"{where}: empty video; fill it in or delete the row")
-        try:
-            texts = [row.get(column, "").strip() for column in ("start", "end")]
-            start, end = (float(text) if text else None for text in texts)
-        except ValueError:
-            raise DataError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r} must "
-                            "be seconds") from None
-        last = math.inf if end is None else end
-        if not 0 <= (start or 0) < last:
-            raise DataError(f"{where}: end {end} must come after start {start}, and neither may be "
-                            "negative")
-        yield Segment(find(name).path, start, end), row["caption"], where
+        name = os.path.normpath(row["video"])
+        row_split = row.get("split", split_of[name]).lower()
+        row_split = SPLIT_NAMES.get(row_split, row_split)
+        if row_split not in SPLITS:
+            raise DataError(f"{where}: split {row['split']!r} must be train, val or test")
+        start = tables.seconds(row, "start", where)
+        end = tables.seconds(row, "end", where)
+        if end is not None and end <= (start or 0):
+            raise DataError(f"{where}: end {end} must come after start {start}")
+        if split in ("all", row_split):
+            yield Segment(find(name).path, start, end), row["caption"], where
 
 
 def read_msrvtt(root, split, find, size="9k"):
@@ -241,49 +248,37 @@ def read_lsmdc(root, split, find):
         clip = fields[0].lstrip('"')  # some ids begin with a stray quote
         # After the movie's name comes the clip's start time, hour first: Movie_00.01.02.003-...
         movie = clip.split(".")[0][:-3]
-        if not movie:
-            raise DataError(f"{where}: clip id {clip!r} does not begin with the movie's name; "
-                            "fetch the file again")
         if clip != LSMDC_BROKEN:
             yield find(f"{movie}/{clip}.avi"), fields[5], where
 
 
 def read_didemo(root, split, find):
     name = f"didemo_{split}_label.csv"
-    other = f"{split}_data.json"
-    if not (root / name).is_file() and (root / other).is_file():
-        yield from _read_didemo_json(root, other, find)
+    if not (root / name).is_file():
+        yield from _read_didemo_json(root / f"{split}_data.json", f"didemo (or {name})", find)
         return
     columns = ["video_path", "starts", "ends", "text"]
-    swapped = []
-    for line, row in tables.read_table(root / name, f"didemo (or {other})", columns):
+    for line, row in tables.read_table(root / name, "didemo", columns):
         where = f"{name}, row {line}"
         # The values look like "tensor([[31]])".
-        numbers = [re.search(r"\d+", row[column]) for column in ("starts", "ends")]
-        if not all(numbers):
-            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} contain "
-                            "no seconds")
-        start, end = (float(number[0]) for number in numbers)
-        if start >= end:
-            swapped.append(where)
+        span = re.findall(r"\d+", f"{row['starts']} {row['ends']}")
+        if len(span) != 2:
+            raise DataError(f"{where}: starts {row['starts']!r} and ends {row['ends']!r} must be "
+                            "seconds")
+        # A start after the end is swapped with it, as in the released code.
+        start, end = sorted(map(float, span))
         path = find(os.path.basename(row["video_path"])).path
-        yield Segment(path, *sorted([start, end])), row["text"], where
-    if swapped:
-        more = f" and {len(swapped) - 1} more" if swapped[1:] else ""
-        tables.warn_once(f"{swapped[0]}{more}: the end is not after the start; the two are "
-                         "swapped, as in the released code")
+        yield Segment(path, start, end), row["text"], where
 
 
-def _read_didemo_json(root, name, find):
+def _read_didemo_json(path, what, find):
     """The descriptions of a video's moments, one per entry, are joined into one paragraph."""
     videos = {}
-    for number, entry in enumerate(tables.read_json(root / name, "didemo", list), 1):
-        where = f"{name}, entry {number}"
+    for number, entry in enumerate(tables.read_json(path, what, list), 1):
+        where = f"{path.name}, entry {number}"
         video = tables.field_of(entry, "video", where)
-        text = tables.field_of(entry, "description", where, (str, list))
-        texts = [text] if isinstance(text, str) else tables.sentences(entry, "description", where)
         _, paragraph = videos.setdefault(video, (where, []))
-        paragraph += texts
+        paragraph += tables.sentences(entry, "description", where)
     for video, (where, paragraph) in videos.items():
         yield find(video), " ".join(paragraph), where
 
@@ -299,16 +294,13 @@ def read_vatex(root, split, find):
     for number, entry in enumerate(tables.read_json(root / name, "vatex", list), 1):
         where = f"{name}, entry {number}"
         video = tables.field_of(entry, "videoID", where)
-        match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
-        if not match:
-            raise DataError(f"{where}: videoID {video!r} is not <11 characters>_<start>_<end>; "
-                            "fetch the file again")
         described.add(video)
         if split != "train" and video not in wanted:
             continue
         segment = find(video + ".mp4")
         # Some people have the whole YouTube videos, others only the ten-second clips.
-        if not os.path.isfile(segment.path):
+        match = re.fullmatch(r"(.{11})_(\d{6})_(\d{6})", video)
+        if match and not os.path.isfile(segment.path):
             uncut = find(match[1] + ".mp4").path
             if os.path.isfile(uncut):
                 segment = Segment(uncut, float(match[2]), float(match[3]))
@@ -320,7 +312,7 @@ def read_vatex(root, split, find):
 def read_charades(root, split, find):
     name = f"Charades_v1_{split}.csv"
     for line, row in tables.read_table(root / name, "charades", ["id", "script"]):
-        if row["script"].strip():
+        if row["script"]:
             yield find(row["id"] + ".mp4"), row["script"], f"{name}, row {line}"
 
 
@@ -347,8 +339,8 @@ def read_msvd(root, split, find):
 
 class DataSet(NamedTuple):
     """How a data set is read, and its published size. To add one, add its entry below."""
-    read: Callable  # (root, split, find) -> (Segment, caption, where) per caption
-    published: dict = {}  # split -> (texts, videos); None where not published
+    read: Callable  # a reader
+    published: dict = {}  # split -> what its authors count
     has_val: bool = True  # has its own validation split; if not, --val-videos are held out of train
 
     def splits(self):
@@ -358,34 +350,38 @@ class DataSet(NamedTuple):
 DATASETS = {
     "msrvtt": DataSet(
         read_msrvtt,
-        dict(train=(180_000, 9_000), test=(1_000, 1_000)),
+        dict(train="180,000 texts, 9,000 videos", test="1,000 texts, 1,000 videos"),
         has_val=False,
     ),
     "msrvtt-7k": DataSet(
         functools.partial(read_msrvtt, size="7k"),
-        dict(train=(140_200, 7_010), test=(1_000, 1_000)),
+        dict(train="140,200 texts, 7,010 videos", test="1,000 texts, 1,000 videos"),
         has_val=False,
     ),
     "lsmdc": DataSet(
         read_lsmdc,
-        dict(train=(101_079, None), val=(7_408, None), test=(1_000, 1_000)),
+        dict(train="101,079 texts", val="7,408 texts", test="1,000 texts, 1,000 videos"),
     ),
     "didemo": DataSet(
         read_didemo,
-        dict(train=(8_362, None), val=(1_062, None), test=(1_004, None)),
+        dict(train="8,362 texts", val="1,062 texts", test="1,004 texts"),
     ),
     "vatex": DataSet(
         read_vatex,
-        dict(train=(259_910, 25_991), val=(15_000, 1_500), test=(15_000, 1_500)),
+        dict(
+            train="259,910 texts, 25,991 videos",
+            val="15,000 texts, 1,500 videos",
+            test="15,000 texts, 1,500 videos",
+        ),
     ),
     "charades": DataSet(
         read_charades,
-        dict(train=(None, 7_985), test=(None, 1_863)),
+        dict(train="7,985 videos", test="1,863 videos"),
         has_val=False,
     ),
     "msvd": DataSet(
         read_msvd,
-        dict(train=(None, 1_200), val=(None, 100), test=(27_763, 670)),
+        dict(train="1,200 videos", val="100 videos", test="27,763 texts, 670 videos"),
     ),
 }
 
@@ -404,7 +400,7 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     """Load a split as the data set's files define it. -> Annotations. Raises DataError.
 
     root: folder of the annotation files (default: see default_root). videos: folder of the videos,
-    if it is a different one. Without a split column, every split of a csv has all of its rows.
+    if it is a different one.
     """
     name = str(name_or_csv)
     if split not in (*SPLITS, "all"):
@@ -420,15 +416,16 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
-    if not root.is_dir():
-        raise DataError(f"{root} is missing: put {name}'s files there (README, Data), or name the "
-                        "folder with --root")
     find = video_finder(videos or root, belongs="" if videos else "videos")
     rows = []
     for part in DATASETS[name].splits():
         if split in ("all", part):
             rows += DATASETS[name].read(root, part, find)
     return _collect(rows)
+
+
+# As Python, JSON or NumPy write a list of sentences, or of lists of words.
+LIST = re.compile(r"\[[\s[]*(['\"].*)?\]", re.DOTALL)
 
 
 def _collect(rows):
@@ -440,6 +437,9 @@ def _collect(rows):
     for segment, caption, line in rows:
         if not html.unescape(html.unescape(caption)).strip():  # cleaned as by CLIP's tokenizer
             raise DataError(f"{line}: empty caption; fill it in or delete it")
+        if LIST.fullmatch(caption.strip()):
+            raise DataError(f"{line}: this caption is a list; give each sentence a row of its own: "
+                            'df = df.explode("caption") before df.to_csv')
         if segment not in number:
             number[segment] = len(number)
             where.append(line)
@@ -456,35 +456,19 @@ def load_split(name_or_csv, root=None, split="train", val_videos=0, seed=24, vid
     """Load the split that training and evaluation use. -> Annotations.
 
     This is the data set's own split if it has one. If it has no validation split, val_videos
-    randomly chosen videos (see seed) are held out of train. A csv without a split column is divided
-    by `split_by_name`. Splits that are made here have no video in common.
+    randomly chosen files (see seed), with all their segments, are held out of train.
     """
     name = str(name_or_csv)
-    if name.endswith(".csv") and split != "all" and not tables.has_splits(name):
-        return _divide_csv(name, root, split, videos)
     whole = split in ("test", "all") or not val_videos
     if whole or load_annotations(name, root, "val", videos).segments:
         return load_annotations(name, root, split, videos)
     annotations = load_annotations(name, root, "train", videos)
-    V = len(annotations.segments)
-    if val_videos >= V:
-        raise DataError(f"--val-videos {val_videos}: {name} has {V} training videos in all")
-    order = torch.randperm(V, generator=torch.Generator().manual_seed(seed)).tolist()
-    return annotations.take(order[:val_videos] if split == "val" else order[val_videos:])
-
-
-def _divide_csv(path, root, split, videos):
-    """One split of a csv without a split column. -> Annotations."""
-    annotations = load_annotations(path, root, "all", videos)
-    # By the names as they are in the csv, so that moving the csv does not change its splits.
-    table = tables.read_table(Path(path), "--data", ["video"])
-    name_of = {v: row["video"].strip() for v, (_, row) in zip(annotations.owner, table)}
-    splits = tables.split_by_name([os.path.normpath(name) for name in name_of.values()])
-    annotations = annotations.take([v for v, other in enumerate(splits) if other == split])
-    if not annotations.segments and split != "val":
-        raise DataError(f"{path} has one video and no split column: to train and test, add videos "
-                        "or a split column")
-    return annotations
+    files = list(dict.fromkeys(segment.path for segment in annotations.segments))
+    if val_videos >= len(files):
+        raise DataError(f"--val-videos {val_videos}: {name} has only {len(files)} training videos")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = order[:val_videos] if split == "val" else order[val_videos:]
+    return annotations.of_files([files[k] for k in chosen])
 
 
 def present(annotations, skip_bad=False):
@@ -513,11 +497,8 @@ def present(annotations, skip_bad=False):
 def check(args):
     """Print what each split has. -> 0, or 1 if anything is missing or bad"""
     known = DATASETS.get(args.data)
-    splits = known.splits() if known else SPLITS
-    if args.data.endswith(".csv") and not tables.has_splits(args.data):
-        splits = ["all"]
     problems = 0
-    for split in splits:
+    for split in known.splits() if known else SPLITS:
         try:
             annotations = load_annotations(args.data, args.root, split, args.videos)
         except DataError as error:
@@ -528,12 +509,11 @@ def check(args):
             print(*first_few([f"{split:5s} {error}"]))
             continue
         there, missing = present(annotations, skip_bad=True)
-        published = known.published.get(split, ()) if known else ()
-        counts = [f"{len(annotations.captions)} texts", f"{len(annotations.segments)} videos"]
-        for k, number in enumerate(published):
-            if number:
-                counts[k] += f" (published {number})"
-        print(f"{split:5s} {', '.join(counts)}, {len(missing)} of them missing")
+        counts = f"{len(annotations.captions)} texts, {len(annotations.segments)} videos"
+        published = known and known.published.get(split)
+        if published:
+            counts += f" (published: {published})"
+        print(f"{split:5s} {counts}, {len(missing)} of them missing")
         lines = list(missing)
         # A user's own csv may go without a validation split.
         if not annotations.captions and (split != "val" or known):

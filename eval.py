@@ -211,7 +211,8 @@ def dsl(sims, dim=0):
     """Dual softmax: weight a score by how much its candidate prefers this query. (N,V) -> (N,V).
 
     dim: the axis of the queries, 0 for t2v and 1 for v2t. The method is transductive: it uses all
-    queries at once, while a search has only one.
+    queries at once, while a search has only one. A negative score falls with the weight: there, the
+    preference counts the wrong way round.
     """
     return sims * (100 * sims).softmax(dim)
 

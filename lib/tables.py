@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import sys
 import zlib
@@ -11,21 +12,21 @@ from pathlib import Path
 
 from lib.common import DataError, escaped, first_few
 
+YOUR_CSV = "--data, a csv file with the columns video and caption"
+
 
 def read_text(path, what):
     """Read a text file. Raises a DataError that names a missing file and where it belongs."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: it belongs to {what}; put it there, or choose another "
-                        "--root") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise DataError(f"{path}, row {line}: not UTF-8 text (byte {byte:#x}); save it as "
                         "UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: {error.strerror}; it belongs to {what}: put it there, or choose "
+                        "another --root") from None
 
 
 def read_json(path, what, kind):
@@ -42,11 +43,8 @@ def read_json(path, what, kind):
     return content
 
 
-def read_table(path, what, columns, most=None):
-    """Rows of a csv file whose header must have `columns`. -> list of (line number, dict)
-
-    most: how many lines to read, with the header (default: all).
-    """
+def read_table(path, what, columns):
+    """Rows of a csv file whose header must have `columns`. -> list of (line number, dict)"""
     reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
     # Not a DictReader: it does not tell where a row begins, which is where people look for it.
     rows = []
@@ -55,27 +53,20 @@ def read_table(path, what, columns, most=None):
         for fields in reader:
             if fields:
                 rows.append((line, fields))
-            if len(rows) == most:
-                break
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, row {line}: {error}; check its double quotes: one that opens "
                         "there must be closed, and one within a text is written twice") from None
     header = [name.strip() for name in rows.pop(0)[1]] if rows else []
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; its first line is {header}")
-    for name in filter(None, header):
-        if header.count(name) > 1:
-            raise DataError(f"{path} has the column {name} {header.count(name)} times: keep one")
-    if not rows:
-        raise DataError(f"{path} has a header, but no row below it")
+    for name in columns:
+        if header.count(name) != 1:
+            raise DataError(f"{path} must have one column {name}; its first line is {header}")
     for line, fields in rows:
         if len(fields) != len(header):
             raise DataError(f"{path}, row {line}: not as many fields as in the header "
                             f"({len(fields)}, not {len(header)}); a text with commas belongs in "
                             "double quotes")
-    return [(line, dict(zip(header, fields))) for line, fields in rows]
+    return [(line, dict(zip(header, map(str.strip, fields)))) for line, fields in rows]
 
 
 def field_of(entry, key, where, kind=str):
@@ -85,10 +76,23 @@ def field_of(entry, key, where, kind=str):
     return entry[key]
 
 
+def seconds(row, column, where):
+    """The number in a column; None if the cell is empty or the table has no such column."""
+    text = row.get(column, "")
+    try:
+        value = float(text or "0")
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise DataError(f"{where}: {column} {text!r} must be seconds, from 0 on, or empty")
+    return value if text else None
+
+
 def sentences(entry, key, where):
-    """A video's list of captions; empty if the video has no entry."""
+    """A video's captions: a list, or a single one; empty if the video has no entry."""
     texts = entry.get(key) or []
-    # A string would otherwise pass as a list of letters.
+    if isinstance(texts, str):
+        texts = [texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {key!r} should hold a list of sentences; fetch the file again")
     return texts
@@ -99,12 +103,13 @@ def sentences(entry, key, where):
 
 def has_splits(path):
     """Whether a csv file has a split column."""
-    # Two lines tell: parsing 180,000 takes a second, at each of the splits.
-    return os.path.isfile(path) and "split" in read_table(Path(path), "--data", ["video"], 2)[0][1]
+    # The first line tells; parsing all of 180,000 takes a second.
+    header = read_text(Path(path), YOUR_CSV).split("\n", 1)[0]
+    return "split" in [name.strip(' "\r') for name in header.split(",")]
 
 
 def split_by_name(files):
-    """80 % train, 10 % val, 10 % test by a hash of the file's name. -> list of splits
+    """80 % train, 10 % val, 10 % test by a hash of the file's name. -> {name: split}
 
     Adding videos does not move the others, with one exception. If train or test would get fewer
     than two files (or than one, of two or three files), the files with the nearest hashes fill it
@@ -120,8 +125,10 @@ def split_by_name(files):
     most = len(order) - least
     test = min(max(bisect.bisect_left(tenths, 1), least), most)
     train = max(min(bisect.bisect_left(tenths, 2), most), test)
-    split = dict.fromkeys(order[:test], "test") | dict.fromkeys(order[test:train], "val")
-    return [split.get(name, "train") for name in files]
+    split = dict.fromkeys(order, "train")
+    split |= dict.fromkeys(order[:test], "test")
+    split |= dict.fromkeys(order[test:train], "val")
+    return split
 
 
 def listed_ids(path, what):

@@ -138,7 +138,7 @@ def test_embeddings_from_anywhere_are_scored(tmp_path, monkeypatch):
     owner = np.arange(N, dtype=np.int32) % V
     np.savez(tmp_path / "features.npz", t=t.double().numpy(), f=f.numpy(), owner=owner)
     monkeypatch.chdir(tmp_path)
-    whole, pooled = re.findall(r"^```python\n(.*?)^```$", TRAINING, re.S | re.M)
+    whole, pooled, *_ = re.findall(r"^```python\n(.*?)^```$", TRAINING, re.S | re.M)
     names = {}
     exec(whole, names)
     literal = linear.score(t, f)
