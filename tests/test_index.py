@@ -11,9 +11,9 @@ import time
 
 import pytest
 import torch
+from before import ENV, folder, make, noise_video  # noqa: F401
 from conftest import ROOT
 from PIL import Image
-from test_eval import ENV, folder, make, noise_video  # noqa: F401
 from test_search import answers, ask, ended, files_in_shards, forked, shards  # noqa: F401
 from videos import numbered, write_video
 

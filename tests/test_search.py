@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, free_port
-from test_eval import (  # noqa: F401
+from before import (  # noqa: F401
     ENV,
     D,
     T,
@@ -32,6 +31,7 @@ from test_eval import (  # noqa: F401
     noise_video,
     one_error,
 )
+from conftest import ROOT, free_port
 from test_released import archive, cache, released  # noqa: F401
 from videos import numbered, numbers, write_video
 
