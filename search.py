@@ -118,8 +118,9 @@ def encode_files(model, folder, files, shards, window, workers=0, batch=16, amp=
     """Encode files of a Folder. -> iterator over (Shard of one file, whether it was encoded)
 
     files: list of File. shards: what is in the index; a file with the stamp and content of one of
-    theirs is a copy of it, or has another name now, and gets its rows. The error messages of files
-    that the system refuses are added to folder.reasons.
+    theirs is a copy of it, or has another name now, and gets its rows. Error messages are added to
+    folder.reasons; a file that the system refused to read yields nothing, and is tried again next
+    time.
     """
     device = model.clip.logit_scale.device
     T = model.frames
@@ -145,15 +146,14 @@ def encode_files(model, folder, files, shards, window, workers=0, batch=16, amp=
                 continue
             parts = begun.pop(v, [])
             key = entry.stamp, entry.content
-            if entry.why:  # if reading failed part-way, none of the file's pieces are kept
+            if entry.why:  # perhaps part-way: none of the file's pieces are kept
                 parts = []
-            if not entry.content:
-                folder.reasons.append(f"{entry.why} (tried again next time)")
-            elif key in known:
+                folder.reasons.append(entry.why)
+            if key in known:
                 other, shard = known[key]
                 shard = store.keep_files(shard, [file is other for file in shard.files])
                 yield shard._replace(files=[entry]), False
-            else:
+            elif entry.content:
                 tensors = map(torch.cat, zip(empty, *parts))
                 yield store.file_shard(*tensors, entry), entry.why is None
 

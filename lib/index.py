@@ -102,7 +102,9 @@ def videos_below(folder, refused):
             folders.clear()  # in place, so that os.walk doesn't descend into them
             continue
         seen.add(real)
-        folders[:] = sorted(visible(folders))
+        # Links come last, so that a folder is found under its own name rather than a link's.
+        folders[:] = visible(folders)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))
         below = base[len(folder):].lstrip(os.sep)
         for name in visible(files):
             path = os.path.join(base, name)

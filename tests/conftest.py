@@ -20,8 +20,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started here
 torch.set_num_threads(1)  # threads that share so little work mostly wait for each other
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, programs would ignore it
 
-from clip_model import CLIP  # noqa: E402
+from clip_model import CLIP, Tokenizer  # noqa: E402
 from lib.processes import run as run_program  # noqa: E402
+from lib.weights import save_checkpoint  # noqa: E402
 from tmass import TMASS  # noqa: E402
 
 with contextlib.suppress(ImportError):  # optional; torch.hub shows downloads with it
@@ -165,6 +166,28 @@ def refused(result, *words):
     status, out, err = result
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, result
     assert all(word in err for word in words), (words, err)
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    """The path of a small model's checkpoint."""
+    path = tmp_path_factory.mktemp("ckpt") / "model.pt"
+    save_checkpoint(path, small_model(), Tokenizer((), 16), {})
+    return path
+
+
+@pytest.fixture
+def ask(call, ckpt):
+    """ask("a dog", "--videos", DIR) -> what search.py prints on standard output, and on error."""
+    import search
+
+    def ask(*words, expect=0, ckpt=ckpt):
+        words = [*words, "--ckpt", ckpt, "--workers", 0, "--device", "cpu"]
+        status, out, err = call(search, *words)
+        assert status == expect, (out, err)
+        return out, err
+
+    return ask
 
 
 @pytest.fixture(scope="session")
