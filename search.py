@@ -187,7 +187,7 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     shards = store.open_shards(where, names, size, job)
     newest = store.newest_files(shards, folder.stamps)
     stamps = folder.stamps if new else {}
-    files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
+    files = [File(*item) for item in stamps.items() if item[0] not in newest]
     if not files or stopped:
         return shards, 0
     share = files[job.rank::job.world]

@@ -122,8 +122,8 @@ class File(NamedTuple):
 
     name: str
     stamp: tuple
-    why: Optional[str]  # why it can't be read; None if it can
-    content: str = ""   # its content_of; empty in shards of earlier versions
+    why: Optional[str] = None  # why it can't be read; None if it can
+    content: str = ""          # its content_of; empty in shards of earlier versions
 
 
 class Shard(NamedTuple):

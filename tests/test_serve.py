@@ -21,7 +21,6 @@ import torch
 from before import ENV, folder, noise_video  # noqa: F401
 from conftest import ROOT
 from PIL import Image
-
 from videos import numbered, write_video
 
 from lib import serve
