@@ -363,8 +363,9 @@ def point_scores(text, index, job=ALONE):
     scores = unit.new_zeros(starts[-1])
     for s in range(job.rank, len(index.shards), job.world):
         scores[starts[s]:starts[s + 1]] = index.shards[s].mean.float() @ unit
-    scores[index.file.to(unit.device) < 0] = -torch.inf
-    return lowest_if_nan(job.sum(scores))
+    scores = lowest_if_nan(job.sum(scores))
+    ignored = (index.file < 0).to(unit.device)
+    return scores.masked_fill(ignored, -torch.inf)
 
 
 def read_rows(index, rows):
