@@ -77,7 +77,7 @@ def questions(args, job):
         )
 
 
-def _count_pieces(index):
+def count_pieces(index):
     """Number of pieces of each file of an Index, up to the last file that has any. -> (n,)"""
     return index.file[index.file >= 0].bincount()
 
@@ -92,7 +92,7 @@ def span(hit, pieces):
 def table(query, hits, index):
     """A query's results as a table for the terminal. -> str"""
     lines = [f"\n{escaped(query)}", " rank   score  at       file"]
-    pieces = _count_pieces(index)
+    pieces = count_pieces(index)
     for rank, hit in enumerate(hits, 1):
         name = escaped(index.names[hit.file]) + span(hit, pieces)
         lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
@@ -265,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         """Send the search box, and the results of a query if there is one."""
         index = self.server.index
         title = f"{query} - T-MASS" if query else "T-MASS: search videos"
-        pieces = _count_pieces(index)
+        pieces = count_pieces(index)
         found = f"{len(index.paths)} videos, {pieces.sum()} pieces"
         cards = ""
         focus = "autofocus"
