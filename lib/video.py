@@ -461,7 +461,10 @@ def _seek_frames(path, T, cut, segment=None):
                     before = bisect.bisect_right(keys, shown[i]) - 1
                     key = keys[max(0, before)]
                 if key != last_key:  # otherwise, decoding continues from here
-                    file.seek(key, stream=stream)
+                    place = key
+                    if file.format.name == "mpegts":  # sought by times of decoding, which are earlier
+                        place = key - round(1 / stream.time_base)
+                    file.seek(place, stream=stream)
                     packets = _packets(file, stream)
                     last_key = key
                 _decode_until(i, packets, stream, wanted, found)
