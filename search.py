@@ -17,6 +17,7 @@ command line.
 import contextlib
 import functools
 import itertools
+import json
 import os
 import signal
 import sys
@@ -24,7 +25,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 from eval import add_common, encode_texts, lowest_if_nan, say_loaded
@@ -36,12 +39,14 @@ from lib.common import (
     Progress,
     WeightsError,
     check_outputs,
+    clock,
     cure,
     escaped,
+    first_line,
     numeric,
+    write_output,
 )
 from lib.index import INDEX, File, ShardWriter, list_videos, move_means
-from lib.page import read_picture
 from lib.processes import (
     ALONE,
     Stopped,
@@ -51,7 +56,7 @@ from lib.processes import (
     run,
     start_processes,
 )
-from lib.serve import SearchPage, print_files, questions, table, write_results
+from lib.serve import SearchPage, count_pieces, span
 from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
 from lib.weights import load_model
 from tmass import cosine
@@ -198,6 +203,7 @@ class Index(NamedTuple):
     paths: list           # of the files
     names: list           # of the files, as shown in results
     unsaved: bool = False  # some of it could not be saved by this process
+    stopped: bool = False  # Ctrl-C ended the encoding
 
 
 def update_index(model, folder, where, mark, new, job, stopped, **encoding):
@@ -297,7 +303,8 @@ def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **
         raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
     starts = torch.tensor([0, *map(len, file)]).cumsum(0)
     shards = move_means(shards, model.clip.logit_scale.device, job)
-    return Index(shards, starts, torch.cat(file), list(found.values()), names, bool(unsaved))
+    return Index(shards, starts, torch.cat(file), list(found.values()), names, bool(unsaved),
+                 bool(stopped))
 
 
 # ---- queries ----
@@ -459,6 +466,78 @@ def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **sc
     return found
 
 
+# ---- input and output ----
+
+def read_picture(path):
+    """Read a picture, rotated as its EXIF data says. -> uint8 (1,3,H,W). Raises DataError."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip
+                picture = picture.convert("I").point(lambda x: x / 256)
+            picture = picture.convert("RGB")
+    except Exception as error:  # each format's decoder raises its own errors
+        raise DataError(f"picture {path} can't be read: {first_line(error)}") from None
+    return pil_to_tensor(picture)[None]
+
+
+def questions(args, job):
+    """Yield lists of queries: from the command line, else one by one from a prompt or a pipe."""
+    if args.query:
+        yield args.query
+        return
+    sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
+    asked = False
+    line = ""
+    while line is not None:
+        if line.strip():
+            asked = True
+            yield [line.strip()]
+        line = None
+        # Stop if the reader of the results has gone (| head) and no file is to be written.
+        unread = getattr(sys.stdout, "error", None) and not args.json
+        if job.rank == 0 and not unread:
+            # Standard output may be a file, which is for results.
+            out = sys.stdout if sys.stdout.isatty() else sys.stderr
+            with contextlib.suppress(EOFError), contextlib.redirect_stdout(out):
+                line = input("query> " if terminal else "")
+        line = job.gather(line)[0]
+    if not asked and not terminal:
+        raise DataError(
+            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or give '
+            "one query per line on standard input"
+        )
+
+
+def table(query, hits, index):
+    """A query's results as a table for the terminal. -> str"""
+    lines = [f"\n{escaped(query)}", " rank   score  at       file"]
+    pieces = count_pieces(index)
+    for rank, hit in enumerate(hits, 1):
+        name = escaped(index.names[hit.file]) + span(hit, pieces)
+        lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
+    return "\n".join(lines)
+
+
+def print_files(names, end):
+    """Print only file names: escaped on a terminal, and elsewhere the exact bytes of the names."""
+    if sys.stdout.isatty() and end == "\n":
+        names = map(escaped, names)
+    else:
+        errors = sys.getfilesystemencodeerrors()
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
+    print(*names, sep=end, end=end, flush=True)
+
+
+def write_results(found, args):
+    """Write the file of --json."""
+    if args.json == "-":
+        print(json.dumps(found, indent=1), flush=True)
+    elif args.json:
+        write_output("--json", args.json, json.dumps(found, indent=1))
+
+
 # ---- command line ----
 
 def parse_args(argv=None):
@@ -614,7 +693,7 @@ def main(argv=None):
         return 2 if index.unsaved else 0
     found, status = answer(model, tokenizer, index, args, job)
     if job.rank == 0:
-        write_results(model, found, args)
+        write_results(found, args)
     return status
 
 
