@@ -375,11 +375,13 @@ def strip(times, nearest, sources):
     return f'<div class="strip">{images}</div>'
 
 
-def moment(path, at):
-    """The end of a link to a video that makes a player begin `at` seconds after its first frame."""
-    # A player counts from where the file's own time stamps begin, which may be anywhere. Times are
-    # rounded, and just before a frame, a player would show the previous one.
-    return f"#t={start_time(path) + at + 0.004:.3f}"
+def moment(start, at):
+    """The end of a link to a video, with which a player begins `at` seconds after the first frame.
+
+    start: the file's `start_time`, from which players count.
+    """
+    # Times are rounded, and just before a frame, a player would show the previous one.
+    return f"#t={start + at + 0.004:.3f}"
 
 
 # ---- the page of an evaluation ----
@@ -423,7 +425,7 @@ def query_card(i, scored, rank, folder):
         if v == right:
             mark = '<b class="mark">✓ the right video</b>'
         items += f"""<li>{strip(times, nearest, sources)}{sims[i, v]:.4f}
-<a href="{link}{moment(segment.path, at)}">{esc(os.path.basename(segment.path))}</a>
+<a href="{link}{moment(start_time(segment.path), at)}">{esc(os.path.basename(segment.path))}</a>
 at {clock(at)} {mark}</li>"""
     return f"""<article class="card"><h3 dir="auto">“{esc(ann.captions[i])}”</h3>
 <p class="soft">right video: rank {rank:g} of {len(f)}</p><ol>{items}</ol></article>"""

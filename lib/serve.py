@@ -4,6 +4,7 @@
 access to the files of the index, by number, and to no other file of this machine.
 """
 import contextlib
+import functools
 import html
 import ipaddress
 import math
@@ -18,7 +19,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from lib.common import DataError, clock
 from lib.report import document, esc, moment, read_pictures, strip
-from lib.video import Segment
+from lib.video import Segment, start_time
 
 PAUSE = 30  # least seconds between updates of the page while videos are being encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
@@ -49,6 +50,14 @@ video{display:block;width:100%;aspect-ratio:16/9;max-height:320px;margin-bottom:
 border-radius:8px;background:#000}
 </style>"""
 EXAMPLES = "a dog jumps into water", "two people dance", "a close-up of a face"
+
+
+@functools.lru_cache(maxsize=10_000)
+def start_of(path):
+    """`start_time` of a file; 0.0 while it can't be read."""
+    with contextlib.suppress(DataError):
+        return start_time(path)
+    return 0.0
 
 
 def count_pieces(index):
@@ -121,7 +130,8 @@ class SearchPage(ThreadingHTTPServer):
         self.paths = {str(self.numbers[path]): path for path in index.paths}
         first = self.index is None
         self.index = index
-        read_pictures.cache_clear()  # files may have been replaced
+        for cached in (read_pictures, start_of):  # files may have been replaced
+            cached.cache_clear()
         if first:
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
@@ -230,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         part = f"start={hit.start}&amp;end={hit.end}"
         frames = [f"/frame/{number}?at={at}&amp;{part}" for at in hit.times]
         nearest = hit.times.index(hit.at)
-        video = f"/video/{number}{moment(path, hit.at)}"
+        video = f"/video/{number}{moment(start_of(path), hit.at)}"
         return f"""<li class="card">
 <video controls preload="none" poster="{frames[nearest]}" src="{video}"></video>
 {strip(hit.times, nearest, frames)}<h2>{rank}. {esc(index.names[hit.file])}</h2>

@@ -462,7 +462,7 @@ def _seek_frames(path, T, cut, segment=None):
                     key = keys[max(0, before)]
                 if key != last_key:  # otherwise, decoding continues from here
                     place = key
-                    if file.format.name == "mpegts":  # sought by times of decoding, which are earlier
+                    if file.format.name == "mpegts":  # seeks by times of decoding
                         place = key - round(1 / stream.time_base)
                     file.seek(place, stream=stream)
                     packets = _packets(file, stream)
