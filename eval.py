@@ -342,32 +342,13 @@ def evaluate(model, tokenizer, ann, with_dsl=False, released=False, **settings):
 # ---- command line ----
 
 
-def add_common(p):
-    """Add the options that evaluation and search share. -> their last group"""
-    g = p.add_argument_group("scoring")
-    g.add_argument("--trials", metavar="M", type=numeric(int, 0, 10 ** 5), default=20,
-                   help="samples of the text mass; 0: the point text (default: %(default)s)")
-    g.add_argument("--expected", default=False, action=argparse.BooleanOptionalAction,
-                   help="score by the average best of M in closed form, without noise")
-    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
-                   help="of the samples (default: %(default)s)")
-    g.add_argument("--prior", choices=PRIORS,
-                   help="of the samples (default: as trained; released code: uniform)")
-    g.add_argument("--prior-std", type=numeric(float, 0, 1e6),
-                   help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
-    g.add_argument("--pooling", choices=POOLINGS,
-                   help="how frames become a video; mean and query need no weights (default: as "
-                        "trained; CLIP: query)")
-    g.add_argument("--frames", metavar="T", type=numeric(int, 1, 1000),
-                   help="frames sampled per video, where the radius is not tied to the number in "
-                        "training, as linear is (default: as trained)")
+def add_run(p):
+    """Add the options that evaluation and search share. -> their group"""
     g = p.add_argument_group("run")
     g.add_argument("--amp", choices=("off", "bf16"), default="off",
                    help="bf16: encode in bfloat16, about 3 times as fast where CPU or GPU has it; "
                         "scores move by about 3e-4 (default: %(default)s)")
     g.add_argument("--json", metavar="FILE", help="write the result there too")
-    g.add_argument("--report", metavar="FILE",
-                   help="write a page to look at: one .html file with frames and settings")
     g.add_argument("--batch", metavar="N", type=numeric(int, 1, 10 ** 6), default=16,
                    help="videos encoded at once (default: %(default)s)")
     g.add_argument("--workers", metavar="N", type=numeric(int, 0, 1000),
@@ -409,7 +390,26 @@ def parse_args(argv=None):
     p.add_argument("--analyze", action="store_true",
                    help="add 95%% intervals, relevant against irrelevant pairs, recall by video "
                         "complexity")
-    g = add_common(p)
+    g = p.add_argument_group("scoring")
+    g.add_argument("--trials", metavar="M", type=numeric(int, 0, 10 ** 5), default=20,
+                   help="samples of the text mass; 0: the point text (default: %(default)s)")
+    g.add_argument("--expected", default=False, action=argparse.BooleanOptionalAction,
+                   help="score by the average best of M in closed form, without noise")
+    g.add_argument("--seed", type=numeric(int, 0, 2 ** 63 - 1), default=24,
+                   help="of the samples (default: %(default)s)")
+    g.add_argument("--prior", choices=PRIORS,
+                   help="of the samples (default: as trained; released code: uniform)")
+    g.add_argument("--prior-std", type=numeric(float, 0, 1e6),
+                   help="of the normal prior (default: as trained; released for LSMDC: 0.003)")
+    g.add_argument("--pooling", choices=POOLINGS,
+                   help="how frames become a video; mean and query need no weights (default: as "
+                        "trained; CLIP: query)")
+    g.add_argument("--frames", metavar="T", type=numeric(int, 1, 1000),
+                   help="frames sampled per video, where the radius is not tied to the number in "
+                        "training, as linear is (default: as trained)")
+    g = add_run(p)
+    g.add_argument("--report", metavar="FILE",
+                   help="write a page to look at: one .html file with frames and settings")
     g.add_argument("--save", metavar="FILE",
                    help="write similarities, ranks, embeddings, captions and segments there")
     g.add_argument("--cache", metavar="DIR",

@@ -11,53 +11,48 @@
 
 A long video is split into pieces of a few seconds, and each piece is a row of the gallery. The
 embeddings are kept in the folder .tmass-index/ (lib/index.py), so only new videos are encoded. This
-file follows the steps of a search: encoding, build_index, queries, search in two stages, and the
-command line.
+file follows the steps of a search: encoding, build_index, queries, search in two stages, results,
+and the command line.
 """
+import collections
 import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from eval import add_common, encode_texts, lowest_if_nan, say_loaded
+from eval import add_run, autocast, encode_texts, lowest_if_nan
 from lib import exact
 from lib import index as store
 from lib.common import (
     DataError,
     Parser,
     Progress,
-    WeightsError,
     check_outputs,
     clock,
     cure,
     escaped,
+    first_few,
     first_line,
     numeric,
     write_output,
 )
-from lib.index import INDEX, File, ShardWriter, list_videos, move_means
-from lib.processes import (
-    ALONE,
-    Stopped,
-    cores,
-    loading,
-    noting_signals,
-    run,
-    start_processes,
-)
+from lib.index import INDEX, File, ShardWriter, list_videos
+from lib.processes import ALONE, Stopped, cores, loading, noting_signals, run, start_processes
 from lib.serve import SearchPage, count_pieces, span
-from lib.video import SUFFIXES, Piece, Segment, read_frames, read_pieces
+from lib.video import SUFFIXES, Piece, read_frames, read_pieces
 from lib.weights import load_model
 from tmass import cosine
 
@@ -68,43 +63,38 @@ ON_PAGE = 20  # least number of results on the page
 
 # ---- encoding ----
 
-class PieceDataset(data.VideoDataset, IterableDataset):
-    """The pieces of a folder's files, in batches. Each file is read by one worker, in order.
+@dataclass
+class PieceDataset(IterableDataset):
+    """The pieces of a folder's files. Each file is read by one worker, in order.
 
-    Yields (rows, pixels uint8 (n,T,3,P,P) or None). A row is (file number, Piece without frames)
-    or, at the end of a file, (file number, File). If the system refused to read a file, which says
-    nothing about the file itself, its File has an empty `content`.
-
-    known: set of values of `content_of`. The frames of files with such content are not read.
+    Yields (file number, Piece of the tensors of up to `batch` Pieces) and, at the end of a file,
+    (file number, File). If the system refused to read a file, which says nothing about the file
+    itself, its File has an empty `content`.
     """
-
-    def __init__(self, folder, files, frames, window, transform, batch, known):
-        segments = [Segment(os.path.join(folder, file.name)) for file in files]
-        super().__init__(segments, frames, transform)
-        self.read = functools.partial(read_pieces, frames=frames, window=window)
-        self.files = files
-        self.batch = batch
-        self.known = known
+    folder: str
+    files: list          # of File
+    known: set           # of (stamp, content): the frames of such files are not read
+    read: Callable       # path -> Pieces
+    transform: Callable
+    batch: int
 
     def __iter__(self):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = []
-        pixels = []
         for v in range(first, len(self.files), step):
-            path = self.segments[v].path
+            file = self.files[v]
+            path = os.path.join(self.folder, file.name)
             why = None
             content = ""
             try:
                 content = store.content_of(path)
-                pieces = () if content in self.known else self.read(path)
-                for piece in pieces:
-                    rows.append((v, piece._replace(frames=None)))
-                    pixels.append(self.transform(piece.frames))
-                    if len(pixels) == self.batch:
-                        yield rows, default_collate(pixels)
-                        rows = []
-                        pixels = []
+                if (file.stamp, content) not in self.known:
+                    pieces = (
+                        piece._replace(frames=self.transform(piece.frames))
+                        for piece in self.read(path)
+                    )
+                    while part := list(itertools.islice(pieces, self.batch)):
+                        yield v, default_collate(part)
             # An unreadable file must not end the search: it is recorded like any other.
             except (DataError, OSError, MemoryError) as error:
                 why = str(error)
@@ -112,9 +102,7 @@ class PieceDataset(data.VideoDataset, IterableDataset):
                     why = f"{path}: can't be read: {why}"
                 if was_refused(path, error):
                     content = ""
-            rows.append((v, self.files[v]._replace(why=why, content=content)))
-        if rows:
-            yield rows, default_collate(pixels) if pixels else None
+            yield v, file._replace(why=why, content=content)
 
 
 def was_refused(path, error):
@@ -126,70 +114,48 @@ def was_refused(path, error):
 
 
 @torch.no_grad()
-def encode_files(
-    model, folder, files, shards, writer, job, stopping, window, saved=lambda: None, workers=0,
-    batch=16, amp="off"
-):
-    """Encode this process' share of a folder's files. -> number of videos encoded
+def encode_files(model, folder, files, shards, window, workers=0, batch=16, amp="off"):
+    """Encode files of a Folder. -> iterator over (Shard of one file, whether it was encoded)
 
-    folder: a Folder; error messages are added to its `refused`. files: all new Files, to be divided
-    among the processes. shards: what is already encoded; copies of those files reuse their rows.
-    writer: a ShardWriter. stopping: a list; encoding stops once it is not empty. saved: called
-    after each shard that is saved while encoding.
+    files: list of File. shards: what is in the index; a file with the stamp and content of one of
+    theirs is a copy of it, or has another name now, and gets its rows. Error messages are added to
+    folder.reasons; a file that the system refused to read yields nothing, and is tried again next
+    time.
     """
     device = model.clip.logit_scale.device
     T = model.frames
-    files = files[job.rank::job.world]
     known = {
-        file.content: (file, shard)
-        for shard in shards for file in shard.files if not file.why
+        (file.stamp, file.content): (file, shard)
+        for shard in shards for file in shard.files if file.content and not file.why
     }
-    known.pop("", None)  # the `content` of files in shards of earlier versions
+    read = functools.partial(read_pieces, frames=T, window=window)
     transform = data.transform_for(model.clip)
-    dataset = PieceDataset(folder.path, files, T, window, transform, batch, set(known))
-    total = len(files) * job.world  # assume that all processes progress equally
-    progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
-    empty = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
-    # A file's pieces may span several batches, mixed with batches from other workers.
-    begun = [[empty] for _ in files]  # the pieces of each file so far
-    done = 0
-    encoded = 0
+    dataset = PieceDataset(folder.path, files, set(known), read, transform, batch)
     workers = min(len(files), cores() if workers is None else workers)
-    reading = loading(dataset, workers=workers, pin=device.type == "cuda")
-    with contextlib.suppress(Stopped), reading as batches:
-        for rows, pixels in batches:
-            if pixels is not None:
-                pixels = pixels.to(device, non_blocking=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+    empty = torch.zeros(0, T, model.clip.embed_dim), torch.zeros(0, T), torch.zeros(0, 2)
+    begun = collections.defaultdict(list)  # what is encoded of each file so far
+    with loading(dataset, workers=workers, pin=device.type == "cuda") as batches:
+        for v, entry in batches:
+            if isinstance(entry, Piece):
+                pixels = entry.frames.to(device, non_blocking=True)
+                with autocast(device, amp):
                     f = model.encode_video(pixels)
-                embedded = iter(f.cpu().split(1))
-            for v, entry in rows:
-                if isinstance(entry, Piece):
-                    times = torch.tensor([entry.times])
-                    span = torch.tensor([[entry.start, entry.end]])
-                    begun[v].append((next(embedded), times, span))
-                    continue
-                done += 1
-                if not entry.content:
-                    folder.refused.append(f"{entry.why} (tried again next time)")
-                elif entry.content in known:
-                    other, shard = known[entry.content]
-                    part = store.keep_files(shard, [file is other for file in shard.files])
-                    writer.parts.append(part._replace(files=[entry]))
-                else:
-                    # If reading fails part-way, none of the file's pieces are kept.
-                    pieces = begun[v][:1] if entry.why else begun[v]
-                    tensors = (torch.cat(x) for x in zip(*pieces))
-                    writer.parts.append(store.file_shard(*tensors, entry))
-                    encoded += entry.why is None
-                begun[v] = None
-            progress.update(done * job.world)
-            if writer.save_if_due():
-                saved()
-            if stopping:
-                break
-    writer.save()
-    return encoded
+                times = torch.stack(entry.times, 1)
+                spans = torch.stack([entry.start, entry.end], 1)
+                begun[v].append((f.cpu(), times.float(), spans.float()))
+                continue
+            parts = begun.pop(v, [])
+            key = entry.stamp, entry.content
+            if entry.why:  # perhaps part-way: none of the file's pieces are kept
+                parts = []
+                folder.reasons.append(entry.why)
+            if key in known:
+                other, shard = known[key]
+                shard = store.keep_files(shard, [file is other for file in shard.files])
+                yield shard._replace(files=[entry]), False
+            elif entry.content:
+                tensors = map(torch.cat, zip(empty, *parts))
+                yield store.file_shard(*tensors, entry), entry.why is None
 
 
 # ---- the index of each folder, and the gallery of all ----
@@ -197,276 +163,150 @@ def encode_files(
 class Index(NamedTuple):
     """The pieces of all shards as one gallery of P rows. All processes have the same."""
 
-    shards: list          # of Shard
-    starts: torch.Tensor  # (shards + 1,): the number of each shard's first row, then P
-    file: torch.Tensor    # (P,) int64: each row's file, as an index into `paths`; -1: not searched
-    paths: list           # of the files
-    names: list           # of the files, as shown in results
-    unsaved: bool = False  # some of it could not be saved by this process
+    shards: list           # of Shard
+    starts: torch.Tensor   # (shards + 1,): the number of each shard's first row, then P
+    file: torch.Tensor     # (P,) int64: each row's file, as an index into `paths`; -1: not searched
+    paths: list            # of the files
+    names: list            # of the files, as shown in results
     stopped: bool = False  # Ctrl-C ended the encoding
 
 
-def update_index(model, folder, where, mark, new, job, stopped, **encoding):
+named = set()  # error messages that were printed: each is printed once
+
+
+def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     """Encode the new and changed files of a Folder, in all processes together.
 
-    where: the folder of its shards. mark: the fingerprint. new=False: nothing is encoded. stopped:
-    list of the signals that interrupted the encoding; new ones are added. encoding: arguments of
-    encode_files. -> ({name: Shard}, their newest_shards, number of videos encoded, what could not
-    be saved)
+    encode: encode_files with its settings. where: the folder of its shards. mark: the fingerprint.
+    size: (T,D). stopped: list of the signals that ended the encoding; new ones are added.
+    -> ({name: Shard}, number of videos encoded)
     """
-    writer = ShardWriter(where, mark)
-    size = model.frames, model.clip.embed_dim
-    opened = functools.partial(store.open_shards, where, mark, {}, job, size)
-    shards = opened()
-    newest = store.newest_shards(shards, folder.stamps)
-    stamps = folder.stamps or {}
+    names = job.gather(store.shard_names(where, mark))[0]
+    shards = store.open_shards(where, names, size, job)
+    newest = store.newest_files(shards, folder.stamps)
+    stamps = folder.stamps if new else {}
     files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
+    if not files or stopped:
+        return shards, 0
+    share = files[job.rank::job.world]
+    total = len(share) * job.world  # assume that all processes progress equally
+    progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
+    writer = ShardWriter(where, mark, saved)
     encoded = 0
-    if files and new and not stopped:
-        with noting_signals() as stopping:
-            known = shards.values()
-            count = encode_files(model, folder, files, known, writer, job, stopping, **encoding)
-            encoded = sum(job.gather(count))  # also waits until all processes have saved
-            stopped += job.join(stopping)
-        shards = opened()
-        for unsaved in job.gather(writer.unsaved):
-            shards.update(unsaved)
-        newest = store.newest_shards(shards, folder.stamps)
-    if folder.whole and job.rank == 0 and not writer.unsaved:
-        with contextlib.suppress(OSError, RuntimeError):  # can't be written: the old shards stay
-            kept = store.newest_with_missed(folder.path, where, mark, shards, newest)
-            store.repack(where, mark, shards, kept)
-    return shards, newest, encoded, writer.unsaved
+    with noting_signals() as stopping:
+        with contextlib.suppress(Stopped):
+            for done, (shard, is_new) in enumerate(encode(folder, share, shards.values()), 1):
+                writer.add(shard)
+                encoded += is_new
+                progress.update(done * job.world)
+                if stopping:
+                    break
+        writer.save()
+        encoded = sum(job.gather(encoded))  # also waits until all processes have saved
+        stopped += job.join(stopping)
+    shards |= store.open_shards(where, job.join(writer.names), size, job)
+    if job.rank == 0:
+        store.join_small(where, mark, shards)
+    return shards, encoded
 
 
-def build_index(model, paths, window=10, index_dir=None, new=True, job=ALONE, **encoding):
+def build_index(
+    model, paths, window=10, index_dir=None, new=True, job=ALONE, saved=lambda: None, quiet=False,
+    **encoding
+):
     """Build the Index of folders and files. Only new and changed files are encoded.
 
     paths: list of folders and files. window: length of a piece in seconds. index_dir: where to keep
-    the embeddings, instead of in the folders. new=False: use only what the index holds. encoding:
-    workers, batch, amp and saved, as for encode_files.
+    the embeddings, instead of in the folders. new=False: use only what the index holds. saved:
+    called after each shard that is saved. quiet: print nothing if there is nothing new. encoding:
+    workers, batch and amp, as for encode_files.
 
     Ctrl-C stops the encoding, and the Index holds what was encoded so far. Raises DataError if
-    there is nothing to search.
+    there is nothing to search, or the embeddings can't be saved.
     """
     if isinstance(paths, (str, bytes, os.PathLike)):  # a str would pass as a list of letters
         raise TypeError(f"paths must be a list of folders and files, not {paths!r}")
     # Files may change in the meantime, so all processes work from the list of the first.
     folders = job.gather(list_videos(paths, new))[0]
     mark = store.fingerprint(model, window)
+    size = model.frames, model.clip.embed_dim
+    encode = functools.partial(encode_files, model, window=window, **encoding)
     shards = []
     file = []
-    found = {}  # what identifies a file: path as given
-    real_folder = functools.cache(os.path.realpath)
+    found = {}  # real path of each file that is searched: path as given
     names = []
-    reasons = []  # error messages of unreadable files
+    reasons = []
+    why = "the index holds none of its videos (run without -n to find them)"
     encoded = 0
     stopped = []
-    unsaved = {}
-    several = len(folders) > 1
     for folder in folders:
         where = store.shard_folder(folder.path, index_dir)
-        parts, newest, count, lost = update_index(
-            model, folder, where, mark, new, job, stopped, window=window, **encoding
-        )
+        opened, count = update_folder(
+            encode, folder, where, mark, size, new, job, stopped, saved)
+        shards += opened.values()
         encoded += count
-        unsaved |= lost
-        shards += parts.values()
-        for key, shard in parts.items():
+        reasons += job.join(folder.reasons)
+        newest = store.newest_files(opened, folder.stamps)
+        base = os.path.realpath(folder.path)
+        for shard in opened.values():
             numbers = []  # the position in `found` of each of the shard's files; -1: not searched
-            for name, _, why, _ in shard.files:
-                path = os.path.join(folder.path, name)
+            for one in shard.files:
                 number = -1
-                real = path
-                if several:  # a file that lies in two of `paths` is searched once
-                    base, last = os.path.split(path)
-                    real = real_folder(base), last
-                if newest.get(name) == key and real not in found:
-                    if why is None:
+                real = os.path.join(base, one.name)  # a file may lie in two of `paths`
+                if newest.get(one.name) is one and real not in found:
+                    why = one.why or why
+                    if not one.why:
                         number = len(found)
-                        found[real] = path
-                        names.append(path if several else name)
-                    else:  # it may have been elsewhere when it was read
-                        reasons.append(f"{path}{why.rpartition(name)[2]}")
+                        found[real] = os.path.join(folder.path, one.name)
+                        names.append(one.name)
                 numbers.append(number)
             file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
-        reasons += folder.refused
-    reasons = job.join(reasons)
     # Only Ctrl-C goes on to answer the queries. What was encoded is saved in either case.
-    if set(stopped) - {signal.SIGINT}:
-        raise KeyboardInterrupt
-    pieces = sum((numbers >= 0).sum().item() for numbers in file)
-    job.say(store.summary(encoded, len(found), pieces, reasons, stopped))
+    for number in stopped:
+        if number != signal.SIGINT or not found:
+            raise KeyboardInterrupt(number)
+    file = torch.cat(file) if file else torch.zeros(0)
+    fresh = [reason for reason in reasons if reason not in named]
+    named.update(fresh)
+    if encoded or fresh or not quiet:
+        pieces = (file >= 0).sum().item()
+        line = f"encoded {_count(encoded, 'video')}, " if new else "-n, without looking at them: "
+        line += f"{len(found)} in the index, {_count(pieces, 'piece')}"
+        if stopped:
+            line += "; stopped: the next search encodes the others"
+        if fresh:
+            line += "; left out:"
+        job.say("\n  ".join([line, *first_few(fresh)]))
     if not found:
         searched = " ".join(map(os.fspath, paths))
-        reasons.append("the index holds none of its videos (run without -n to find them)")
-        raise DataError(f"--videos {searched}: nothing to search: {reasons[0]}")
-    starts = torch.tensor([0, *map(len, file)]).cumsum(0)
-    shards = move_means(shards, model.clip.logit_scale.device, job)
-    return Index(shards, starts, torch.cat(file), list(found.values()), names, bool(unsaved),
-                 bool(stopped))
+        raise DataError(f"--videos {searched}: nothing to search: {[*reasons, why][0]}")
+    starts = torch.tensor([0, *(len(shard.file) for shard in shards)]).cumsum(0)
+    # Every query reads all pooled frames of this process' shards. Other tensors stay memory-mapped.
+    for s in range(job.rank, len(shards), job.world):
+        mean = shards[s].mean.to(model.clip.logit_scale.device)
+        shards[s] = shards[s]._replace(mean=mean)
+    paths = list(found.values())
+    return Index(shards, starts, file, paths, names if len(folders) == 1 else paths, bool(stopped))
+
+
+def _count(number, noun):
+    """A number with its noun: 1 piece, 2 pieces."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ---- queries ----
 
-@torch.no_grad()
-def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
-    """Encode queries, each a text or the path of a picture or video. list of N str -> t (N,D)
+def names_file(query):
+    """Whether a query is the path of a picture or video. Raises DataError if that is missing."""
+    if not query.lower().endswith((*PICTURES, *SUFFIXES)):
+        return False
+    if os.path.isfile(query):
+        return True
+    if " " in query and os.sep not in query:  # words, such as "how to open file.mp4"
+        return False
+    raise DataError(f"{query}: there is no such picture or video; to look for these words, add "
+                    "others")
 
-    A picture or video is encoded by the image tower, and its embedding takes the place of a text's.
-    """
-    t = encode_texts(model, tokenizer, queries, job, amp=amp)
-    transform = data.transform_for(model.clip)
-    for text, query in zip(t, queries):
-        name = query.lower()
-        if name.endswith(PICTURES) and os.path.isfile(query):
-            frames = read_picture(query)
-        elif name.endswith(SUFFIXES) and os.path.isfile(query):
-            frames = read_frames(query, model.frames)
-        else:
-            continue
-        pixels = transform(frames)[None].to(t.device)
-        # Not normalised, as for a text: the noise does not scale with t, so |t| matters.
-        text.copy_(model.encode_video(pixels)[0].mean(0))
-    return t
-
-
-# ---- search: the best pieces by their pooled frames, then exact scores ----
-# With several processes, process `rank` searches the shards rank, rank + world, ...
-
-class Hit(NamedTuple):
-    """A result: the piece [start, end) of a file. Times are in seconds."""
-
-    score: float
-    file: int  # index into Index.paths
-    at: float  # time of the frame nearest to the text
-    start: float
-    end: float
-    times: list  # of the T frames
-
-
-@torch.no_grad()
-def point_scores(t, index, job=ALONE):
-    """First stage: cos(t, pooled frames). t (N,D) -> (N,P), with -inf for other processes' rows."""
-    unit = F.normalize(t.float(), dim=-1)
-    starts = index.starts.tolist()
-    scores = unit.new_full((len(t), starts[-1]), -torch.inf)
-    for s in range(job.rank, len(index.shards), job.world):
-        mean = index.shards[s].mean.to(t.device)  # move_means has put most of them there
-        scores[:, starts[s]:starts[s + 1]] = unit @ mean.float().T
-    ignored = (index.file < 0).to(t.device)
-    return scores.masked_fill_(ignored, -torch.inf)
-
-
-def best_rows(scores, index, shortlist, files, job=ALONE):
-    """The rows of the `shortlist` best scores over all processes. scores (P,) -> rows (n,), sorted
-
-    The shortlist is extended until its rows belong to at least `files` files.
-    """
-    P = len(scores)
-    scores = lowest_if_nan(scores)
-    files = min(files, len(index.paths))
-    while True:
-        shortlist = min(shortlist, P)
-        # The best rows overall are among the best rows of each process.
-        best, rows = scores.topk(shortlist)
-        parts = job.gather((best.cpu(), rows.cpu()))
-        best, rows = (torch.cat(x) for x in zip(*parts))
-        rows = rows[best.topk(shortlist).indices]
-        rows = rows[index.file[rows] >= 0]
-        if shortlist == P or len(index.file[rows].unique()) >= files:
-            return rows.unique()
-        shortlist *= 4
-
-
-def shard_of(index, rows):
-    """The number of each row's shard. rows (n,) -> (n,)."""
-    return torch.bucketize(rows, index.starts[1:], right=True)
-
-
-def read_rows(index, rows):
-    """Read rows (n,), sorted, from their shards. -> frames (n,T,D), times (n,T), spans (n,2)"""
-    # As the rows are sorted, rows of the same shard are adjacent.
-    numbers, sizes = shard_of(index, rows).unique_consecutive(return_counts=True)
-    parts = []
-    for s, inside in zip(numbers.tolist(), rows.split(sizes.tolist())):
-        shard = index.shards[s]
-        inside = inside - index.starts[s]
-        parts.append((shard.frames[inside], shard.times[inside], shard.spans[inside]))
-    return [torch.cat(x) for x in zip(*parts)]
-
-
-@torch.no_grad()
-def score_rows(model, text, index, rows, top, pieces=False, job=ALONE, **scoring):
-    """Second stage: exact scores of this process' share of the rows. text (1,D), rows (n,), sorted
-
-    -> list of Hit, unsorted: the `top` best files, or pieces if `pieces` is true, including all
-    ties. A file may have several Hits. scoring: trials, seed, expected.
-    """
-    rows = rows[shard_of(index, rows) % job.world == job.rank]
-    if not len(rows):
-        return []
-    scores = []
-    for part in rows.split(ROWS):
-        f, *_ = read_rows(index, part)
-        f = f.to(text.device).float()
-        scores.append(exact.score(model, text, f, **scoring)[0])
-    scores = torch.cat(scores).cpu()
-    scores = lowest_if_nan(scores)
-    file = index.file[rows]
-    best = scores  # of each piece, or of each file
-    if not pieces:
-        best = scores.new_full((len(index.paths),), -torch.inf)
-        best.scatter_reduce_(0, file, scores, "amax")
-    # Only rows that can be among the best become Hits: there may be a million rows.
-    top = min(top, len(best))
-    good = scores >= best.topk(top).values[-1]
-    f, times, spans = read_rows(index, rows[good])
-    S = cosine(text.cpu(), f.float())  # cos(t, f_j)  (n,T)
-    at = times.gather(1, S.argmax(1, keepdim=True))[:, 0]
-    columns = [x.tolist() for x in (scores[good], file[good], at, *spans.T, times)]
-    return [Hit(*values) for values in zip(*columns) if values[0] > -torch.inf]
-
-
-def merge(parts, index, top, pieces=False):
-    """The `top` best of several lists of Hits. Ties are ordered by path, then by time.
-
-    Each file is listed once, by its best piece, unless `pieces` is true. The result is exact if
-    each list holds the best of its own process.
-    """
-    hits = itertools.chain(*parts)
-    hits = sorted(hits, key=lambda hit: (-hit.score, index.paths[hit.file], hit.start))
-    if not pieces:
-        first = {}
-        for hit in hits:
-            first.setdefault(hit.file, hit)
-        hits = list(first.values())
-    return hits[:top]
-
-
-@torch.no_grad()
-def search(model, t, index, shortlist=1000, top=5, pieces=False, job=ALONE, **scoring):
-    """Find the best videos for each text. t (N,D), Index -> N lists of at most `top` Hits.
-
-    The `shortlist` pieces (0: all) whose pooled frames are nearest to the text get exact scores.
-    pieces: list every piece, instead of each file once. scoring: trials, seed, expected.
-    """
-    if not torch.is_tensor(t):
-        raise TypeError(f"t must be embeddings (N,D), as encode_texts makes them, not {t!r}")
-    shortlist = max(shortlist or len(index.file), top)
-    files = 0 if pieces else top
-    found = []
-    # A few texts at a time, because the point scores of a million pieces take 4 MB per text.
-    for texts in t.split(16):
-        points = point_scores(texts, index, job)
-        for text, scores in zip(texts.split(1), points):
-            rows = best_rows(scores, index, shortlist, files, job)
-            hits = score_rows(model, text, index, rows, top, pieces, job, **scoring)
-            found.append(merge(job.gather(hits), index, top, pieces))
-    return found
-
-
-# ---- input and output ----
 
 def read_picture(path):
     """Read a picture, rotated as its EXIF data says. -> uint8 (1,3,H,W). Raises DataError."""
@@ -481,34 +321,127 @@ def read_picture(path):
     return pil_to_tensor(picture)[None]
 
 
-def questions(args, job):
-    """Yield lists of queries: from the command line, else one by one from a prompt or a pipe."""
-    if args.query:
-        yield args.query
-        return
-    sys.stdin.reconfigure(errors="replace")
-    terminal = sys.stdin.isatty()
-    asked = False
-    line = ""
-    while line is not None:
-        if line.strip():
-            asked = True
-            yield [line.strip()]
-        line = None
-        # Stop if the reader of the results has gone (| head) and no file is to be written.
-        unread = getattr(sys.stdout, "error", None) and not args.json
-        if job.rank == 0 and not unread:
-            # Standard output may be a file, which is for results.
-            out = sys.stdout if sys.stdout.isatty() else sys.stderr
-            with contextlib.suppress(EOFError), contextlib.redirect_stdout(out):
-                line = input("query> " if terminal else "")
-        line = job.gather(line)[0]
-    if not asked and not terminal:
-        raise DataError(
-            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or give '
-            "one query per line on standard input"
-        )
+@torch.no_grad()
+def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
+    """Encode queries, each a text or the path of a picture or video. list of N str -> t (N,D)
 
+    A picture or video is encoded by the image tower, and its embedding takes the place of a text's.
+    """
+    t = encode_texts(model, tokenizer, queries, job, amp=amp)
+    transform = data.transform_for(model.clip)
+    for text, query in zip(t, queries):
+        if not names_file(query):
+            continue
+        if query.lower().endswith(PICTURES):
+            frames = read_picture(query)
+        else:
+            frames = read_frames(query, model.frames)
+        pixels = transform(frames)[None].to(t.device)
+        # Not normalised, as for a text: the noise does not scale with t, so |t| matters.
+        text.copy_(model.encode_video(pixels)[0].mean(0))
+    return t
+
+
+# ---- search: the best pieces by their pooled frames, then exact scores ----
+# Each process reads its share of the shards, and then of the best pieces.
+
+class Hit(NamedTuple):
+    """A result: the piece [start, end) of a file. Times are in seconds."""
+
+    score: float
+    file: int  # index into Index.paths
+    at: float  # time of the frame nearest to the text
+    start: float
+    end: float
+    times: list  # of the T frames
+
+
+@torch.no_grad()
+def point_scores(text, index, job=ALONE):
+    """First stage: cos(t, pooled frames). text (1,D) -> (P,); -inf for what is not searched."""
+    unit = F.normalize(text.float(), dim=-1)[0]
+    starts = index.starts.tolist()
+    scores = unit.new_zeros(starts[-1])
+    for s in range(job.rank, len(index.shards), job.world):
+        scores[starts[s]:starts[s + 1]] = index.shards[s].mean.float() @ unit
+    scores[index.file.to(unit.device) < 0] = -torch.inf
+    return lowest_if_nan(job.sum(scores))
+
+
+def read_rows(index, rows):
+    """Read rows (n,) from their shards. -> frames (n,T,D), times (n,T), spans (n,2)"""
+    numbers = torch.bucketize(rows, index.starts[1:], right=True)
+    inside = rows - index.starts[numbers]
+    parts = []
+    for s, row in zip(numbers.tolist(), inside.tolist()):
+        shard = index.shards[s]
+        parts.append((shard.frames[row], shard.times[row], shard.spans[row]))
+    return [torch.stack(x) for x in zip(*parts)]
+
+
+@torch.no_grad()
+def score_rows(model, text, index, rows, job=ALONE):
+    """Second stage: exact scores, in closed form. text (1,D), rows (n,) -> (n,)"""
+    scores = text.new_zeros(len(rows))
+    for part in exact.blocks(len(rows), ROWS)[job.rank::job.world]:
+        f, *_ = read_rows(index, rows[part])
+        f = f.to(text.device).float()
+        scores[part] = exact.score(model, text, f, expected=True)
+    return lowest_if_nan(job.sum(scores).cpu())
+
+
+def best_hits(text, index, rows, scores, top, pieces, exists):
+    """The Hits of the `top` best files, or pieces. text (1,D), rows (n,), scores (n,) -> list
+
+    Each file is listed once, by its best piece, unless `pieces` is true. Ties are ordered by path,
+    then by time. exists: whether a path is still there.
+    """
+    files = index.file[rows].tolist()
+    values = scores.tolist()
+    chosen = {}  # number of the file, or of the piece: its position in `rows`
+    for k in sorted(range(len(rows)), key=lambda k: (-values[k], index.paths[files[k]], k)):
+        if len(chosen) < top and values[k] > -math.inf and exists(index.paths[files[k]]):
+            chosen.setdefault(k if pieces else files[k], k)
+    chosen = list(chosen.values())
+    if not chosen:
+        return []
+    f, times, spans = read_rows(index, rows[chosen])
+    S = cosine(text.cpu(), f.float())  # cos(t, f_j)  (n,T)
+    at = times.gather(1, S.argmax(1, keepdim=True))[:, 0]
+    columns = [x.tolist() for x in (at, *spans.T, times)]
+    return [Hit(values[k], files[k], *moment) for k, *moment in zip(chosen, *columns)]
+
+
+@torch.no_grad()
+def search(
+    model, t, index, top=5, shortlist=1000, pieces=False, job=ALONE, exists=os.path.exists
+):
+    """Find the best videos for each text. t (N,D), Index -> N lists of at most `top` Hits.
+
+    The `shortlist` pieces whose pooled frames are nearest to the text get exact scores; more of
+    them, if they belong to too few files. pieces: list every piece, instead of each file once.
+    exists: function of a path; files that are not there any more are left out.
+    """
+    if not torch.is_tensor(t):
+        raise TypeError(f"t must be embeddings (N,D), as encode_texts makes them, not {t!r}")
+    P = len(index.file)
+    found = []
+    for text in t.split(1):
+        points = point_scores(text, index, job)
+        K = max(shortlist, top)
+        while True:
+            rows = points.topk(min(K, P)).indices.cpu().sort().values
+            rows = rows[index.file[rows] >= 0]
+            scores = score_rows(model, text, index, rows, job)
+            hits = best_hits(text, index, rows, scores, top, pieces, exists)
+            if K >= P or job.gather(len(hits))[0] >= min(top, len(index.paths)):
+                break
+            K *= 4
+        found.append(hits)
+    return found
+
+
+# ---- results ----
 
 def table(query, hits, index):
     """A query's results as a table for the terminal. -> str"""
@@ -524,18 +457,67 @@ def print_files(names, end):
     """Print only file names: escaped on a terminal, and elsewhere the exact bytes of the names."""
     if sys.stdout.isatty() and end == "\n":
         names = map(escaped, names)
-    else:
-        errors = sys.getfilesystemencodeerrors()
-        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
-    print(*names, sep=end, end=end, flush=True)
+    text = "".join(name + end for name in names)
+    sys.stdout.buffer.write(os.fsencode(text))
+    sys.stdout.buffer.flush()
 
 
-def write_results(found, args):
-    """Write the file of --json."""
-    if args.json == "-":
-        print(json.dumps(found, indent=1), flush=True)
-    elif args.json:
-        write_output("--json", args.json, json.dumps(found, indent=1))
+def questions(args, job):
+    """Yield queries: from the command line, else one by one from a prompt or a pipe."""
+    yield from args.query
+    if args.query:
+        return
+    sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
+    asked = terminal
+    line = ""
+    while line is not None:
+        if line.strip():
+            asked = True
+            yield line.strip()
+        line = None
+        if job.rank == 0:
+            with contextlib.suppress(EOFError), contextlib.redirect_stdout(sys.stderr):
+                line = input("query> " if terminal else "")
+        line = job.gather(line)[0]
+    if not asked:
+        raise DataError(
+            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or give '
+            "one query per line on standard input"
+        )
+
+
+def answer(model, tokenizer, index, args, job):
+    """Print the results of every query. -> {query: [dict of rank, score, ...]}, exit status."""
+    found = {}
+    status = 0
+    for query in questions(args, job):
+        try:
+            t = encode_queries(model, tokenizer, [query], job, args.amp)
+        except DataError as error:
+            if args.query:
+                raise
+            # One of several that are asked one by one: the others have their answers.
+            with contextlib.redirect_stdout(sys.stderr):
+                job.say(f"error: {escaped(str(error))}")
+            status = 2
+            continue
+        [hits] = search(model, t, index, args.top, pieces=args.pieces, job=job)
+        if not hits:
+            if not any(map(os.path.exists, index.paths)):
+                raise DataError("the videos of the index are gone: run without -n to find others")
+            raise DataError(f"{args.ckpt}: no score of {query!r} is a finite number: its weights "
+                            "are damaged, or its training went wrong")
+        found[query] = [
+            dict(rank=rank, score=hit.score, file=index.paths[hit.file], at=round(hit.at, 3),
+                 start=round(hit.start, 3), end=round(hit.end, 3))
+            for rank, hit in enumerate(hits, 1)
+        ]
+        if args.files and job.rank == 0:
+            print_files([record["file"] for record in found[query]], args.end)
+        elif not args.files and args.json != "-":
+            job.say(table(query, hits, index))
+    return found, status
 
 
 # ---- command line ----
@@ -556,17 +538,14 @@ def parse_args(argv=None):
                    help="list every piece, not each file once by its best")
     p.add_argument("--top", metavar="N", type=numeric(int, 1), default=5,
                    help="results to show (default: %(default)s)")
-    p.add_argument("--shortlist", metavar="K", type=numeric(int, 0), default=1000,
-                   help="score exactly the best K pieces by mean-pooled frames; 0: all (default: "
-                        "%(default)s)")
     p.add_argument("-f", "--files", action="store_true",
                    help="print file names alone, for other programs")
-    p.add_argument("-0", "--null", dest="end", action="store_const", const="\x00",
+    p.add_argument("-0", "--null", dest="end", action="store_const", const="\x00", default="\n",
                    help="the same, each name ended by a NUL byte, for xargs -0")
     p.add_argument("-n", "--no-new", action="store_true",
                    help="search what the index holds: don't look for new files")
     p.add_argument("--update", action="store_true",
-                   help="only bring the index up to date, for cron")
+                   help="only bring the index up to date, for cron; says what is new")
     p.add_argument("--index", metavar="DIR",
                    help=f"keep embeddings there (default: {INDEX}/ in the searched folder)")
     g = p.add_argument_group("page")
@@ -577,123 +556,76 @@ def parse_args(argv=None):
                         "machine; by default for this machine alone (default: %(default)s)")
     g.add_argument("--every", metavar="MINUTES", type=numeric(float, 0.01, 10 ** 6),
                    help="look for new videos again and again (default: at the start alone)")
-    add_common(p)
-    p.set_defaults(expected=True, end="\n")
+    add_run(p)
     args = p.parse_intermixed_args(argv)  # several queries, options between them
-    if 0 < args.window < 0.01:
-        p.error(f"--window {args.window}: give 0.01 seconds at least, or 0 for whole videos")
-    if not all(query.strip() for query in args.query):
-        p.error("the query is empty: say what to look for")
     args.files |= args.end == "\0"
-    results = args.query or args.files or args.json or args.report
-    if results and (args.update or args.serve is not None):
-        p.error("--update and --serve take no query, and nothing that is for its results")
-    if args.update and args.no_new:
-        p.error("--update looks for new files: drop -n")
-    if args.every and args.serve is None:
-        p.error("--every goes with --serve")
-    for option in ("json", "report"):
-        path = getattr(args, option) or ""
-        if path.lower().endswith((*SUFFIXES, *PICTURES)):
-            p.error(f"--{option} {path} has the name of a video or picture: give another name")
-    if args.index == "":
-        p.error("--index is empty: name a folder")
-    if args.files and args.json == "-":
-        p.error("file names and --json - would be mixed on standard output: give --json FILE")
+    results = args.query or args.files or args.json
+    json_name = (args.json or "").lower()
+    for wrong, message in (
+        (not all(map(str.strip, args.query)), "the query is empty: say what to look for"),
+        (results and (args.update or args.serve is not None),
+         "--update and --serve take no query, and nothing that is for its results"),
+        (args.update and args.no_new, "--update looks for new files: drop -n"),
+        (args.every and args.serve is None, "--every goes with --serve"),
+        (json_name.endswith((*SUFFIXES, *PICTURES)),
+         f"--json {args.json} has the name of a video or picture: give another name"),
+        (args.files and args.json == "-",
+         "file names and --json - would be mixed on standard output: give --json FILE"),
+    ):
+        if wrong:
+            p.error(message)
     return args
-
-
-def search_present(model, t, index, args, job=ALONE):
-    """`search` with the given options. Files deleted since the index was opened are left out."""
-    scoring = dict(trials=args.trials, seed=args.seed, expected=args.expected)
-    while True:
-        found = search(model, t, index, args.shortlist, args.top, args.pieces, job, **scoring)
-        shown = [index.paths[hit.file] for hits in found for hit in hits]
-        if job.gather(all(map(os.path.exists, shown)))[0]:
-            return found
-        # Where one is gone many may be, as a disk is away.
-        there = job.gather([*map(os.path.exists, index.paths)])[0]
-        index.file[~torch.tensor([*there, True])[index.file]] = -1
-
-
-def answer(model, tokenizer, index, args, job):
-    """Print the results of every query. -> {query: [dict of rank, score, ...]}, exit status."""
-    found = {}
-    status = 0
-    for queries in questions(args, job):
-        try:
-            t = encode_queries(model, tokenizer, queries, job, args.amp)
-        except DataError as error:
-            if args.query:
-                raise
-            # One of several that are asked one by one: the others have their answers.
-            if job.rank == 0:
-                print(f"error: {escaped(str(error))}", file=sys.stderr)
-            status = 2
-            continue
-        results = search_present(model, t, index, args, job)
-        for query, hits in zip(queries, results):
-            if not hits:
-                if (index.file < 0).all():
-                    raise DataError("the videos of the index are gone: run without -n to find "
-                                    "others")
-                raise WeightsError(
-                    f"{args.ckpt}: no score of {query!r} is a finite number, so nothing can be "
-                    "ranked: its weights are damaged, or its training went wrong"
-                )
-            found[query] = [
-                dict(rank=rank, score=hit.score, file=index.paths[hit.file], at=round(hit.at, 3),
-                     start=round(hit.start, 3), end=round(hit.end, 3))
-                for rank, hit in enumerate(hits, 1)
-            ]
-            if args.files and job.rank == 0:
-                print_files([record["file"] for record in found[query]], args.end)
-            elif not args.files and args.json != "-":
-                job.say(table(query, hits, index))
-    return found, status
 
 
 def main(argv=None):
     args = parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
         job = start_processes(args.device)
-        page = None
         if args.serve is not None:
             if job.world > 1:
                 raise DataError("--serve is for one process: start it without torchrun")
-            page = SearchPage(args.host, args.serve)  # first, in case the port is not free
-        outputs = {"--json": args.json if args.json != "-" else None, "--report": args.report}
-        check_outputs(outputs, [args.ckpt, *args.query])
-        model, tokenizer, _ = load_model(
-            args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
-        say_loaded(args, model, job)
+            page = SearchPage(args.host, args.serve)
+        # What can be wrong is looked at before a model is downloaded.
+        if args.json != "-":
+            check_outputs({"--json": args.json}, [args.ckpt])
+        list_videos(args.videos, not args.no_new)
+        for query in args.query:
+            names_file(query)
+        model, tokenizer, config = load_model(args.ckpt, job)
+        line = (f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
+                f"{model.config['radius']}, on {job.device}")
+        if "unfinished" in config:
+            line += f", unfinished: {config['unfinished']}"
+        if not args.update:
+            job.say(line)
         build = functools.partial(
             build_index,
             model,
             args.videos,
             args.window,
             args.index,
-            new=not args.no_new,
-            job=job,
+            not args.no_new,
+            job,
+            quiet=args.update or args.serve is not None,
             workers=args.workers,
             batch=args.batch,
             amp=args.amp,
         )
-        if page:
-            args.top = max(args.top, ON_PAGE)
-
+        if args.serve is not None:
             def find(query, index):  # only texts: no file that a browser names is opened
                 t = encode_texts(model, tokenizer, [query], amp=args.amp)
-                return search_present(model, t, index, args)[0]
+                return search(model, t, index, max(args.top, ON_PAGE), pieces=args.pieces)[0]
 
             return page.run(build, find, model.frames, args.every)
         index = build()
-        check_outputs(outputs, index.paths)
     if args.update:
-        return 2 if index.unsaved else 0
+        return 0
     found, status = answer(model, tokenizer, index, args, job)
-    if job.rank == 0:
-        write_results(found, args)
+    text = json.dumps(found, indent=1)
+    if args.json == "-":
+        job.say(text)
+    elif args.json and job.rank == 0:
+        write_output("--json", args.json, text)
     return status
 
 

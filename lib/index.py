@@ -2,17 +2,17 @@
 
 A shard is a file with the pieces of some videos, and is never rewritten. Any number of processes,
 machines and searches may add shards to a folder at the same time. A run that is killed loses only
-what it had not saved yet. This file has these parts: finding videos, Shard, the fingerprint of the
-model, the file of a shard, all shards of a folder, and repacking.
+what it had not saved yet. Rows of files that are away stay, because a disk may come back; deleting
+the folder .tmass-index/ starts anew. This file has these parts: finding videos, Shard, the
+fingerprint of the model, the file of a shard, and all shards of a folder.
 """
 import contextlib
+import errno
 import glob
 import hashlib
 import itertools
-import json
 import os
 import secrets
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -20,45 +20,36 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from lib.common import (
-    DataError,
-    curable,
-    cure,
-    escaped,
-    first_few,
-    first_line,
-    why_not_written,
-    write_whole,
-    written_whole,
-)
-from lib.processes import ALONE
+from lib.common import DataError, curable, cure, escaped, first_line, why_not_written, written_whole
 from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
 FORMAT = "tmass index 2"
-FULL = 4000             # pieces after which a shard is saved; opening a shard takes 1 ms
-OLD = 60                # seconds after which a shard is saved even if it is not full
-SMALL = 16              # number of shards less than an eighth full at which they are joined
-MISSED = 7 * 24 * 3600  # seconds for which a file must be missing before its rows are dropped
+FULL = 4000  # pieces after which a shard is saved; opening a shard takes 1 ms
+OLD = 60     # seconds after which a shard is saved even if it is not full
+SMALL = 64   # number of shards that need not be full
 MEGABYTE = 2 ** 20
-MEANS = 2 * 2 ** 30     # bytes of pooled frames to keep on a GPU: 2 million pieces of D = 512
 
 
 # ---- finding videos ----
+
+# Folders of NAS and other systems, in small letters: pictures of videos, and what was deleted.
+SYSTEM = ("@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin",
+          "system volume information", "lost+found")
+
 
 class Folder(NamedTuple):
     """A folder, and which of its videos to search."""
 
     path: str
     stamps: Optional[dict]  # {name in the folder: (size, mtime_ns)}; None: all in the index
-    whole: bool             # True if stamps lists all videos of the folder: others were deleted
-    refused: list           # error messages, for what can't be read
+    reasons: list           # error messages, for what could not be read just now
 
 
 def list_videos(paths, new=True):
     """Find the videos in folders, searched recursively, and among single files. -> list of Folder
 
-    new=False: don't look into the folders.
+    new=False: don't look into the folders. Raises DataError if there is nothing.
     """
     folders = []
     named = {}  # folder: {name: stamp} of the single files in it
@@ -66,7 +57,7 @@ def list_videos(paths, new=True):
         if os.path.isdir(path):
             refused = []
             stamps = videos_below(path, refused) if new else None
-            folders.append(Folder(path, stamps, new, refused))
+            folders.append(Folder(path, stamps, refused))
         elif os.path.isfile(path):
             folder, name = os.path.split(path)
             named.setdefault(folder, {})[name] = _stamp_of(path)
@@ -74,11 +65,10 @@ def list_videos(paths, new=True):
             raise DataError(
                 f"--videos {path}: there is no such folder or file (queries come before --videos)"
             )
-    # Not `whole`: a folder's other files still exist when only some are named.
-    folders += [Folder(folder, stamps, False, []) for folder, stamps in named.items()]
+    folders += [Folder(folder, stamps, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
-        reasons = (reason for folder in folders for reason in folder.refused)
+        reasons = (reason for folder in folders for reason in folder.reasons)
         why = next(reasons, ", ".join(SUFFIXES))
         raise DataError(f"--videos {searched}: no videos found ({why})")
     return folders
@@ -103,22 +93,23 @@ def videos_below(folder, refused):
     def note(error):
         refused.append(f"{error.filename}: {error.strerror}")
 
+    def visible(names):
+        return [name for name in names if name[0] != "." and name.lower() not in SYSTEM]
+
     for base, folders, files in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
             folders.clear()  # in place, so that os.walk doesn't descend into them
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
         # Links come last, so that a folder is found under its own name rather than a link's.
+        folders[:] = visible(folders)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))
         below = base[len(folder):].lstrip(os.sep)
-        for name in files:
+        for name in visible(files):
             path = os.path.join(base, name)
-            if not name.lower().endswith(SUFFIXES) or name.startswith("."):
-                continue
             try:
-                if os.path.isfile(path):
+                if name.lower().endswith(SUFFIXES) and os.path.isfile(path):
                     found[os.path.join(below, name)] = _stamp_of(path)
             except OSError as error:  # deleted in the meantime, or no permission
                 note(error)
@@ -209,11 +200,11 @@ def fingerprint(model, window):
 # ---- the file of a shard ----
 
 def content_of(path):
-    """Hash a file's size, first and last megabyte, to recognise copies of it. -> 32 hex digits
+    """Hash a file's size, first and last megabyte, to recognise it elsewhere. -> 32 hex digits
 
-    Raises OSError.
+    It is the same file only if its stamp is the same too: reading all of a long film would take
+    longer than decoding the sampled frames. Raises OSError.
     """
-    # Reading all of a long film would take longer than decoding the sampled frames.
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -222,11 +213,6 @@ def content_of(path):
             file.seek(start)
             digest.update(file.read(MEGABYTE))
     return digest.hexdigest()
-
-
-def _new_name(mark):
-    """A new shard's name. Names sort by time of creation. mark: the fingerprint."""
-    return f"{mark}-{time.time_ns():016x}-{secrets.token_hex(4)}.shard"
 
 
 def write_shard(folder, name, shard):
@@ -241,10 +227,10 @@ def write_shard(folder, name, shard):
 
 
 def read_shard(path, size):
-    """Open a shard, memory-mapped. -> Shard, or None if it is damaged.
+    """Open a shard, memory-mapped. -> Shard
 
     size: (T,D) of the model. There are no checksums, because a shard may be gigabytes long. Raises
-    OSError, and DataError if there is too little memory.
+    OSError, also if it is damaged, and DataError if there is too little memory.
     """
     with curable(f"{path} can't be opened"), open(path, "rb") as file:
         # torch maps a file by its name, which must be valid Unicode.
@@ -253,11 +239,12 @@ def read_shard(path, size):
             content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
             shard = Shard(*(content[field] for field in Shard._fields))
             shard = shard._replace(files=[File(*file) for file in shard.files])
-            return shard if _is_valid(shard, *size) else None
+            if _is_valid(shard, *size):
+                return shard
         except Exception as error:  # a damaged file may raise nearly any error
             if isinstance(error, OSError) or cure(error):
                 raise
-            return None
+    raise OSError(errno.EBADMSG, "it is damaged: you can delete it")
 
 
 def _is_valid(shard, T, D):
@@ -284,51 +271,51 @@ def _is_valid(shard, T, D):
 class ShardWriter:
     """Collects the pieces of encoded files, and saves them as a shard when one is full or old.
 
-    parts: list of Shards that are not saved yet, one for each file. Callers append to it.
-    unsaved: {name: Shard} of those that could not be written. A message is printed for the first.
+    saved: called after each save. names: of the shards that were written.
     """
 
-    def __init__(self, folder, mark):
+    def __init__(self, folder, mark, saved=lambda: None):
         self.folder = folder
         self.mark = mark
-        self.parts = []
-        self.saved = time.monotonic()
-        self.unsaved = {}
+        self.saved = saved
+        self.names = []
+        self.start()
 
-    def save_if_due(self):
-        """Save if the parts fill a shard, or the last save was long ago. -> whether it was due"""
-        # The first batch of a long video leaves nothing to save yet.
-        waited = time.monotonic() - self.saved if self.parts else 0
-        due = sum(len(part.file) for part in self.parts) >= FULL or waited > OLD
-        if due:
+    def start(self):
+        """Start a new shard."""
+        self.parts = []  # a Shard of each file
+        self.pieces = 0
+        self.started = time.monotonic()
+
+    def add(self, part):
+        """Add the Shard of a file. Raises DataError if a full shard can't be saved."""
+        self.parts.append(part)
+        self.pieces += len(part.file)
+        if self.pieces >= FULL or time.monotonic() - self.started > OLD:
             self.save()
-        return due
 
     def save(self):
+        """Save what was added. Raises DataError."""
         if not self.parts:
             return
-        name = _new_name(self.mark)
-        shard = _join_shards(self.parts)
+        # Names sort by time of creation.
+        name = f"{self.mark}-{time.time_ns():016x}-{secrets.token_hex(4)}.shard"
         try:
-            write_shard(self.folder, name, shard)
+            write_shard(self.folder, name, _join_shards(self.parts))
         except (OSError, RuntimeError) as error:
-            if not self.unsaved:
-                why = why_not_written(error) or first_line(error)
-                print(
-                    f"cannot write {escaped(self.folder)} ({why}): searching without saving, so "
-                    "the next search encodes again; use --index DIR to save elsewhere",
-                    file=sys.stderr,
-                )
-            self.unsaved[name] = shard
-        self.parts = []
-        self.saved = time.monotonic()
+            why = why_not_written(error) or first_line(error)
+            raise DataError(f"cannot write {self.folder} ({why}): use --index DIR to keep the "
+                            "embeddings elsewhere") from None
+        self.names.append(name)
+        self.start()
+        self.saved()
 
 
 # ---- all shards of a folder ----
 
 def shard_folder(folder, index_dir=None):
     """The folder of a folder's shards: inside it, or a subfolder of index_dir if that is given."""
-    if index_dir is None:
+    if not index_dir:
         return os.path.join(folder, INDEX)
     # Named after the real path, so that every spelling of the path finds the same shards.
     real = os.fsencode(os.path.realpath(folder))
@@ -336,128 +323,55 @@ def shard_folder(folder, index_dir=None):
     return os.path.join(index_dir, name[:12])
 
 
-def open_shards(folder, mark, known, job, size):
-    """Open all undamaged shards of a folder, the same in all processes. -> {name: Shard}
+def shard_names(folder, mark):
+    """The names of a folder's shards, from the oldest. mark: the fingerprint."""
+    return sorted(glob.glob(f"{mark}*.shard", root_dir=folder))
 
-    known: {name: Shard, or None if damaged}, the shards opened before; new ones are added to it.
+
+def open_shards(folder, names, size, job):
+    """Open shards, the same ones in all processes. -> {name: Shard}, without what can't be read
+
     size: (T,D) of the model.
     """
-    # Another search may be repacking: try again until all processes have opened the same shards.
-    for attempt in range(100):
-        names = sorted(glob.glob(f"{mark}*.shard", root_dir=folder))  # oldest first
-        names = job.gather(names)[0]
-        complete = True
-        for name in names:
-            if name in known:
-                continue
-            path = os.path.join(folder, name)
-            try:
-                known[name] = read_shard(path, size)
-                why = "is damaged and left out (you can delete it)"
-            except OSError as error:
-                if not os.path.lexists(path):  # removed by another search's repack
-                    complete = False
-                    continue
-                known[name] = None
-                why = f"can't be read ({error.strerror})"
-            if known[name] is None:
-                job.say(f"{escaped(path)} {why}: its files are encoded again")
-        if all(job.gather(complete)):
-            break
-        time.sleep(0.1)
-    missing = job.join([name for name in names if not known.get(name)])
-    return {name: known[name] for name in names if name not in missing}
+    opened = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        try:
+            opened[name] = read_shard(path, size)
+        except FileNotFoundError:  # another search has joined it with others
+            continue
+        except OSError as error:
+            job.say(f"{escaped(path)} is left out ({error.strerror}): its files are encoded again")
+    missing = job.join([name for name in names if name not in opened])
+    return {name: shard for name, shard in opened.items() if name not in missing}
 
 
-def newest_shards(shards, stamps):
-    """Find the newest shard of each file. -> {file name: shard name}
+def newest_files(shards, stamps):
+    """Find the newest File of each name. -> {name: File}
 
     shards: {name: Shard}. stamps: {file name: stamp}. A file's rows are valid only if its stamp is
     the same as when it was encoded. None: all rows are valid.
     """
     newest = {}
     # Shards' names sort by time, so the last shard that has a file is its newest.
-    for key, shard in sorted(shards.items()):
-        for name, stamp, *_ in shard.files:
-            if stamps is None or stamps.get(name) == stamp:
-                newest[name] = key
+    for _, shard in sorted(shards.items()):
+        for file in shard.files:
+            if stamps is None or stamps.get(file.name) == file.stamp:
+                newest[file.name] = file
     return newest
 
 
-def move_means(shards, device, job=ALONE, most=MEANS):
-    """Move this process' pooled frames to the device, up to `most` bytes. list of Shard -> same
-
-    Every query reads all of them. On the CPU they stay memory-mapped.
-    """
-    moved = []
-    for s, shard in enumerate(shards):
-        if s % job.world == job.rank and shard.mean.nbytes <= most:
-            most -= shard.mean.nbytes
-            shard = shard._replace(mean=shard.mean.to(device))
-        moved.append(shard)
-    return moved
-
-
-# ---- repacking ----
-
-def newest_with_missed(folder, where, mark, shards, newest):
-    """Add missing files, which may come back, to `newest`. -> {file name: shard name}
-
-    A file is kept for a week after it was first missed, which is recorded in a file beside the
-    shards. It is kept longer while its folder is missing too, as the folder may be on a disk that
-    is not mounted.
-    """
-    path = os.path.join(where, f"{mark}.missed")
-    since = {}  # name: when it was first missed, in seconds since 1970
-    with contextlib.suppress(Exception):  # no such file, or it is damaged in one of many ways
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        since = {name: float(when) for name, when in saved.items()}
-    both = newest_shards(shards, None) | newest
-    times = {name: since.get(name, time.time()) for name in both if name not in newest}
-    if times != since:
-        write_whole(path, json.dumps(times))
-    for name, when in times.items():
-        base = os.path.dirname(os.path.join(folder, name))
-        if time.time() - when >= MISSED and os.access(base, os.R_OK):
-            del both[name]
-    return both
-
-
-def repack(folder, mark, shards, newest):
-    """Copy the valid rows of small or mostly outdated shards to new shards; then delete the old.
-
-    newest: {file name: shard name}.
-    """
+def join_small(folder, mark, shards):
+    """If many shards are not full, write their valid rows to full ones; then delete them."""
     # Shards are never rewritten, so that searches that have one open don't see it change.
-    valid = {}  # name of a shard: for each of its files, whether its rows are the newest
-    chosen = []
-    small = []
-    for key, shard in shards.items():
-        valid[key] = [newest.get(file.name) == key for file in shard.files]
-        of_files = torch.tensor(valid[key], dtype=torch.bool)
-        rows = of_files[shard.file.long()].sum().item()
-        if not any(valid[key]) or 2 * rows < len(shard.file):
-            chosen.append(key)
-        elif 8 * rows < FULL:
-            small.append(key)
-    if len(chosen) + len(small) >= SMALL:
-        chosen += small
-    # A few at a time, because they are in memory together.
-    for start in range(0, len(chosen), SMALL):
-        old = chosen[start:start + SMALL]
-        shard = _join_shards([keep_files(shards[key], valid[key]) for key in old])
-        if shard.files:
-            write_shard(folder, _new_name(mark), shard)
-        for key in old:
-            with contextlib.suppress(FileNotFoundError):  # deleted by another search
-                os.unlink(os.path.join(folder, key))
-
-
-def summary(encoded, files, pieces, reasons, stopped):
-    """The size of the index in words, and up to ten reasons why files were left out, one a line."""
-    line = f"encoded {encoded} videos, {files} in the index, {pieces} pieces"
-    if stopped:
-        line += "; stopped: the next search encodes the others"
-    if reasons:
-        line += f"; {len(reasons)} unreadable left out:"
-    return "\n  ".join(map(escaped, [line, *first_few(reasons)]))
+    small = {key: x for key, x in shards.items() if len(x.file) < FULL}
+    if len(small) <= SMALL:
+        return
+    newest = newest_files(shards, None)
+    writer = ShardWriter(folder, mark)
+    with contextlib.suppress(DataError, OSError):  # can't be written or deleted: they stay
+        for shard in small.values():
+            writer.add(keep_files(shard, [newest[file.name] is file for file in shard.files]))
+        writer.save()
+        for key in small:
+            os.unlink(os.path.join(folder, key))

@@ -18,10 +18,10 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from before import ENV, folder, noise_video  # noqa: F401
 from conftest import ROOT
 from PIL import Image
-from test_eval import ENV, folder, noise_video  # noqa: F401
-from test_search import ask  # noqa: F401
+
 from videos import numbered, write_video
 
 from lib import serve
