@@ -6,6 +6,7 @@ The first `python train.py` renders that many into data/shapes.
 """
 import csv
 import functools
+import io
 import json
 import math
 import re
@@ -413,9 +414,9 @@ class ShapesVideos(Dataset):
             if not path.exists() or not path.stat().st_size:  # empty after a power cut
                 shot, pose = _animate(pose, generator)
                 write_video(path, draw_shots(facts[shot], pose, SIDE), RATE)
-        except (OSError, av.FFmpegError) as e:
-            why = e.strerror or e
-            return DataError(f"{path} can't be written: {why}: make room or use another --root")
+        except OSError as e:
+            return DataError(f"{path} can't be written: {e.strerror}: make room or use another "
+                             "--root")
         return texts, facts.tolist(), says.tolist()
 
 
@@ -423,7 +424,8 @@ def write_video(path, frames, rate):
     """uint8 (T,3,H,W), W a multiple of 32 -> an H.264 file."""
     H, W = frames.shape[2:]
     options = {"preset": "superfast", "crf": "22"}  # slower presets write different bytes each time
-    with written_whole(path, flush=False) as part, av.open(part, "w", format="mp4") as file:
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate, options, width=W, height=H, pix_fmt="yuv420p")
         stream.thread_type = "FRAME"
         stream.thread_count = 1
@@ -433,6 +435,10 @@ def write_video(path, frames, rate):
             plane.view(H, W, 3).copy_(pixels)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    # A kill leaves this file, which the next rendering replaces.
+    part = path.with_suffix(".part")
+    part.write_bytes(content.getvalue())
+    part.replace(path)
 
 
 # ---- the folder ----
@@ -453,10 +459,6 @@ def oracle_ceiling(facts, owner, says, target):
     return 100 * total / len(says)
 
 
-def _about(root):
-    return read_json(Path(root, "shapes.json"), "shapes", dict)
-
-
 def shapes_of(root):
     """What a folder holds of this data set. -> (settings, whether it is complete)
 
@@ -464,13 +466,13 @@ def shapes_of(root):
     another version.
     """
     root = Path(root)
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        return {}, False
     try:
-        if not root.exists() or root.is_dir() and not any(root.iterdir()):
-            return {}, False
-        settings = _about(root)["settings"]
+        settings = json.loads((root / "shapes.json").read_text(encoding="utf-8"))["settings"]
         version = settings["version"]
         numbers = "{train} {val} {test}".format(**settings)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise DataError(f"{root} is neither empty nor made by shapes.py: choose another --root") \
             from None
     if version != SHAPES_VERSION:
@@ -517,9 +519,8 @@ def render_shapes(root, train=1500, val=100, test=500, seed=24, workers=None):
                 open(part, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
     except OSError as e:
-        why = e.strerror or e
-        raise DataError(f"{root}: shapes can't be written there: {why}; choose another --root") \
-            from None
+        raise DataError(f"{root}: shapes can't be written there: {e.strerror}; choose another "
+                        "--root") from None
     best = f"; highest R@1 that the captions allow: {ceiling:.1f} %" if test else ""
     print(f"shapes: {train}/{val}/{test} videos to train, validate and test in {root}{best}")
 
@@ -553,7 +554,8 @@ def _render(videos, workers):
 def shapes_ceiling(root=None):
     """The ceiling that was recorded when rendering, in percent; None if there is none."""
     try:
-        ceiling = _about(root or "data/shapes")["ceiling"]
+        about = read_json(Path(root or "data/shapes", "shapes.json"), "shapes", dict)
+        ceiling = about["ceiling"]
         return ceiling if 0 <= ceiling <= 100 else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -303,10 +303,8 @@ def _explained(path):
     except (MemoryError, RuntimeError) as e:  # torch raises the second
         raise DataError(f"{path}: needs more memory than there is") from e
     except (av.ArgumentError, av.InvalidDataError):  # a format that is not listed, or none
-        empty = os.path.getsize(path) == 0
-        why = "is empty (0 bytes)" if empty else (
-            "not a video, or cut off (playlists and lists of files are not followed)")
-        raise DataError(f"{path}: {why}") from None
+        raise DataError(f"{path}: can't be decoded: not a video, or cut off (playlists and lists "
+                        "of files are not followed)") from None
     except av.FFmpegError as e:
         raise DataError(f"{path}: can't be decoded: {e.strerror or e}") from e
     except FileNotFoundError as e:
@@ -378,7 +376,7 @@ def _listed(file, stream, begin=None, end=math.inf):
         if late > REORDERED:
             break
     # In joined recordings, time stamps start anew, also those of keyframes.
-    if not shown or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
+    if not keys or None in shown or len(set(shown)) < len(shown) or keys != sorted(keys):
         raise _Unseekable
     return sorted(shown), keys
 
@@ -394,40 +392,34 @@ def _listed_near(file, stream, segment):
     origin = _origin(first.time, _file_start(file))
     start = max(first.time, origin + (segment.start or 0))
     end = math.inf if segment.end is None else origin + segment.end
-    for begin in _places(file, stream, start):
-        shown, keys = _listed(file, stream, begin, end)
-        # Packets after a keyframe may be shown before it, but none before it after it.
-        if keys and keys[0] * stream.time_base <= start <= shown[-1] * stream.time_base:
+    latest = _latest(file, stream)
+    for earlier in (1, 10, 100):
+        begin = round(max(0, start - earlier) / stream.time_base)
+        shown, keys = _listed(file, stream, min(begin, latest), end)
+        # Of the frames before a keyframe, none is shown after it.
+        if keys[0] * stream.time_base - 1e-6 <= start <= shown[-1] * stream.time_base:
             return shown[bisect.bisect_left(shown, keys[0]):], keys, origin
     raise _Unseekable
 
 
-def _places(file, stream, time):
-    """Yield time stamps to seek to, ever earlier, for a keyframe that is shown before a time."""
-    if file.format.name == "mpegts":  # has no table
-        if _rises(file, stream):
-            for earlier in (1, 10, 100):
-                yield round((time - earlier) / stream.time_base)
-        return
-    file.seek(0, stream=stream)  # only then has matroska/webm its table, of keyframes
-    table = stream.index_entries
-    row = table.search_timestamp(int(time / stream.time_base))
-    # To find the last row, FFmpeg would read matroska/webm to its end.
-    row = min(row, len(table) - 2)
-    if file.format.name != MATROSKA:  # times of decoding
-        row = max(row - REORDERED, 0)
-    if 0 <= row < len(table):
-        yield table[row].timestamp
+def _latest(file, stream):
+    """The latest time stamp that may be seeked to. Raises _Unseekable where recordings are joined.
 
-
-def _rises(file, stream):
-    """Whether time stamps rise over 16 places of a file. In most joined recordings, they don't."""
-    stamps = []
-    for k in range(16):
-        file.seek(file.size * k // 16, unsupported_byte_offset=True)
-        known = (packet.dts for packet in file.demux(stream) if packet.dts is not None)
-        stamps += itertools.islice(known, 1)
-    return stamps == sorted(stamps)
+    Matroska/webm is read to its end for later ones, and MPEG-TS has no table to tell what it holds.
+    """
+    if file.format.name == MATROSKA:
+        file.seek(0, stream=stream)  # reads the table of keyframes
+        if len(stream.index_entries) > 1:
+            return stream.index_entries[-2].timestamp
+    if file.format.name == "mpegts":
+        stamps = []
+        for k in range(16):
+            file.seek(file.size * k // 16, unsupported_byte_offset=True)
+            known = (packet.dts for packet in file.demux(stream) if packet.dts is not None)
+            stamps += itertools.islice(known, 1)
+        if stamps != sorted(stamps):
+            raise _Unseekable
+    return math.inf
 
 
 def _seek_frames(path, T, cut, segment=None):
@@ -451,21 +443,18 @@ def _seek_frames(path, T, cut, segment=None):
         ranges = [(a, b, _chosen(a, b, T)) for a, b in cut(times)]
         wanted = {shown[i]: i for _, _, chosen in ranges for i in chosen}
         found = {}
+        # MPEG-TS is searched for when packets are decoded.
+        early = round(1 / stream.time_base) if file.format.name == "mpegts" else 0
         last_key = packets = None
         for a, b, chosen in ranges:
             for i in chosen:
                 if i in found:
                     continue
-                key = shown[0]
-                if keys:
-                    before = bisect.bisect_right(keys, shown[i]) - 1
-                    key = keys[max(0, before)]
+                before = bisect.bisect_right(keys, shown[i]) - 1
+                key = keys[max(0, before)]
                 if key != last_key:  # otherwise, decoding continues from here
-                    place = key
-                    if file.format.name == "mpegts":  # seeks by times of decoding
-                        place = key - round(1 / stream.time_base)
-                    file.seek(place, stream=stream)
-                    packets = _packets(file, stream)
+                    file.seek(key - early, stream=stream)
+                    packets = itertools.dropwhile(lambda p: p.pts != key, _packets(file, stream))
                     last_key = key
                 _decode_until(i, packets, stream, wanted, found)
                 if i not in found:
@@ -549,6 +538,12 @@ def _pixels(frame, stream):
     # Of a longer strip, encoders use a small part of what it would be resized to.
     W = min(W, 99 * H)
     H = min(H, 99 * W)
+    curve = frame.color_trc
+    frame.color_trc = UNSPECIFIED  # not used here, and FFmpeg refuses some
+    if frame.colorspace == 10:
+        frame.colorspace = BT2020
+    if frame.colorspace > 7 and frame.colorspace != BT2020:  # nor does it know these matrices
+        frame.colorspace = UNSPECIFIED
     # PyAV 19 keeps the threads of a conversion. A process forked later lacks them, and would wait
     # for them forever.
     plane = frame.reformat(W, H, format="rgb24", threads=1).planes[0]
@@ -567,13 +562,16 @@ def _pixels(frame, stream):
             x = x.flip(0)
         if a < 0:
             x = x.flip(1)
-    if frame.color_trc in (PQ, HLG):
-        x = _from_hdr(x, frame.color_trc)
+    if curve in (PQ, HLG):
+        x = _from_hdr(x, curve)
     return x.permute(2, 0, 1).contiguous()
 
 
-PQ = 16  # FFmpeg's numbers of transfer curves
+# FFmpeg's numbers of transfer curves and matrices.
+PQ = 16
 HLG = 18
+UNSPECIFIED = 2
+BT2020 = 9
 
 
 def _from_hdr(x, curve):
@@ -634,11 +632,6 @@ class FrameCache:
     def __init__(self, folder, frames):
         self.folder = Path(folder)
         self.frames = frames
-        self.warned = False  # in this process
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            self._warn(e)
 
     def read(self, segment):
         """Read a Segment from the cache, or decode it into the cache. -> uint8 (T,3,H,W)
@@ -666,11 +659,12 @@ class FrameCache:
         try:
             self._save(file, key, jpegs)
         except OSError as e:
-            self._warn(e)
+            _warn(self.folder, e.strerror)
         return torch.stack(decode_jpeg(jpegs, ImageReadMode.RGB))
 
     def _save(self, file, key, jpegs):
         """Write a line of JSON, then all pictures in order."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         sizes = [*map(len, jpegs)]
         body = torch.cat(jpegs).numpy().tobytes()
         head = json.dumps([key, sizes, zlib.crc32(body)])
@@ -686,14 +680,12 @@ class FrameCache:
         jpegs = torch.frombuffer(bytearray(body), dtype=torch.uint8).split(sizes)
         return torch.stack(decode_jpeg(list(jpegs), ImageReadMode.RGB))
 
-    def _warn(self, error):
-        if not self.warned:
-            self.warned = True
-            why = error.strerror or error
-            if isinstance(error, FileExistsError):
-                why = "it is a file"
-            print(f"warning: frame cache {self.folder} can't be written ({why}): videos are "
-                  "decoded each time", file=sys.stderr)
+
+@functools.cache
+def _warn(folder, why):
+    """Say once that a cache is of no use."""
+    print(f"warning: frame cache {folder} can't be written ({why}): videos are decoded each time",
+          file=sys.stderr)
 
 
 def frame_reader(frames, cache=None):

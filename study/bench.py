@@ -223,8 +223,7 @@ def pieces(minutes=20, T=12, window=10):
         repeat_video(f"{folder}/minute.mp4", path, max(1, round(minutes)))
 
         def sequentially():
-            file, stream = decode._open(path)
-            with file:
+            with decode._open(path) as (file, stream):
                 return sum(1 for packet in file.demux(stream) for _ in packet.decode())
 
         def read():
