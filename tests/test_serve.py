@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,13 +16,12 @@ from urllib.parse import quote
 import av
 import pytest
 import torch
-from conftest import ROOT, noise_video, refused
+from conftest import BROWSER, ROOT, noise_video, refused
 from torchvision.io import decode_image
 from videos import numbered, numbers, write_video
 
 import search
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NAMES = ["film.mp4", "late.webm", "<b>&\"'.mp4", "caf\u00e9 #1?.mp4", os.fsdecode(b"\xe9.mp4")]
 # Reads the videos of a folder "slow" so slowly that there is time to press Ctrl-C.
 SLOWLY = """
@@ -284,11 +282,10 @@ class Browser:
     """
 
     def __init__(self, profile):
-        program = next(filter(shutil.which, BROWSERS))
         pipes = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null'
         options = ("--headless=new --no-sandbox --disable-gpu --hide-scrollbars --mute-audio "
                    "--no-first-run --disable-background-networking --remote-debugging-pipe")
-        command = ["sh", "-c", pipes, "sh", program, *options.split()]
+        command = ["sh", "-c", pipes, "sh", BROWSER, *options.split()]
         command.append(f"--user-data-dir={profile}")
         self.job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     stderr=subprocess.DEVNULL, start_new_session=True)
@@ -344,8 +341,6 @@ class Browser:
 
 @pytest.fixture
 def browser(tmp_path):
-    if not any(map(shutil.which, BROWSERS)):
-        pytest.skip("needs a headless Chromium")
     browser = Browser(tmp_path / "profile")
     yield browser
     browser.kill()
@@ -361,6 +356,7 @@ SHOWN = """(() => {
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs a headless Chromium")
 @pytest.mark.parametrize("width, height", [(1280, 900), (400, 800)])
 def test_in_a_browser(site, browser, width, height):
     browser.open(width, height, f"http://127.0.0.1:{site.port}/?q=a")
