@@ -3,6 +3,7 @@
 `SearchPage` is the server and keeps the index; `Handler` answers one request. The server gives
 access to the files of the index, by number, and to no other file of this machine.
 """
+import collections
 import contextlib
 import functools
 import html
@@ -80,9 +81,9 @@ class SearchPage(ThreadingHTTPServer):
         self.index = None
         self.numbers = {}  # path: its number, which never changes while the server runs
         self.paths = {}    # number as str: path, for the files of the current index
-        # Separate locks, so that frames can be decoded while the model is searching.
         self.searching = threading.Lock()
-        self.decoding = threading.Lock()
+        # For each piece, so that it is decoded only once, and a slow disk delays no other.
+        self.decoding = collections.defaultdict(threading.Lock)
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
@@ -107,8 +108,8 @@ class SearchPage(ThreadingHTTPServer):
                     self.show(build(new=False))
                 self.due = time.monotonic() + PAUSE
 
-        show_saved()
         try:
+            show_saved()
             while True:
                 try:
                     index = build(saved=show_saved)
@@ -270,9 +271,9 @@ score {hit.score:.4f}</p></li>"""
             at, start, end = (float(values.get(name, values["at"])) for name in names)
             if not math.isfinite(at + start + end):
                 raise ValueError
-            with self.server.decoding:
-                # An index rounds: a bound that was rounded up would come after its frame.
-                segment = Segment(path, start - 0.004, end - 0.004)
+            # An index rounds: a bound that was rounded up would come after its frame.
+            segment = Segment(path, start - 0.004, end - 0.004)
+            with self.server.decoding[segment]:
                 times, jpegs = read_pictures(segment, self.server.frames, 240)
         except (KeyError, ValueError):  # no valid time, or no frame there
             return self.send_error(404)

@@ -18,7 +18,6 @@ import data
 import eval as ev
 from clip_model import Tokenizer
 from lib import exact, report
-from lib.video import Segment
 from lib.weights import save_checkpoint
 
 M = 4
@@ -273,13 +272,6 @@ def test_about_six_of_many_frames():
         assert [int(x["src"]) for x in page.images] == shown
         assert [x["alt"] for x in page.images] == [f"at 0:00:{10 + k}" for k in shown]
         assert [x["src"] for x in page.images if x["class"]] == [str(nearest)]
-
-
-def test_wide_pictures(tmp_path):
-    write_video(tmp_path / "wide.mp4", torch.zeros(2, 16, 640, 3, dtype=torch.uint8))
-    times, [jpeg, _] = report.read_pictures(Segment(str(tmp_path / "wide.mp4")), 2, 96)
-    shown = decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8))
-    assert max(shown.shape) == 384 and times == [0, 0.125]
 
 
 @pytest.mark.slow
