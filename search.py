@@ -17,6 +17,7 @@ and the command line.
 import collections
 import contextlib
 import functools
+import glob
 import itertools
 import json
 import math
@@ -181,7 +182,8 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     size: (T,D). stopped: list of the signals that ended the encoding; new ones are added.
     -> ({name: Shard}, number of videos encoded)
     """
-    names = job.gather(store.shard_names(where, mark))[0]
+    names = sorted(glob.glob(f"{mark}*.shard", root_dir=where))  # from the oldest
+    names = job.gather(names)[0]
     shards = store.open_shards(where, names, size, job)
     newest = store.newest_files(shards, folder.stamps)
     stamps = folder.stamps if new else {}
@@ -189,8 +191,7 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     if not files or stopped:
         return shards, 0
     share = files[job.rank::job.world]
-    total = len(share) * job.world  # assume that all processes progress equally
-    progress = Progress("encoding", total, unit="files", enabled=job.rank == 0)
+    progress = Progress("encoding", len(files), unit="files", enabled=job.rank == 0)
     writer = ShardWriter(where, mark, saved)
     encoded = 0
     with noting_signals() as stopping:
@@ -198,7 +199,7 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
             for done, (shard, is_new) in enumerate(encode(folder, share, shards.values()), 1):
                 writer.add(shard)
                 encoded += is_new
-                progress.update(done * job.world)
+                progress.update(done * job.world)  # assume that all progress equally
                 if stopping:
                     break
         writer.save()
@@ -246,21 +247,23 @@ def build_index(
         shards += opened.values()
         encoded += count
         reasons += job.join(folder.reasons)
-        newest = store.newest_files(opened, folder.stamps)
         base = os.path.realpath(folder.path)
+        newest = store.newest_files(opened, folder.stamps)
+        numbers = {}  # name: position in `found`
+        for name, one in newest.items():
+            real = os.path.join(base, name)  # a file may lie in two of `paths`
+            if one.why:
+                why = one.why
+            elif real not in found:
+                numbers[name] = len(found)
+                found[real] = os.path.join(folder.path, name)
+                names.append(name)
         for shard in opened.values():
-            numbers = []  # the position in `found` of each of the shard's files; -1: not searched
-            for one in shard.files:
-                number = -1
-                real = os.path.join(base, one.name)  # a file may lie in two of `paths`
-                if newest.get(one.name) is one and real not in found:
-                    why = one.why or why
-                    if not one.why:
-                        number = len(found)
-                        found[real] = os.path.join(folder.path, one.name)
-                        names.append(one.name)
-                numbers.append(number)
-            file.append(torch.tensor(numbers, dtype=torch.int64)[shard.file.long()])
+            valid = [
+                numbers.get(one.name, -1) if one is newest.get(one.name) else -1
+                for one in shard.files
+            ]
+            file.append(torch.tensor(valid, dtype=torch.int64)[shard.file.long()])
     # Only Ctrl-C goes on to answer the queries. What was encoded is saved in either case.
     for number in stopped:
         if number != signal.SIGINT or not found:
@@ -322,24 +325,17 @@ def read_picture(path):
 
 
 @torch.no_grad()
-def encode_queries(model, tokenizer, queries, job=ALONE, amp="off"):
-    """Encode queries, each a text or the path of a picture or video. list of N str -> t (N,D)
-
-    A picture or video is encoded by the image tower, and its embedding takes the place of a text's.
-    """
-    t = encode_texts(model, tokenizer, queries, job, amp=amp)
-    transform = data.transform_for(model.clip)
-    for text, query in zip(t, queries):
-        if not names_file(query):
-            continue
-        if query.lower().endswith(PICTURES):
-            frames = read_picture(query)
-        else:
-            frames = read_frames(query, model.frames)
-        pixels = transform(frames)[None].to(t.device)
-        # Not normalised, as for a text: the noise does not scale with t, so |t| matters.
-        text.copy_(model.encode_video(pixels)[0].mean(0))
-    return t
+def encode_query(model, tokenizer, query, job=ALONE, amp="off"):
+    """Encode a text, or the picture or video of which it is the path. str -> t (1,D)"""
+    if not names_file(query):
+        return encode_texts(model, tokenizer, [query], job, amp=amp)
+    if query.lower().endswith(PICTURES):
+        frames = read_picture(query)
+    else:
+        frames = read_frames(query, model.frames)
+    pixels = data.transform_for(model.clip)(frames)[None]
+    # Not normalised, as for a text: the noise does not scale with t, so |t| matters.
+    return model.encode_video(pixels.to(model.clip.logit_scale.device)).mean(1)
 
 
 # ---- search: the best pieces by their pooled frames, then exact scores ----
@@ -371,9 +367,9 @@ def point_scores(text, index, job=ALONE):
 def read_rows(index, rows):
     """Read rows (n,) from their shards. -> frames (n,T,D), times (n,T), spans (n,2)"""
     numbers = torch.bucketize(rows, index.starts[1:], right=True)
-    inside = rows - index.starts[numbers]
+    rows = rows - index.starts[numbers]
     parts = []
-    for s, row in zip(numbers.tolist(), inside.tolist()):
+    for s, row in zip(numbers.tolist(), rows.tolist()):
         shard = index.shards[s]
         parts.append((shard.frames[row], shard.times[row], shard.spans[row]))
     return [torch.stack(x) for x in zip(*parts)]
@@ -493,7 +489,7 @@ def answer(model, tokenizer, index, args, job):
     status = 0
     for query in questions(args, job):
         try:
-            t = encode_queries(model, tokenizer, [query], job, args.amp)
+            t = encode_query(model, tokenizer, query, job, args.amp)
         except DataError as error:
             if args.query:
                 raise

@@ -8,7 +8,6 @@ fingerprint of the model, the file of a shard, and all shards of a folder.
 """
 import contextlib
 import errno
-import glob
 import hashlib
 import itertools
 import os
@@ -284,14 +283,13 @@ class ShardWriter:
     def start(self):
         """Start a new shard."""
         self.parts = []  # a Shard of each file
-        self.pieces = 0
         self.started = time.monotonic()
 
     def add(self, part):
         """Add the Shard of a file. Raises DataError if a full shard can't be saved."""
         self.parts.append(part)
-        self.pieces += len(part.file)
-        if self.pieces >= FULL or time.monotonic() - self.started > OLD:
+        full = sum(len(part.file) for part in self.parts) >= FULL
+        if full or time.monotonic() - self.started > OLD:
             self.save()
 
     def save(self):
@@ -321,11 +319,6 @@ def shard_folder(folder, index_dir=None):
     real = os.fsencode(os.path.realpath(folder))
     name = hashlib.sha256(real).hexdigest()
     return os.path.join(index_dir, name[:12])
-
-
-def shard_names(folder, mark):
-    """The names of a folder's shards, from the oldest. mark: the fingerprint."""
-    return sorted(glob.glob(f"{mark}*.shard", root_dir=folder))
 
 
 def open_shards(folder, names, size, job):
