@@ -258,8 +258,13 @@ class _Unseekable(Exception):
 
 
 class _Disk(io.FileIO):
-    """A file of which PyAV raises the first error; others it would print."""
+    """A file whose first error of reading is raised by PyAV; others would only be printed."""
     failed = False
+
+    def seek(self, *place):
+        with contextlib.suppress(OSError):  # damaged files may refer to places that can't be
+            return super().seek(*place)
+        return -1
 
     def read(self, size):
         if self.failed:

@@ -4,10 +4,11 @@ import torch
 
 
 def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="yuv420p", setup=None,
-                movflags="", **options):
+                movflags="", times=None, late=None, **options):
     """Write frames uint8 (n,H,W,3) to path, in a container by its suffix or by name.
 
-    setup: what else to set of the stream. movflags: of mp4. options: of the codec, such as g="12".
+    setup: what else to set of the stream. movflags: of mp4. times: when each frame is shown, in
+    frames. late: seconds of sound before the first one. options: of the codec, such as g="12".
     """
     layout = dict(movflags=movflags) if movflags else {}
     with av.open(str(path), "w", format=container, options=layout) as file:
@@ -18,10 +19,52 @@ def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="y
             stream.codec_context.thread_type = "FRAME"  # or every frame is cut into two slices
         if setup:
             setup(stream)
-        for x in frames:
-            pixels = torch.as_tensor(x).numpy()
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        file.mux(stream.encode())
+        packets = []
+        if late:
+            sound = file.add_stream("aac", rate=16000)
+            for k in range(int((late + len(frames) / fps) * 16000 / 1024)):
+                silence = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+                silence.sample_rate, silence.pts = 16000, 1024 * k
+                silence.planes[0].update(bytes(4096))
+                packets += sound.encode(silence)
+            packets += sound.encode()
+        for k, x in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(torch.as_tensor(x).numpy(), format="rgb24")
+            frame.pts = (times[k] if times else k) + int((late or 0) * fps)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if late:
+            packets.sort(key=lambda packet: packet.dts * packet.time_base)
+        for packet in packets:
+            file.mux(packet)
+
+
+def copy_videos(path, sources, together=False, covers=(), later=0):
+    """Copy the streams of video files into one: one after another, or together as streams.
+
+    covers: names of sources that are only pictures. later: seconds to add to all time stamps.
+    """
+    streams = []
+    with av.open(str(path), "w") as out:
+        for source in sources:
+            with av.open(str(source)) as file:
+                if together or not streams:
+                    streams.append(out.add_stream_from_template(file.streams.video[0]))
+                stream = streams[-1]
+                if source in covers:
+                    stream.disposition = av.stream.Disposition.attached_pic
+        for k, source in enumerate(sources):
+            with av.open(str(source)) as file:
+                first = file.streams.video[0]
+                begin = round(later / first.time_base)
+                for packet in file.demux(first):
+                    if packet.dts is not None:
+                        packet.pts += begin
+                        packet.dts += begin
+                        packet.stream = streams[k] if together else streams[0]
+                        out.mux(packet)
+                if not together:
+                    later += first.frames / float(first.average_rate)
 
 
 def numbered(n, size=64):
@@ -40,27 +83,3 @@ def numbers(frames):
     T, _, H, W = frames.shape
     columns = frames.float().mean((1, 2)).view(T, 8, W // 8).mean(-1) > 120  # (T,8)
     return (columns.long() * 2 ** torch.arange(8)).sum(-1).tolist()
-
-
-def write_with_sound(path, frames, late, fps=8):
-    """Write frames uint8 (n,H,W,3) that begin `late` seconds after the sound does."""
-    frames = [av.VideoFrame.from_ndarray(x.numpy(), format="rgb24") for x in frames]
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=fps)
-        stream.height, stream.width = frames[0].height, frames[0].width
-        stream.pix_fmt, stream.options = "yuv420p", dict(bf="2", g="12")
-        stream.codec_context.thread_type = "FRAME"
-        sound = file.add_stream("aac", rate=16000)
-        packets = []
-        for k in range(int((late + len(frames) / fps) * 16000 / 1024)):
-            silence = av.AudioFrame(format="fltp", layout="mono", samples=1024)
-            silence.sample_rate, silence.pts = 16000, 1024 * k
-            silence.planes[0].update(bytes(4096))
-            packets += sound.encode(silence)
-        for k, frame in enumerate(frames):
-            frame.pts = k + late * fps
-            packets += stream.encode(frame)
-        packets += sound.encode()
-        packets += stream.encode()
-        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-            file.mux(packet)
