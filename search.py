@@ -273,8 +273,11 @@ def build_index(
     named.update(fresh)
     if encoded or fresh or not quiet:
         pieces = (file >= 0).sum().item()
-        line = f"encoded {_count(encoded, 'video')}, " if new else "-n, without looking at them: "
-        line += f"{len(found)} in the index, {_count(pieces, 'piece')}"
+        line = f"{len(found)} in the index, {_count(pieces, 'piece')}"
+        if new:
+            line = f"encoded {_count(encoded, 'video')}, {line}"
+        else:
+            line += " (-n: some may be gone)"
         if stopped:
             line += "; stopped: the next search encodes the others"
         if fresh:

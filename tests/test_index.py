@@ -56,7 +56,7 @@ def test_only_what_is_new_is_encoded(videos, found, ckpt):
     os.utime(videos / "1.mp4", ns=(1, 1))
     (videos / "2.mp4").rename(videos / "2.txt")
     said, names = found(videos, "-n")
-    assert "-n, without looking at them: 4 in the index" in said
+    assert "4 in the index, 4 pieces (-n: some may be gone)\n" in said
     assert names == ["0.mp4", "1.mp4", "3.mp4"]  # what is gone is not shown
     said, names = found(videos)
     assert "encoded 2 videos, 4 in the index" in said and "2.mp4" not in names
