@@ -37,7 +37,8 @@ HEADERS = {
 STYLE = """<style>
 header{display:flex;flex-wrap:wrap;align-items:center;gap:10px 24px}
 h1{margin:0}
-body:not(:has(.card)){display:grid;align-content:center;justify-content:center;min-height:80vh}
+body:not(:has(.card)){display:grid;align-content:center;min-height:80vh}
+body:not(:has(.card))>*{width:min(100%,48rem)}
 form{display:flex;flex:1 1 20rem;gap:8px;max-width:46rem}
 input,button{font:inherit;padding:9px 14px;border:1px solid var(--rule);border-radius:10px;
 color:inherit;background:var(--card)}
