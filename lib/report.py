@@ -112,6 +112,7 @@ def _margins(sims, owner):
 
 
 def spread(x):
+    """The mean and the standard deviation of x (P,), NaN if P = 0. -> dict(mean, std)"""
     return dict(mean=x.mean().item(), std=x.std(correction=0).item())
 
 
@@ -392,7 +393,8 @@ def choose_queries(sims, owner):
 
     sims (N,V), owner (N). A text is the better, the further its own video is ahead of all others.
     """
-    order = _margins(sims, torch.tensor(owner)).argsort(descending=True).tolist()
+    margin = _margins(sims, torch.tensor(owner))
+    order = margin.argsort(descending=True).tolist()
     chosen = {}
     for title, texts in (("Best", order), ("Worst", order[::-1])):
         first = {}
@@ -419,8 +421,8 @@ def query_card(i, scored, rank, folder):
         sources = [f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in jpegs]
         nearest = cosine(t[i], f[v]).argmax().item()
         at = times[nearest]
-        # As bytes, because a file name need not be valid Unicode.
-        link = quote(os.fsencode(os.path.relpath(segment.path, folder)))
+        link = os.path.relpath(segment.path, folder)
+        link = quote(os.fsencode(link))  # a file name need not be valid Unicode
         mark = ""
         if v == right:
             mark = '<b class="mark">✓ the right video</b>'
