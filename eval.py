@@ -370,11 +370,6 @@ def say_loaded(args, model, job):
     job.say(f"{', '.join(settings)}, on {job.device}")
 
 
-def log_of(ckpt):
-    """The log of the training that wrote a checkpoint."""
-    return os.path.splitext(ckpt)[0] + ".log.csv"
-
-
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--ckpt", metavar="NAME", default="model.pt",
@@ -480,10 +475,6 @@ def write_results(args, model, scored, result, job):
     if args.analyze:
         result["analysis"] = analysis
         job.say("\n" + report.analysis_text(analysis))
-    if args.report:
-        log = log_of(args.ckpt)
-        report.write_report(args.report, model, result, analysis, scored, t2v, log)
-        job.say(f"report: {args.report}")
     if args.json:
         write_output("--json", args.json, json.dumps(result, indent=1))
     if args.save:
@@ -503,21 +494,23 @@ def write_results(args, model, scored, result, job):
         file = io.BytesIO()
         torch.save(content, file)
         write_output("--save", args.save, file.getvalue())
+    if args.report:
+        report.write_report(args.report, result, analysis, scored, t2v)
+        job.say(f"report: {args.report}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     job = start_processes(args.device)
     outputs = {f"--{name}": getattr(args, name) for name in ("json", "report", "save")}
-    inputs = [args.ckpt, log_of(args.ckpt)]
-    check_outputs(outputs, inputs)
+    check_outputs(outputs, [args.ckpt])
     model, tokenizer, config = load_model(
         args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
     say_loaded(args, model, job)
     ann, missing = load_data(args, config, job)
     tables = args.data if args.data.endswith(".csv") else args.root
     videos = [segment.path for segment in ann.segments]
-    check_outputs(outputs, [*inputs, tables or data.default_root(args.data), *videos])
+    check_outputs(outputs, [args.ckpt, tables or data.default_root(args.data), *videos])
     say_cut(job, tokenizer, ann.captions, args.split)
     settings = {name: getattr(args, name) for name in SETTINGS}
     scored = score_split(model, tokenizer, ann, job, name=args.ckpt, **settings)

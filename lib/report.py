@@ -1,40 +1,34 @@
-"""An analysis of the scores behind the metrics, for the terminal and as an HTML page.
+"""What lies behind the metrics: an analysis, and an HTML page of tables and cards.
 
 `analyze` computes confidence intervals of recall, compares relevant with irrelevant pairs, and
-splits recall by video complexity; `analysis_text` formats this. `write_report` and
-`write_search_report` each write a page, built from the parts in lib/page.py.
+splits recall by video complexity. `analysis_text` formats this for the terminal, and `write_report`
+writes the page.
+
+A page is one HTML file that runs no scripts and loads nothing from the network. Text from users,
+such as captions and file names, must go through `esc`. The search page (lib/serve.py) has the same
+style and pictures.
 """
 import functools
-import math
+import html
 import os
 import textwrap
+from base64 import b64encode
 from urllib.parse import quote
 
 import torch
-import torch.nn.functional as F
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2.functional import resize
 
 from lib import exact
-from lib.common import clock
-from lib.mass import draw_mass, measure_mass
-from lib.page import (
-    esc,
-    found_segment,
-    histogram_chart,
-    hit,
-    html_table,
-    page,
-    strip,
-    thirds_chart,
-    training_charts,
-    write_page,
-)
-from lib.video import Segment
+from lib.common import clock, escaped, write_output
+from lib.video import read_segment, start_time
 from tmass import cosine
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 20_000  # irrelevant pairs to analyse; if there are more, they are sampled
-BINS = 40            # per histogram
 RESAMPLES = 2000     # per bootstrap
+CARDS = 3            # queries of each kind, best and worst
+TOP = 5              # results on a card
 
 # ---- analysis ----
 
@@ -42,7 +36,7 @@ RESAMPLES = 2000     # per bootstrap
 def frame_diversity(f):
     """Mean cosine distance between the frames of each video. f (V,T,D) -> (V,)."""
     T = f.shape[1]
-    f = F.normalize(f, dim=-1)
+    f = torch.nn.functional.normalize(f, dim=-1)
     # The diagonal adds nothing: a frame's distance to itself is 0.
     return (1 - f @ f.mT).sum((1, 2)) / max(1, T * (T - 1))
 
@@ -54,15 +48,13 @@ def recall_intervals(ranks, video):
     with all its texts, because the ranks of texts of the same video are correlated.
     """
     hits = torch.stack([ranks <= k for k in RECALLS], 1).double()
-    group = video.unique(return_inverse=True)[1]
-    texts = group.bincount().double()
-    n = len(texts)
-    found = hits.new_zeros(n, len(RECALLS)).index_add(0, group, hits)
+    videos, group = video.unique(return_inverse=True)
+    n = len(videos)
     rates = []
-    # One resample at a time: all at once would need RESAMPLES numbers for each video.
     for _ in range(RESAMPLES):
-        times = torch.randint(n, (n,)).bincount(minlength=n).double()
-        rates.append(times @ found / (times @ texts))
+        # How often the video of each text is drawn.
+        weight = torch.randint(n, (n,)).bincount(minlength=n)[group].double()
+        rates.append(weight @ hits / weight.sum())
     ends = torch.stack(rates).quantile(hits.new_tensor([0.025, 0.975]), dim=0)
     table = 100 * torch.stack([hits.mean(0), *ends], 1)
     rows = [dict(zip(("value", "low", "high"), row)) for row in table.tolist()]
@@ -96,15 +88,10 @@ def percent(hits):
 
 def _irrelevant_pairs(owner, V):
     """Irrelevant pairs (text i, video j), at most MOST_PAIRS. owner (N,) -> i (P,), j (P,)."""
-    others = max(1, V - 1)
-    count = len(owner) * (V - 1)
     # Pairs are numbered by text, then by video, cyclically from the one after the text's own.
-    if count > MOST_PAIRS:
-        number = torch.randint(count, (MOST_PAIRS,))
-    else:
-        number = torch.arange(count)
-    i = number // others
-    j = (owner[i] + 1 + number % others) % V
+    number = torch.randperm(len(owner) * (V - 1))[:MOST_PAIRS]
+    i = number // (V - 1)
+    j = (owner[i] + 1 + number % (V - 1)) % V
     return i, j
 
 
@@ -125,29 +112,8 @@ def _margins(sims, owner):
 
 
 def spread(x):
-    """x (P,) -> dict(mean, std), each None if there are too few values."""
-    mean = x.mean().item() if len(x) else None
-    std = x.std().item() if len(x) > 1 else None
-    return dict(mean=mean, std=std)
-
-
-def histogram(pairs):
-    """Counts of finite values in common bins. {kind: (P,)} -> {kind: counts, "edges": edges}."""
-    values = torch.cat(list(pairs.values()))
-    values = values[values.isfinite()].tolist() or [0, 1]
-    low = min(values)
-    high = max(values)
-    # If all values are equal, as |R|₁ = 0 for radius none, the bins would have no width. If they
-    # nearly are, the six digits at the ticks could not tell them apart.
-    if high - low < 1e-4 * max(1, abs(low)):
-        low -= 0.5
-        high += 0.5
-    out = {}
-    for kind, x in pairs.items():
-        counts, edges = x.double().histogram(BINS, range=(low, high))
-        out[kind] = counts.long().tolist()
-    out["edges"] = edges.tolist()
-    return out
+    """The mean and the standard deviation of x (P,), NaN if P = 0. -> dict(mean, std)"""
+    return dict(mean=x.mean().item(), std=x.std(correction=0).item())
 
 
 @torch.no_grad()
@@ -159,39 +125,30 @@ def analyze(model, scored, t2v, v2t):
     - relevant, irrelevant: mean and standard deviation, over such pairs, of the point text's
       cos(t, v), the score in sims (cos(t_s, v) of the best sample, or its mean) and |R|₁. Relevant
       pairs are a text and its own video; irrelevant ones are all others, or a seeded sample.
-    - histograms: of the scores and |R|₁ of these pairs.
     - point_R1, complexity: R@1 without samples, and R@1 by third of the videos' frame diversity.
     """
     t, f, sims, ann, _, scoring = scored
-    trials = scoring["trials"]
-    seed = scoring["seed"]
     sims = sims.cpu()
-    torch.manual_seed(seed)
+    torch.manual_seed(scoring["seed"])
     owner = torch.tensor(ann.owner)
-    N, V = sims.shape
-    # cos(t, v): without samples, sims already hold it.
-    point = exact.score(model, t, f, trials=0).cpu() if trials else sims
-    out = dict(trials=trials, seed=seed)
+    point = sims  # cos(t, v)
+    if scoring["trials"]:
+        point = exact.score(model, t, f, trials=0).cpu()
+    out = dict(scoring)
     described = owner.unique()  # videos without captions have no v2t rank
     out["intervals"] = dict(t2v=recall_intervals(t2v, owner),
                             v2t=recall_intervals(v2t[described], described))
 
-    pairs = dict(relevant=(torch.arange(N), owner),
-                 irrelevant=_irrelevant_pairs(owner, V))
-    best = {}
-    size = {}
+    pairs = dict(relevant=(torch.arange(len(t)), owner),
+                 irrelevant=_irrelevant_pairs(owner, len(f)))
     for kind, (i, j) in pairs.items():
-        best[kind] = sims[i, j]
-        size[kind] = _radius_l1(model, t, f, i, j)
         out[kind] = dict(
             pairs=len(i),
             point=spread(point[i, j]),
-            best=spread(best[kind]),
-            radius=spread(size[kind]),
-            best_beats_point=percent(best[kind] > point[i, j]) if len(i) else None,
-            sampled=kind == "irrelevant" and N * (V - 1) > MOST_PAIRS,
+            best=spread(sims[i, j]),
+            radius=spread(_radius_l1(model, t, f, i, j)),
+            best_beats_point=percent(sims[i, j] > point[i, j]),
         )
-    out["histograms"] = dict(similarity=histogram(best), radius=histogram(size))
 
     point_hits = _margins(point, owner) > 0
     out["point_R1"] = percent(point_hits)
@@ -209,11 +166,12 @@ WAYS = {"t2v": "t2v", "v2t": "v2t, max over captions"}
 COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")  # the order of eval.metrics
 # Optional parts of a result: the start of the label of their rows, and a note for the reader.
 PARTS = {
+    "honest": ("", ""),
     "dsl": ("DSL ", "DSL is transductive: it uses all queries at once. It is not comparable with "
             "the other rows."),
     "first_captions": ("first captions, honest: ", "The released protocol uses the first "
-                       "caption of each video ({texts} texts), because it is defined for one "
-                       "caption per video; the first rows use all captions."),
+                       "caption of each video, because it is defined for one caption per video; "
+                       "the first rows use all captions."),
     "released_protocol": ("LEAKING ", "LEAKING: the released protocol scores a video as pooled by "
                           "its own ground-truth caption, whatever the query. For comparison with "
                           "published numbers only. (There, each pair has its own noise.)"),
@@ -223,28 +181,22 @@ PAIR_ROWS = {"point": ("cos(t, v), point text", 3), "best": ("cos(t_s, v), best 
 COMPLEXITY = "video complexity (frame diversity)"
 
 
-def number(x, digits=1):
-    return "–" if x is None or math.isnan(x) else f"{x:.{digits}f}"
-
-
 def metrics_table(result):
     """A table of all metrics in a result of eval.summarise. -> heads, rows"""
-    parts = {"": result}
-    for key, (label, _) in PARTS.items():
-        if key in result:
-            parts[label] = result[key]
+    parts = dict(result, honest=result)
     rows = []
-    for label, part in parts.items():
+    for key, (label, _) in PARTS.items():
+        if key not in parts:
+            continue
         for way, name in WAYS.items():
-            cells = [f"{x:g}" if k == "MdR" else f"{x:.1f}" for k, x in part[way].items()]
+            cells = [f"{x:g}" if k == "MdR" else f"{x:.1f}" for k, x in parts[key][way].items()]
             rows.append([label + name, *cells])
     return ["", *COLUMNS], rows
 
 
 def _metrics_notes(result):
     """The notes that belong below a result's metrics. -> list of str"""
-    released = result.get("released_protocol", {})
-    return [note.format(**released) for key, (_, note) in PARTS.items() if key in result]
+    return [note for key, (_, note) in PARTS.items() if key in result]
 
 
 def _intervals_table(a):
@@ -260,10 +212,12 @@ def pairs_table(a):
     kinds = ("relevant", "irrelevant")
     rows = []
     for key, (label, digits) in PAIR_ROWS.items():
-        pair = [a[kind][key].values() for kind in kinds]
-        cells = [f"{number(mean, digits)} ± {number(std, digits)}" for mean, std in pair]
+        cells = []
+        for kind in kinds:
+            mean, std = a[kind][key].values()
+            cells.append(f"{mean:.{digits}f} ± {std:.{digits}f}")
         rows.append([label, *cells])
-    beats = [number(a[kind]["best_beats_point"]) for kind in kinds]
+    beats = [f"{a[kind]['best_beats_point']:.1f}" for kind in kinds]
     rows.append(["best sample beats point text, %", *beats])
     return ["mean ± std", *kinds], rows
 
@@ -275,11 +229,10 @@ def _thirds_table(a):
         rows.append([
             f"{x['third']}: {x['least']:.3f} to {x['most']:.3f}",
             str(x["texts"]),
-            f"{x['R1']:.1f}",
-            f"[{x['low']:.1f}, {x['high']:.1f}]",
+            f"{x['R1']:.1f} [{x['low']:.1f}, {x['high']:.1f}]",
             f"{x['R1_point']:.1f}",
         ])
-    return [f"t2v R@1 by {COMPLEXITY}", "texts", "R@1", "95 %", "point text"], rows
+    return [f"t2v R@1 by {COMPLEXITY}", "texts", "95 % interval", "point text"], rows
 
 
 def _text_table(heads, rows):
@@ -295,200 +248,226 @@ def _text_table(heads, rows):
 
 def metrics_text(result):
     """Format the result of eval.summarise for the terminal."""
-    lines = [f"{result['texts']} texts, {result['videos']} videos"]
-    lines.append(_text_table(*metrics_table(result)))
-    for note in _metrics_notes(result):
-        lines.append(textwrap.fill(note, 98))
-    return "\n".join(lines)
+    notes = "".join("\n" + textwrap.fill(note, 98) for note in _metrics_notes(result))
+    return f"""{result["texts"]} texts, {result["videos"]} videos
+{_text_table(*metrics_table(result))}{notes}"""
 
 
 def _about_pairs(a):
     """Which pairs were analysed, and how many, as a phrase."""
-    others = "a seeded sample of the irrelevant" if a["irrelevant"]["sampled"] else "all irrelevant"
+    others = "all irrelevant"
+    if a["irrelevant"]["pairs"] == MOST_PAIRS:
+        others = "a seeded sample of the irrelevant"
     return (f"{a['relevant']['pairs']} relevant pairs (a caption and its own video), "
             f"{a['irrelevant']['pairs']} others ({others} ones)")
 
 
 def analysis_text(a):
     """Format the result of `analyze` for the terminal."""
-    tables = [table(a) for table in (_intervals_table, pairs_table, _thirds_table)]
-    intervals, pairs, complexity = (_text_table(*table) for table in tables)
-    return f"{intervals}\n\n{_about_pairs(a)}\n{pairs}\n\n{complexity}"
+    return f"""{_text_table(*_intervals_table(a))}
+
+{_about_pairs(a)}
+{_text_table(*pairs_table(a))}
+
+{_text_table(*_thirds_table(a))}"""
 
 
-# ---- pages ----
+# ---- parts of a page ----
+
+# Colours are variables, so that the dark scheme only redefines these.
+STYLE = """
+:root{color-scheme:light dark;--ink:#1a1c20;--soft:#5b616b;--page:#f6f6f4;--card:#fff;
+--rule:#dcdcd8;--on:#1f5fbf;--off:#8a5a00;--good:#0b6b3a;--goodbg:#e4f4ea}
+@media(prefers-color-scheme:dark){:root{--ink:#e9eaec;--soft:#a2a8b3;--page:#131518;--card:#1c1f24;
+--rule:#353a42;--on:#7fb0ff;--off:#e0b050;--good:#7fdba4;--goodbg:#173325}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header{max-width:1240px;margin:0 auto;padding:0 clamp(14px,2vw,32px)}
+header{padding-top:clamp(12px,2vw,28px)}
+h1{font-size:1.6rem;line-height:1.2;margin:0 0 .3rem;letter-spacing:-.01em}
+h2{font-size:1.25rem;margin:2.2rem 0 .3rem}
+h3{font-size:1rem;margin:0 0 .15rem;line-height:1.35}
+p{margin:.5rem 0 .8rem}
+h1,h3,p,li,td:nth-child(2):last-child{overflow-wrap:anywhere}
+a{color:var(--on)}
+.soft{color:var(--soft);font-size:.92rem}
+.warn{border:2px solid var(--off);border-radius:10px;padding:8px 12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px;
+margin-top:16px}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px;
+min-width:0;margin:0}
+.scroll{overflow-x:auto}
+table{font-size:.95rem;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
+tr:last-child>*{border-bottom:0}
+th:first-child{text-align:left;font-weight:500;min-width:7.5em}
+td:nth-child(n+3) span,td:not(:last-child) span{white-space:nowrap}
+thead th{color:var(--soft);font-weight:500;font-size:.88rem}
+ol{list-style:none;margin:10px 0 0;padding:0;display:grid;gap:10px}
+.strip{display:flex;gap:3px}
+.strip img{flex:1;width:0;min-width:0;aspect-ratio:4/3;object-fit:contain;border-radius:4px;
+background:var(--page)}
+.strip .nearest{outline:3px solid var(--on);outline-offset:-1px}
+li{font-size:.92rem}
+.mark{color:var(--good);white-space:nowrap}
+li:has(.mark){border-left:5px solid var(--good);background:var(--goodbg);padding:7px;
+border-radius:7px}
+@media(max-width:520px){.card{padding:12px 8px}table{font-size:.78rem}th,td{padding:5px 3px}
+th:first-child{min-width:0}thead th{font-size:.74rem}}
+"""
 
 
-def segment_name(segment):
-    """The file name of a segment, with its start and end unless it is a whole file."""
-    name = os.path.basename(segment.path)
-    if segment == Segment(segment.path):
-        return name
-    end = "the end" if segment.end is None else f"{segment.end:g} s"
-    return f"{name} ({segment.start or 0:g} s to {end})"
+def esc(x):
+    """Escape any text for HTML."""
+    return html.escape(escaped(str(x), keep="\n\t"))
 
 
-def choose_queries(sims, owner, t2v, seed):
-    """Choose the best, the worst and random texts. sims (N,V) -> {title: list of text numbers}.
+def document(title, body, policy):
+    """A complete HTML document. title: text; body: HTML; policy: Content-Security-Policy."""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{esc(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>
+"""
 
-    owner (N,); t2v (N,): ranks. The best texts are those of the lowest rank, and then of the widest
-    margin. No two chosen texts share a video.
+
+def html_table(heads, rows):
+    """A table for a page, with the first word of each cell in large type. -> HTML"""
+    head = ""
+    for name in heads:
+        head += f'<th scope="col">{esc(name)}</th>'
+    body = ""
+    for first, *others in rows:
+        body += f'<tr><th scope="row">{esc(first)}</th>'
+        for cell in others:
+            large, _, small = esc(cell).partition(" ")
+            body += f"<td>{large} <span>{small}</span></td>"
+        body += "</tr>"
+    return f"""<div class="card scroll"><table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>"""
+
+
+@functools.lru_cache(maxsize=200)
+def read_pictures(segment, frames, size):
+    """The T sampled frames of a segment, for a page. -> their times, their JPEGs as bytes
+
+    size: of the shorter side, in pixels. Raises DataError.
     """
-    margin = _margins(sims, owner).tolist()
-    rank = t2v.tolist()
-    best = sorted(range(len(rank)), key=lambda i: (rank[i], -margin[i]))
-    missed = [i for i in reversed(best) if rank[i] > 1]
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(rank), generator=generator).tolist()
+    piece = read_segment(segment, frames)
+    pictures = resize(piece.frames, [size], max_size=4 * size, antialias=True)
+    jpegs = encode_jpeg(list(pictures), quality=75)
+    return piece.times, [bytes(jpeg.numpy()) for jpeg in jpegs]
+
+
+def strip(times, nearest, sources):
+    """About six of T frames in a row, with the nearest one, by its number, marked. -> HTML
+
+    sources: the address of each frame, as HTML.
+    """
+    # Every second of twelve frames shows what happens, and is large enough to see.
+    step = max(1, len(times) // 6)
+    images = ""
+    for k in range(nearest % step, len(times), step):
+        css = "nearest" if k == nearest else ""
+        images += f"""<img class="{css}" src="{sources[k]}" loading="lazy"
+ alt="at {clock(times[k])}">"""
+    return f'<div class="strip">{images}</div>'
+
+
+def moment(start, at):
+    """The end of a link to a video, with which a player begins `at` seconds after the first frame.
+
+    start: the file's `start_time`, from which players count.
+    """
+    # Times are rounded, and just before a frame, a player would show the previous one.
+    return f"#t={start + at + 0.004:.3f}"
+
+
+# ---- the page of an evaluation ----
+
+
+def choose_queries(sims, owner):
+    """Choose the best and the worst texts, of different videos. -> {title: list of text numbers}.
+
+    sims (N,V), owner (N). A text is the better, the further its own video is ahead of all others.
+    """
+    margin = _margins(sims, torch.tensor(owner))
+    order = margin.argsort(descending=True).tolist()
     chosen = {}
-    seen = set()  # videos: no card may reveal another card's right video
-    for title, texts, most in (("Best", best, 2), ("Worst", missed, 2), ("Random", shuffled, 4)):
-        chosen[title] = []
+    for title, texts in (("Best", order), ("Worst", order[::-1])):
+        first = {}
         for i in texts:
-            video = owner[i].item()
-            if len(chosen[title]) < most and video not in seen:
-                chosen[title].append(i)
-                seen.add(video)
+            first.setdefault(owner[i], i)
+        chosen[title] = list(first.values())[:CARDS]
     return chosen
 
 
-def moment(path, page_path, seconds, label):
-    """Link from a page to a time in a video file. label: text. -> HTML."""
-    folder = os.path.dirname(os.path.abspath(page_path))
-    # As bytes, because a file name need not be valid Unicode.
-    link = os.fsencode(os.path.relpath(path, folder))
-    return f'<a href="{quote(link)}#t={seconds:g}">{esc(label)}</a>'
+def query_card(i, scored, rank, folder):
+    """The best videos for text i, then the right one if it is not among them. -> HTML.
 
-
-def mass_figure(i, model, scored):
-    """Picture and numbers of text i's mass, with its right and its nearest wrong video. -> HTML.
-
-    Empty if nothing is sampled, or there is only one video.
+    rank: of the right video. folder: where the page is.
     """
-    right = scored.ann.owner[i]
-    found = scored.sims[i].argsort(descending=True).tolist()
-    found.remove(right)
-    # If there is only one video, then f holds no wrong one.
-    f = scored.f[[right, *found[:1]]]
-    trials, seed, _ = scored.scoring.values()
-    points, numbers = measure_mass(model, scored.t[i], f, trials, seed)
-    if points is None:
-        return ""
-    rows = [[name, *(f"{x:.4f}" for x in pair.tolist())] for name, pair in numbers.items()]
-    table = html_table(["its mass", "right video", "nearest wrong video"], rows)
-    return draw_mass(points) + table
-
-
-def query_card(i, scored, rank, top, pictures, page_path, mass=""):
-    """The `top` best videos for text i, then the right one if it is not among them. -> HTML.
-
-    rank: of the right video. pictures: function of a segment that gives HTML. mass: HTML of
-    `mass_figure`.
-    """
-    sims = scored.sims[i]
-    ann = scored.ann
+    t, f, sims, ann, *_ = scored
     right = ann.owner[i]
-    found = sims.topk(min(top, len(sims))).indices.tolist()
-    # Not a dict: because of ties, the right video's rank may equal the place of another video.
-    places = list(enumerate(found, 1))
+    found = sims[i].topk(min(TOP, len(f))).indices.tolist()
     if right not in found:
-        places.append((rank, right))
-    rows = ""
-    for place, v in places:
+        found.append(right)
+    items = ""
+    for v in found:
         segment = ann.segments[v]
-        name = moment(segment.path, page_path, segment.start or 0, segment_name(segment))
-        css = ""
+        times, jpegs = read_pictures(segment, f.shape[1], 96)
+        sources = [f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in jpegs]
+        nearest = cosine(t[i], f[v]).argmax().item()
+        at = times[nearest]
+        link = os.path.relpath(segment.path, folder)
+        link = quote(os.fsencode(link))  # a file name need not be valid Unicode
+        mark = ""
         if v == right:
-            css = "right"
-            name = f'<span class="mark">✓ the right video</span> {name}'
-        rows += hit(pictures(segment), place, sims[v].item(), name, css)
-    ties = " (ties averaged)" if rank % 1 else ""
-    return (f'<article class="card"><h4 dir="auto">“{esc(ann.captions[i])}”</h4><p class="soft">'
-            f"right video: rank {rank:g} of {len(sims)}{ties}</p><ol>{rows}</ol>"
-            f"{mass}</article>")
+            mark = '<b class="mark">✓ the right video</b>'
+        items += f"""<li>{strip(times, nearest, sources)}{sims[i, v]:.4f}
+<a href="{link}{moment(start_time(segment.path), at)}">{esc(os.path.basename(segment.path))}</a>
+at {clock(at)} {mark}</li>"""
+    return f"""<article class="card"><h3 dir="auto">“{esc(ann.captions[i])}”</h3>
+<p class="soft">right video: rank {rank:g} of {len(f)}</p><ol>{items}</ol></article>"""
 
 
-def _query_cards(model, scored, t2v, page_path):
-    """Cards of `choose_queries`' texts: the best videos for each, and its mass. -> HTML."""
-    scored = scored._replace(sims=scored.sims.cpu())
-    owner = torch.tensor(scored.ann.owner)
-    pictures = functools.cache(strip)  # so that no video is decoded twice
-    body = ""
-    chosen = choose_queries(scored.sims, owner, t2v, scored.scoring["seed"])
-    for title, texts in chosen.items():
-        cards = ""
-        for i in texts:
-            mass = mass_figure(i, model, scored)
-            cards += query_card(i, scored, t2v[i].item(), 5, pictures, page_path, mass)
-        if cards:
-            body += f'<h3>{title}</h3><div class="cards">{cards}</div>'
-    return body
-
-
-def _figures(pictures):
-    """Arrange charts with their titles on cards. {title: HTML} -> HTML."""
-    cards = ""
-    for title, chart in pictures.items():
-        cards += f'<div class="card"><h4>{esc(title)}</h4>{chart}</div>'
-    return f'<div class="cards">{cards}</div>'
-
-
-def write_report(path, model, result, a, scored, t2v, log):
+def write_report(path, result, a, scored, t2v):
     """Write the page of an evaluation.
 
-    result: of eval.summarise; a: of `analyze`; t2v (N,): ranks; log: path of train.py's log.
+    result: of eval.summarise; a: of `analyze`; t2v (N,): ranks.
     """
+    lead = (f"{result['data']}, split {result['split']}: {result['texts']} captions, "
+            f"{result['videos']} videos")
     notes = ""
     for note in _metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
-    pairs = {}
-    for title, key, label in (("Similarity, best sample", "similarity", "cos(t_s, v)"),
-                              ("Radius of the text mass", "radius", "|R|₁")):
-        pairs[title] = histogram_chart(a["histograms"][key], title, label)
-    samples = f"{a['trials']} samples"
-    if result["expected"]:
-        samples = f"best of {a['trials']} on average"
-    chart = thirds_chart(a["complexity"], COMPLEXITY, samples)
-    complexity = _figures({f"t2v R@1 by {COMPLEXITY}": chart})
-    body = f"""<section><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
+    queries = ""
+    folder = os.path.dirname(os.path.abspath(path))
+    for title, texts in choose_queries(scored.sims.cpu(), scored.ann.owner).items():
+        cards = ""
+        for i in texts:
+            cards += query_card(i, scored, t2v[i].item(), folder)
+        queries += f'<h2>{title}</h2><div class="cards">{cards}</div>'
+    settings = [
+        [name, str(value)] for name, value in result.items() if isinstance(value, (str, int, float))
+    ]
+    body = f"""<header><h1>T-MASS: text-video retrieval</h1><p class="soft">{esc(lead)}</p></header>
+<main><h2>Metrics</h2>{html_table(*metrics_table(result))}{notes}
 <p class="soft">Recall in percent. The intervals come from a bootstrap over videos, each with all
-its texts (seed {a['seed']}). They don't cover the variation between training seeds.</p>
-{html_table(*_intervals_table(a))}</section>
-<section><h2>Queries</h2><p class="soft">The best videos for chosen captions. A green bar and ✓ mark
-the right one; if it ranks lower, it comes last, with its rank. The mass is projected onto
-the plane through t, the right video's v and the nearest wrong one's, which holds about 2/D of the
-samples' spread. h·cos, the cosine shrunk by the mass, and E_M b, a bonus for a wide mass, add up to
-the average of the best of {a['trials']} samples.</p>
-{_query_cards(model, scored, t2v, path)}</section>
-<section><h2>Relevant and irrelevant pairs</h2>
-<p class="soft">{esc(_about_pairs(a))}; percentages are of each kind's own pairs.</p>
-{html_table(*pairs_table(a))}{_figures(pairs)}</section>
-<section><h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine
-distance of a video's frame embeddings. Diamonds: the point text alone, without samples (over all
-texts: R@1 {a['point_R1']:.1f}).</p>{complexity}</section>"""
-    curves = training_charts(log)
-    if curves:
-        body += f"<section><h2>Training</h2>{_figures(curves)}</section>"
-    lead = (f"{result['data']}, split {result['split']}: {result['texts']} captions, "
-            f"{result['videos']} videos")
-    write_page(path, page("T-MASS: text-video retrieval", lead, body, result))
-
-
-def write_search_report(path, found, settings):
-    """Write the page of a search. found: {query: [dict(rank, score, file, at, start, end)]}."""
-    cards = ""
-    for query, results in found.items():
-        rows = ""
-        for x in results:
-            segment = found_segment(x["file"], x["start"], x["end"])
-            images = strip(segment, settings.get("frames", 12), x["at"])
-            label = f"{x['file']} at {clock(x['at'])}"
-            name = moment(x["file"], path, x["at"], label)
-            rows += hit(images, x["rank"], x["score"], name)
-        cards += (f'<section class="card"><h2 dir="auto">“{esc(query)}”</h2><ol>{rows}</ol>'
-                  "</section>")
-    lead = (f"Queries: {len(found)}. Scores rank the videos for one query; they are not "
-            "probabilities. The outlined picture is the frame nearest to the "
-            "query, and the file name links to it.")
-    body = f'<div class="cards">{cards}</div>'
-    write_page(path, page("T-MASS: search results", lead, body, settings))
+its texts (seed {a["seed"]}). They don't cover the variation between training seeds.</p>
+{html_table(*_intervals_table(a))}
+<h2>Relevant and irrelevant pairs</h2><p class="soft">{esc(_about_pairs(a))}.</p>
+{html_table(*pairs_table(a))}
+<h2>Which texts are found</h2><p class="soft">Frame diversity: mean pairwise cosine distance of a
+video's frame embeddings. Point text: without samples (over all texts: R@1
+{a["point_R1"]:.1f}).</p>{html_table(*_thirds_table(a))}
+<h2>Queries</h2><p class="soft">The best videos for some captions: those whose own video is furthest
+ahead of all others, and furthest behind the best. A green bar and ✓ mark it; where it ranks lower,
+it comes last. Videos of the same score share their mean rank. Before a file's name is its score;
+the name links to the outlined frame, the nearest to the caption.</p>{queries}
+<h2>Settings</h2>{html_table(["", ""], settings)}</main>"""
+    # Whatever a caption contains, under this policy a browser runs no script and loads nothing.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    write_output("--report", path, document("T-MASS: text-video retrieval", body, policy))

@@ -1,12 +1,14 @@
-"""Input and output of search.py: at a prompt, through a pipe, and on the page of `--serve`.
+"""The page of `search.py --serve`.
 
 `SearchPage` is the server and keeps the index; `Handler` answers one request. The server gives
 access to the files of the index, by number, and to no other file of this machine.
 """
+import collections
 import contextlib
 import functools
 import html
-import json
+import ipaddress
+import math
 import mimetypes
 import os
 import re
@@ -16,10 +18,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from lib.common import DataError, clock, escaped, write_output
-from lib.page import document, esc, found_segment, images, jpeg, nearest_of, shrunk
-from lib.report import write_search_report
-from lib.video import read_segment
+from lib.common import DataError, clock
+from lib.report import document, esc, moment, read_pictures, strip
+from lib.video import Segment, start_time
 
 PAUSE = 30  # least seconds between updates of the page while videos are being encoded
 POLICY = ("default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; "
@@ -34,47 +35,31 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 STYLE = """<style>
-form{display:flex;flex-wrap:wrap;gap:10px;margin:1rem 0}
-form label{flex-basis:100%}
-input,button{font:inherit;padding:10px 14px;border:1px solid var(--soft);border-radius:10px;
+header{display:flex;flex-wrap:wrap;align-items:center;gap:10px 24px}
+h1{margin:0}
+body:not(:has(.card)){display:grid;align-content:center;min-height:80vh}
+body:not(:has(.card))>*{width:min(100%,48rem)}
+form{display:flex;flex:1 1 20rem;gap:8px;max-width:46rem}
+input,button{font:inherit;padding:9px 14px;border:1px solid var(--rule);border-radius:10px;
 color:inherit;background:var(--card)}
-input{flex:1 1 12rem;min-width:0}
+input{flex:1;min-width:0}
 button{cursor:pointer;font-weight:600}
 :focus-visible{outline:3px solid var(--on);outline-offset:2px}
-a{color:var(--on)}
-video{width:100%;max-height:60vh;margin-top:8px;border-radius:8px;background:#000}
+.card{padding:10px}
+.card h2{font-size:1rem;line-height:1.35;margin:8px 0 0;overflow-wrap:anywhere}
+.card p{margin:0}
+video{display:block;width:100%;aspect-ratio:16/9;max-height:320px;margin-bottom:4px;
+border-radius:8px;background:#000}
 </style>"""
+EXAMPLES = "a dog jumps into water", "two people dance", "a close-up of a face"
 
 
-# ---- at a prompt, through a pipe ----
-
-def questions(args, job):
-    """Yield lists of queries: from the command line, else one by one from a prompt or a pipe."""
-    if args.query:
-        yield args.query
-        return
-    sys.stdin.reconfigure(errors="replace")
-    terminal = sys.stdin.isatty()
-    asked = False
-    line = ""
-    while line is not None:
-        if line.strip():
-            asked = True
-            yield [line.strip()]
-        line = None
-        # Stop if the reader of the results has gone (| head) and no file is to be written.
-        unread = getattr(sys.stdout, "error", None) and not (args.json or args.report)
-        if job.rank == 0 and not unread:
-            # Standard output may be a file, which is for results.
-            out = sys.stdout if sys.stdout.isatty() else sys.stderr
-            with contextlib.suppress(EOFError), contextlib.redirect_stdout(out):
-                line = input("query> " if terminal else "")
-        line = job.gather(line)[0]
-    if not asked and not terminal:
-        raise DataError(
-            'no query: say what to look for, as in search.py "a dog jumps" --videos DIR, or give '
-            "one query per line on standard input"
-        )
+@functools.lru_cache(maxsize=10_000)
+def start_of(path):
+    """`start_time` of a file; 0.0 while it can't be read."""
+    with contextlib.suppress(DataError):
+        return start_time(path)
+    return 0.0
 
 
 def count_pieces(index):
@@ -89,43 +74,6 @@ def span(hit, pieces):
     return f"   ({clock(hit.start)} to {clock(hit.end)})"
 
 
-def table(query, hits, index):
-    """A query's results as a table for the terminal. -> str"""
-    lines = [f"\n{escaped(query)}", " rank   score  at       file"]
-    pieces = count_pieces(index)
-    for rank, hit in enumerate(hits, 1):
-        name = escaped(index.names[hit.file]) + span(hit, pieces)
-        lines.append(f"{rank:5d} {hit.score:7.4f}  {clock(hit.at)}  {name}")
-    return "\n".join(lines)
-
-
-def print_files(names, end):
-    """Print only file names: escaped on a terminal, and elsewhere the exact bytes of the names."""
-    if sys.stdout.isatty() and end == "\n":
-        names = map(escaped, names)
-    else:
-        errors = sys.getfilesystemencodeerrors()
-        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=errors)
-    print(*names, sep=end, end=end, flush=True)
-
-
-def write_results(model, found, args):
-    """Write the files of --json and --report."""
-    if args.json == "-":
-        print(json.dumps(found, indent=1), flush=True)
-    elif args.json:
-        write_output("--json", args.json, json.dumps(found, indent=1))
-    if args.report:
-        names = "ckpt", "window", "shortlist", "trials", "expected", "seed"
-        settings = {name: getattr(args, name) for name in names}
-        settings.update(model.config, prior=model.prior, prior_std=model.prior_std)
-        settings["videos"] = " ".join(args.videos)
-        write_search_report(args.report, found, settings)
-        print(f"report: {args.report}", file=sys.stderr)
-
-
-# ---- the page ----
-
 class SearchPage(ThreadingHTTPServer):
     """Serves the page at a host and port, with one thread per request."""
 
@@ -134,9 +82,9 @@ class SearchPage(ThreadingHTTPServer):
         self.index = None
         self.numbers = {}  # path: its number, which never changes while the server runs
         self.paths = {}    # number as str: path, for the files of the current index
-        # Separate locks, so that frames can be decoded while the model is searching.
         self.searching = threading.Lock()
-        self.decoding = threading.Lock()
+        # For each piece, so that it is decoded only once, and a slow disk delays no other.
+        self.decoding = collections.defaultdict(threading.Lock)
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
@@ -161,11 +109,14 @@ class SearchPage(ThreadingHTTPServer):
                     self.show(build(new=False))
                 self.due = time.monotonic() + PAUSE
 
-        show_saved()
         try:
+            show_saved()
             while True:
                 try:
-                    self.show(build(saved=show_saved))
+                    index = build(saved=show_saved)
+                    if index.stopped:
+                        return 0
+                    self.show(index)
                 except DataError as error:
                     if self.index is None:
                         raise
@@ -181,19 +132,14 @@ class SearchPage(ThreadingHTTPServer):
         self.paths = {str(self.numbers[path]): path for path in index.paths}
         first = self.index is None
         self.index = index
-        self.pictures.cache_clear()  # files may have been replaced
+        for cached in (read_pictures, start_of):  # files may have been replaced
+            cached.cache_clear()
         if first:
             threading.Thread(target=self.serve_forever, daemon=True).start()
             print(f"searching at http://{self.host}:{self.server_port} (Ctrl-C ends it)")
             if self.host not in ("127.0.0.1", "localhost"):
                 print("anyone who can reach that address can search and watch these videos")
             sys.stdout.flush()
-
-    @functools.lru_cache(maxsize=200)
-    def pictures(self, path, start, end):
-        """The sampled frames of a piece. -> (their times, their JPEGs)"""
-        piece = read_segment(found_segment(path, start, end), self.frames)
-        return piece.times, [jpeg(shrunk(frame, 240)) for frame in piece.frames]
 
     def handle_error(self, request, address):
         """Ignore clients that disconnect or send malformed requests. Print all other errors."""
@@ -220,10 +166,10 @@ class Handler(BaseHTTPRequestHandler):
         send = {"video": self.send_video, "frame": self.send_frame}.get(kind)
         path = self.server.paths.get(number, "")
         # Against DNS rebinding: a site could point its own host name at this server, and its
-        # scripts could then read this page.
+        # scripts could then read this page. It can't do so with an address.
         host = urlsplit(f"//{self.headers.get('Host')}").hostname
-        if host not in ("localhost", self.server.host, self.connection.getsockname()[0]):
-            self.send_error(403, "Unknown name", "Start the page with --host and this name")
+        if host not in ("localhost", self.server.host) and not is_address(host):
+            self.send_error(403, "Unknown name", "Use an IP address instead of this name")
         elif url.path == "/":
             self.send_page(values.get("q", "").strip())
         elif send and os.path.isfile(path):
@@ -266,42 +212,42 @@ class Handler(BaseHTTPRequestHandler):
         index = self.server.index
         title = f"{query} - T-MASS" if query else "T-MASS: search videos"
         pieces = count_pieces(index)
-        found = f"{len(index.paths)} videos, {pieces.sum()} pieces"
+        about = f"Videos: {len(index.paths)}, pieces: {pieces.sum()}"
         cards = ""
-        focus = "autofocus"
+        focus = ""
         if query:
             with self.server.searching:
                 hits = self.server.search(query, index)
-            found = f"The best {len(hits)} of {found}; scores are not probabilities"
-            focus = ""
+            about += ". The best first; scores are not probabilities."
             for rank, hit in enumerate(hits, 1):
                 cards += self.card(rank, hit, index, pieces)
+        else:
+            focus = "autofocus"
+            about += ". For example: "
+            about += ", ".join(f'<a href="/?{urlencode(dict(q=x))}">{x}</a>' for x in EXAMPLES)
         typed = html.escape(query)  # not as esc shows it: it may be sent again
-        body = f"""{STYLE}<header><h1><a href="/">Search videos</a></h1></header><main>
-<form action="/" role="search"><label for="q">What do you want to see?</label>
-<input id="q" name="q" type="search" required {focus} value="{typed}">
-<button>Search</button></form><p class="soft">{found}</p>
-<ol class="cards">{cards}</ol></main>"""
+        body = f"""{STYLE}<header><h1><label for="q">Search videos</label></h1>
+<form action="/" role="search">
+<input id="q" name="q" type="search" required {focus} value="{typed}"
+ placeholder="What do you want to see?"><button>Search</button></form></header>
+<main><p class="soft">{about}</p><ol class="cards">{cards}</ol></main>"""
         text = document(title, body, POLICY)
         self.send_whole("text/html; charset=utf-8", text.encode("utf-8", "replace"))
 
     def card(self, rank, hit, index, pieces):
         """A Hit with its name, its frames, and a player that starts at its best frame. -> HTML"""
-        number = self.server.numbers[index.paths[hit.file]]
-
+        path = index.paths[hit.file]
+        number = self.server.numbers[path]
         # start and end are the same for all frames of a piece, so it is decoded only once.
-        def picture(at):
-            values = urlencode(dict(at=at, start=hit.start, end=hit.end))
-            return esc(f"/frame/{number}?{values}")
-
-        def attributes(k):
-            return f'src="{picture(hit.times[k])}" loading="lazy"'
-
-        video = f"/video/{number}#t={hit.at:g}"
-        return f"""<li class="card"><h2>{rank}. {esc(index.names[hit.file])}</h2>
+        part = f"start={hit.start}&amp;end={hit.end}"
+        frames = [f"/frame/{number}?at={at}&amp;{part}" for at in hit.times]
+        nearest = hit.times.index(hit.at)
+        video = f"/video/{number}{moment(start_of(path), hit.at)}"
+        return f"""<li class="card">
+<video controls preload="none" poster="{frames[nearest]}" src="{video}"></video>
+{strip(hit.times, nearest, frames)}<h2>{rank}. {esc(index.names[hit.file])}</h2>
 <p class="soft"><a href="{video}">at {clock(hit.at)}</a>{span(hit, pieces)},
-score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
-<video controls preload="none" poster="{picture(hit.at)}" src="{video}"></video></li>"""
+score {hit.score:.4f}</p></li>"""
 
     def send_video(self, path, values):
         """Send a file, or the requested range of its bytes, which browsers need for seeking."""
@@ -324,11 +270,25 @@ score {hit.score:.4f}</p>{images(hit.times, hit.at, attributes)}
         try:
             names = "at", "start", "end"
             at, start, end = (float(values.get(name, values["at"])) for name in names)
-            with self.server.decoding:
-                times, pictures = self.server.pictures(path, start, end)
+            if not math.isfinite(at + start + end):
+                raise ValueError
+            # An index rounds: a bound that was rounded up would come after its frame.
+            segment = Segment(path, start - 0.004, end - 0.004)
+            with self.server.decoding[segment]:
+                times, jpegs = read_pictures(segment, self.server.frames, 240)
         except (KeyError, ValueError):  # no valid time, or no frame there
             return self.send_error(404)
-        self.send_whole("image/jpeg", pictures[nearest_of(times, at)])
+        nearest = min(range(len(times)), key=lambda k: abs(times[k] - at))
+        self.send_whole("image/jpeg", jpegs[nearest])
+
+
+def is_address(host):
+    """Whether a host is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def byte_range(first, last, size):

@@ -4,6 +4,7 @@ models, the paper in plain loops, and how our programs are run.
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -263,6 +264,9 @@ def slowly(*arguments, **options):
 if os.environ.get("RANK", "1") == "1":
     av.open = slowly
 """
+
+
+BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 
 
 @pytest.fixture
