@@ -1,9 +1,10 @@
 """Pictures of a checkpoint, as SVG or PNG: its training, its pairs, and the mass of a text.
 
-    python study/figures.py curves --out curves.svg            # every column of NAME.log.csv
-    python study/figures.py pairs --out pairs.svg              # scores and |R|₁, right and wrong
-    python study/figures.py mass 1138 --out mass.svg           # a caption, by its number
-    python study/figures.py mass "a red star" --out mass.png   # any other text
+    python study/figures.py curves --out curves.svg                   # columns of NAME.log.csv
+    python study/figures.py pairs --out pairs.svg                     # scores and |R|₁
+    python study/figures.py mass --text "a red star" --out mass.png   # a caption, or any text
+
+All options of eval.py can be given, too: --ckpt, --data, --root, --trials ...
 """
 import sys
 import textwrap
@@ -22,17 +23,16 @@ from lib.tables import read_table  # noqa: E402
 from lib.weights import load_model  # noqa: E402
 from tmass import cosine, stochastic_text, support_text  # noqa: E402
 
-OPTIONS = ("ckpt", "data", "root", "videos", "split")  # of eval.py
-TRIALS = 20    # M
 SAMPLES = 100  # that are drawn for each video
-SEED = 24      # of the samples
 COLOURS = ("#0072b2", "#d55e00")  # of right and wrong: told apart by the colour-blind, too
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.titlesize": 11,
     "font.size": 11,
     "grid.alpha": 0.3,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text
@@ -44,17 +44,16 @@ def draw_curves(figure, path):
     """Plot the columns of a log against the step. path: of train.py's log."""
     rows = [row for _, row in read_table(Path(path), "a log", ["step", "epoch"])]
     names = [name for name in rows[0] if name not in ("step", "epoch")]
-    figure.set_size_inches(5.5, 1.7 * len(names[::2]))
-    axes = figure.subplots(len(names[::2]), 2, squeeze=False).flat
-    for axis, name in zip(axes, names):
+    lines = (len(names) + 1) // 2
+    figure.set_size_inches(5.5, 1.7 * lines)
+    for k, name in enumerate(names, 1):
         known = [row for row in rows if row[name]]
         steps = [int(row["step"]) for row in known]
         values = [float(row[name]) for row in known]
+        axis = figure.add_subplot(lines, 2, k)
         axis.plot(steps, values, ".-", color=COLOURS[0], markersize=4)
-        axis.set_title(name, fontsize=11)
-    for axis in list(axes)[len(names):]:
-        axis.remove()
-    figure.supxlabel("step", fontsize=11)
+        axis.set_title(name)
+    figure.supxlabel("step")
 
 
 @torch.no_grad()
@@ -64,145 +63,130 @@ def draw_pairs(figure, model, scored):
     sizes = torch.empty_like(sims)
     for rows in exact.blocks(len(t), 64):
         R = model.radius(exact.similarities(t[rows], f))           # (V,n,D) or (V,n,1)
-        sizes[rows] = t.shape[1] * R.abs().mean(-1).T
+        sizes[rows] = t.shape[1] * R.mean(-1).T                    # no radius is negative
     own = F.one_hot(torch.tensor(ann.owner), len(f)).bool()        # (N,V)
     kinds = {"relevant: a text, its own video": own, "irrelevant: all other pairs": ~own}
     labels = {
-        f"score: cos(t_s, v), best of {TRIALS} samples": sims,
-        "|R|₁: size of the radius, summed over dimensions": sizes,
+        "score: cos(t_s, v) of the best sample": sims,
+        "|R|₁: the radius, summed over its dimensions": sizes,
     }
     figure.set_size_inches(5.5, 6.5)
     for axis, (label, values) in zip(figure.subplots(2), labels.items()):
-        values = values.cpu()
-        ends = values.min().item(), values.max().item()
+        values = values.cpu().numpy()
+        ends = values.min(), values.max()
         for colour, (kind, chosen) in zip(COLOURS, kinds.items()):
             x = values[chosen]
             axis.hist(x, bins=60, range=ends, density=True, color=colour, alpha=0.6,
                       label=f"{kind}\n{len(x):,} pairs, {x.mean():.3g} ± {x.std():.3g}")
         axis.set(xlabel=label, ylabel="density", yticks=[])
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=10)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 @torch.no_grad()
-def draw_mass(figure, model, text, t, f, names):
-    """The mass of a text, in the plane through t and both v. t (D,), f (2,T,D), names of videos.
+def draw_mass(figure, model, text, t, f, names, trials, seed):
+    """The mass of a text, in the plane through t and both v. t (D,), f (2,T,D), names (2).
 
     An orthogonal projection, with one scale for both axes: first what lies near t, then all.
     """
-    from matplotlib.patches import Circle
-    noise = exact.noise_of(model, TRIALS, SEED, expected=True)
+    noise = exact.noise_of(model, trials, seed, expected=True)
     if noise is None:
-        raise DataError("a model of radius none has no mass to draw: use another --ckpt")
+        raise DataError("without radius or samples there is no mass to draw: use another --ckpt")
     mean, std, _ = noise
     v = model.pool(t[None], f)[0]                                  # (2,D)
     R = model.radius(cosine(t, f)).expand_as(v)                    # (2,D)
-    eps = model.noise(TRIALS, SEED)                                # (M,D), as in TMASS.score
+    eps = model.noise(trials, seed)                                # (M,D), as in TMASS.score
     best = exact.sample_cosines(t, v, R, eps).max(-1)
-    samples = stochastic_text(t, R[:, None], model.noise(SAMPLES, SEED))
-    nearest = stochastic_text(t, R, eps[best.indices])
+    samples = stochastic_text(t, R[:, None], model.noise(SAMPLES, seed))
     # An orthonormal basis (D,2). On the CPU, because not every device supports QR.
     plane = torch.linalg.qr((v - t).T.cpu()).Q.to(t)
     # QR leaves the signs open: put the right v to the right of t, and the wrong one above it.
     plane = plane * ((v - t) @ plane).diagonal().sign()
-
-    def project(x):
-        return (x - t).mm(plane).cpu().unbind(1)                   # x and y of each
+    reach = ((samples - t) @ plane).norm(dim=-1).max()
+    angle = torch.linspace(0, 2 * torch.pi, 100).to(t)
+    circle = torch.stack([angle.cos(), angle.sin()], 1) @ plane.T  # (100,D)
 
     figure.set_size_inches(5.5, 10.5)
     near, whole = figure.subplots(2)
-    reach = (samples - t).matmul(plane).norm(dim=-1).max().item()
+    points = [
+        (whole, f[0], "s", 5, COLOURS[0], f"frames of the {names[0]}"),
+        (whole, support_text(t, v[:1], R[:1]), "D", 5, "black", "support text"),
+    ]
     for k, (colour, name) in enumerate(zip(COLOURS, names)):
-        near.plot(*project(samples[k]), ".x"[k], color=colour, markersize=4, alpha=0.6,
-                  label=f"samples for the {name}")
-        near.plot(*project(nearest[k:k + 1]), "o", color=colour, markersize=9, fillstyle="none",
-                  markeredgewidth=2, label=f"the best of {TRIALS} of them")
-        centre = project(t[None] + mean * R[k])
-        near.add_patch(Circle(centre, std * R[k].mean().item(), edgecolor=colour, fill=False))
-        way = F.normalize(v[k:k + 1] - t, dim=-1)
-        near.plot(*project(torch.cat([t[None], t + reach * way])), color=colour)
-        whole.plot(*project(torch.stack([t, v[k]])), color=colour)
-        whole.plot(*project(v[k:k + 1]), "^v"[k], color=colour, markersize=9,
-                   label=f"v of the {name}")
-    whole.plot(*project(f[0]), "s", color=COLOURS[0], fillstyle="none",
-               label=f"frames of the {names[0]}")
-    support = support_text(t, v[:1], R[:1])
-    whole.plot(*project(support), "D", color="black", fillstyle="none", label="support text")
-    whole.indicate_inset([-reach, -reach, 2 * reach, 2 * reach], edgecolor="black")
-    titles = "near t: lines lead to both v", "all of the plane: the box is the view above"
-    for axis, title in zip((near, whole), titles):
-        axis.plot(0, 0, "o", color="black", label="t, the text")
-        axis.set_title(title, fontsize=11)
+        way = torch.stack([t, v[k]])
+        nearest = stochastic_text(t, R[k], eps[best.indices[k]])
+        points += [
+            (near, samples[k], ".x"[k], 4, colour, f"samples for the {name}"),
+            (near, nearest[None], "o", 10, colour, f"the best of {trials} of them"),
+            (near, t + mean * R[k] + std * R[k].mean() * circle, "-", 1, colour, None),
+            (near, t + (way - t) * reach / (v[k] - t).norm(), "-", 1, colour, None),
+            (whole, way, "-", 1, colour, None),
+            (whole, v[k:k + 1], "^v"[k], 8, colour, f"v of the {name}"),
+        ]
+    for axis, x, mark, size, colour, label in points:
+        x, y = ((x - t) @ plane).T.cpu()
+        axis.plot(x, y, mark, color=colour, label=label, markersize=size, fillstyle="none")
+    side = 2 * reach.item()
+    whole.indicate_inset([-side / 2, -side / 2, side, side], edgecolor="black")
+    near.set_title("near t: lines lead to both v")
+    whole.set_title("the whole plane: the box holds the samples")
+    for axis in (near, whole):
+        axis.plot(0, 0, "P", color="black", label="t, the text")
         axis.set_aspect("equal", "datalim")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=10)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     figure.suptitle(textwrap.fill(f"“{text}”", 50), parse_math=False)
-    size = R.mean(1).tolist()
-    point = cosine(t, v).tolist()
-    score = best.values.tolist()
-    away = (samples[0] - t).norm(dim=-1).mean()
+
+    def both(values):
+        return " and ".join(f"{x:.3f} for the {name}" for x, name in zip(values.tolist(), names))
+
     about = (
         f"A sample is t_s = t + R·ε. R has a number for each of the {len(t)} dimensions, made from "
-        f"the cosines of the text with the video's frames: {size[0]:.2f} on average for the "
-        f"{names[0]}, {size[1]:.2f} for the {names[1]}. A larger R is a wider cloud; circles show "
-        f"R times the standard deviation of ε, {std:.2g}. A video's score is the cosine of its "
-        f"best sample: {score[0]:.3f} for the {names[0]}, {score[1]:.3f} for the {names[1]} "
-        f"(without samples {point[0]:.3f}, {point[1]:.3f}). Distances between t and both v are "
-        f"true. The samples are {away:.1f} away from t, mostly in dimensions that are not seen."
+        "the cosines of the text with the video's frames. It is on average "
+        f"{both(R.mean(1))}. A larger R is a wider cloud: the circles show R times the standard "
+        f"deviation of ε, {std:.2g}. A video's score is the cosine of v with its best sample, "
+        f"{both(best.values)}; with t alone it would be {both(cosine(t, v))}. Distances between t "
+        "and both v are true. The samples are "
+        f"{(samples[0] - t).norm(dim=-1).mean():.1f} away from t, mostly in dimensions not seen."
     )
     figure.supxlabel(textwrap.fill(about, 75), x=0.02, ha="left", fontsize=10)
 
 
-def find_text(args, tokenizer, model, ann, cache):
-    """The text to draw and its two videos. -> text, t (D,), f (2,T,D), names of the videos
+def find_text(text, model, tokenizer, ann, options):
+    """What draw_mass draws. options: of eval.py.
 
-    A caption has a right video; of another text, the nearest two are drawn.
+    A caption has a right video; of any other text, the nearest two are drawn.
     """
-    text = args.text
-    if text.isdecimal():
-        if int(text) >= len(ann.captions):
-            raise DataError(f"caption {text}: there are {len(ann.captions)}, numbered from 0")
-        text = ann.captions[int(text)]
     t = evaluation.encode_texts(model, tokenizer, [text])
-    f = evaluation.encode_videos(model, ann.segments, cache=cache)
-    order = exact.score(model, t, f, TRIALS, SEED)[0].argsort(descending=True).tolist()
+    f = evaluation.encode_videos(model, ann.segments, cache=options.cache)
+    sampling = options.trials, options.seed
+    order = exact.score(model, t, f, *sampling)[0].argsort(descending=True).tolist()
     if len(order) < 2:
-        raise DataError("the mass is drawn with two videos, and there is only one")
-    names = ["nearest video", "next video"]
+        raise DataError("a mass is drawn with two videos, and there is only one")
+    names = "nearest video", "next video"
     if text in ann.captions:
         right = ann.owner[ann.captions.index(text)]
         order.remove(right)
         order.insert(0, right)
-        names = ["right video", "nearest wrong video"]
-    return text, t[0], f[order[:2]], names
-
-
-def parse_args(argv):
-    p = Parser(__doc__)
-    p.add_argument("figure", choices=("curves", "pairs", "mass"))
-    p.add_argument("text", nargs="?",
-                   help="of the mass: the number of a caption of the split, or any text")
-    p.add_argument("--out", metavar="FILE", required=True, help="the picture: .svg or .png")
-    for name in OPTIONS:
-        p.add_argument(f"--{name}", help="as eval.py's")
-    args = p.parse_args(argv)
-    if (args.figure == "mass") != bool(args.text):
-        p.error("a text goes with mass, and mass needs one")
-    if Path(args.out).suffix not in (".svg", ".png"):
-        p.error(f"--out {args.out}: name a .svg or .png")
-    return args
+        names = "right video", "nearest wrong video"
+    return text, t[0], f[order[:2]], names, *sampling
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    p = Parser(__doc__)
+    p.add_argument("figure", choices=("curves", "pairs", "mass"))
+    p.add_argument("--text", help="of the mass (default: the first caption)")
+    p.add_argument("--out", metavar="FILE", required=True, help="the picture: .svg or .png")
+    args, others = p.parse_known_args(argv)
+    options = evaluation.parse_args(others)
+    kind = Path(args.out).suffix[1:]
+    if kind not in ("svg", "png"):
+        p.error(f"--out {args.out}: name a .svg or .png")
+    log = evaluation.log_of(options.ckpt)
+    check_outputs({"--out": args.out}, [options.ckpt, log])
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise DataError("pictures need a package: pip install matplotlib") from None
-    given = [f"--{name}={value}" for name, value in vars(args).items()
-             if value and name in OPTIONS]
-    options = evaluation.parse_args(given)
-    log = evaluation.log_of(options.ckpt)
-    check_outputs({"--out": args.out}, [options.ckpt, log])
     matplotlib.rcParams.update(STYLE)
     figure = Figure(layout="constrained")
     if args.figure == "curves":
@@ -214,9 +198,10 @@ def main(argv=None):
             scored = evaluation.score_split(model, tokenizer, ann, cache=options.cache)
             draw_pairs(figure, model, scored)
         else:
-            draw_mass(figure, model, *find_text(args, tokenizer, model, ann, options.cache))
+            text = args.text or ann.captions[0]
+            draw_mass(figure, model, *find_text(text, model, tokenizer, ann, options))
     with written_whole(args.out) as part:
-        figure.savefig(part, format=Path(args.out).suffix[1:], metadata={"Date": None})
+        figure.savefig(part, format=kind, metadata={"Date": None})
     return 0
 
 
