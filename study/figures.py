@@ -63,7 +63,7 @@ def draw_pairs(figure, model, scored):
     sizes = torch.empty_like(sims)
     for rows in exact.blocks(len(t), 64):
         R = model.radius(exact.similarities(t[rows], f))           # (V,n,D) or (V,n,1)
-        sizes[rows] = t.shape[1] * R.mean(-1).T                    # no radius is negative
+        sizes[rows] = t.shape[1] * R.abs().mean(-1).T
     own = F.one_hot(torch.tensor(ann.owner), len(f)).bool()        # (N,V)
     kinds = {"relevant: a text, its own video": own, "irrelevant: all other pairs": ~own}
     labels = {
