@@ -68,14 +68,6 @@ def take_back(tree):
         shutil.copy(name, target)
 
 
-def test_each_has_a_question_commands_and_an_answer():
-    _, *parts = re.split(r"^## (?=\d\. )", EXERCISES, flags=re.M)
-    assert len(parts) == 6
-    for part in parts:
-        shown, answer = part.split("<details><summary>Answer</summary>")
-        assert "?" in shown and steps(shown) and not steps(answer)
-
-
 @pytest.mark.slow
 def test_every_step_works(tmp_path):
     """In order, in a copy of the project; what was changed is taken back after each exercise."""
