@@ -10,11 +10,9 @@ from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-import mass as study_mass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torchvision.io import ImageReadMode, decode_image
 from videos import numbered, write_video
 
@@ -305,21 +303,6 @@ def test_marks_of_a_mass_need_no_colour():
     for right, wrong in ((f[0], f[0]), (t[0].expand(T, D), f[1])):
         points, _ = mass.measure_mass(make_model(), t[0], torch.stack([right, wrong]), M, 3)
         assert "nan" not in mass.draw_mass(points)
-
-
-def test_the_picture_in_readme():
-    """What study/mass.py writes is a file that needs nothing, whatever the caption is."""
-    t, f, _ = features()
-    points, _ = mass.measure_mass(make_model(), t[0], f[[0, 4]], M, 3)
-    kept = (ROOT / ".github" / "mass.svg").read_text(encoding="utf-8")
-    for picture, caption in ((study_mass.document(EVIL, points), EVIL), (kept, "a purple box")):
-        svg = ElementTree.fromstring(picture)
-        assert caption in "".join(svg.itertext())
-        tags = {element.tag.split("}")[1] for element in svg.iter()}
-        assert tags == {"svg", "style", "path", "text"}
-        marks = [path.get("class") for path in svg.iter("{http://www.w3.org/2000/svg}path")]
-        assert all(marks.count(kind) >= 2 for kind in mass.MARKS)
-        assert picture.count("http") == 1 and "@import" not in picture
 
 
 # ---- the page ----
