@@ -76,8 +76,8 @@ def draw_pairs(figure, model, scored):
         ends = values.min(), values.max()
         for colour, (kind, chosen) in zip(COLOURS, kinds.items()):
             x = values[chosen]
-            axis.hist(x, bins=60, range=ends, density=True, color=colour, alpha=0.6,
-                      label=f"{kind}\n{len(x):,} pairs, {x.mean():.3g} ± {x.std():.3g}")
+            axis.hist(x, bins=60, range=ends, density=True, histtype="stepfilled", color=colour,
+                      alpha=0.6, label=f"{kind}\n{len(x):,} pairs, {x.mean():.3g} ± {x.std():.3g}")
         axis.set(xlabel=label, ylabel="density", yticks=[])
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
