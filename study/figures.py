@@ -4,7 +4,8 @@
     python study/figures.py pairs --out pairs.svg                     # scores and |R|₁
     python study/figures.py mass --text "a red star" --out mass.png   # a caption, or any text
 
-All options of eval.py can be given, too: --ckpt, --data, --root, --trials ...
+These options of eval.py can be given, too: --ckpt, --data, --root, --videos, --split, --trials,
+--seed, --cache, --workers, --device.
 """
 import sys
 import textwrap
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as evaluation  # noqa: E402
+from data import Annotations  # noqa: E402
 from lib import exact  # noqa: E402
 from lib.common import DataError, Parser, check_outputs, program, written_whole  # noqa: E402
-from lib.processes import ALONE  # noqa: E402
+from lib.processes import start_processes  # noqa: E402
 from lib.tables import read_table  # noqa: E402
 from lib.weights import load_model  # noqa: E402
 from tmass import cosine, stochastic_text, support_text  # noqa: E402
@@ -83,11 +85,24 @@ def draw_pairs(figure, model, scored):
 
 
 @torch.no_grad()
-def draw_mass(figure, model, text, t, f, names, trials, seed):
-    """The mass of a text, in the plane through t and both v. t (D,), f (2,T,D), names (2).
+def draw_mass(figure, model, scored, is_caption):
+    """The mass of a text in the plane through t and the v of two videos. scored: of that text.
 
-    An orthogonal projection, with one scale for both axes: first what lies near t, then all.
+    The videos are a caption's own and the nearest wrong one; or else the nearest two. This is an
+    orthogonal projection, with one scale for both axes: first what lies near t, then all.
     """
+    t = scored.t[0]                                                # (D,)
+    order = scored.sims[0].argsort(descending=True).tolist()
+    if len(order) < 2:
+        raise DataError("a mass is drawn with two videos, and there is only one")
+    names = "nearest video", "next video"
+    if is_caption:
+        [right] = scored.ann.owner
+        order.remove(right)
+        order.insert(0, right)
+        names = "right video", "nearest wrong video"
+    f = scored.f[order[:2]]                                        # (2,T,D)
+    trials, seed, _ = scored.scoring.values()
     noise = exact.noise_of(model, trials, seed, expected=True)
     if noise is None:
         raise DataError("without radius or samples there is no mass to draw: use another --ckpt")
@@ -133,7 +148,7 @@ def draw_mass(figure, model, text, t, f, names, trials, seed):
         axis.plot(0, 0, "P", color="black", label="t, the text")
         axis.set_aspect("equal", "datalim")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-    figure.suptitle(textwrap.fill(f"“{text}”", 50), parse_math=False)
+    figure.suptitle(textwrap.fill(f"“{scored.ann.captions[0]}”", 50), parse_math=False)
 
     def both(values):
         return " and ".join(f"{x:.3f} for the {name}" for x, name in zip(values.tolist(), names))
@@ -148,26 +163,6 @@ def draw_mass(figure, model, text, t, f, names, trials, seed):
         f"{(samples[0] - t).norm(dim=-1).mean():.1f} away from t, mostly in dimensions not seen."
     )
     figure.supxlabel(textwrap.fill(about, 75), x=0.02, ha="left", fontsize=10)
-
-
-def find_text(text, model, tokenizer, ann, options):
-    """What draw_mass draws. options: of eval.py.
-
-    A caption has a right video; of any other text, the nearest two are drawn.
-    """
-    t = evaluation.encode_texts(model, tokenizer, [text])
-    f = evaluation.encode_videos(model, ann.segments, cache=options.cache)
-    sampling = options.trials, options.seed
-    order = exact.score(model, t, f, *sampling)[0].argsort(descending=True).tolist()
-    if len(order) < 2:
-        raise DataError("a mass is drawn with two videos, and there is only one")
-    names = "nearest video", "next video"
-    if text in ann.captions:
-        right = ann.owner[ann.captions.index(text)]
-        order.remove(right)
-        order.insert(0, right)
-        names = "right video", "nearest wrong video"
-    return text, t[0], f[order[:2]], names, *sampling
 
 
 def main(argv=None):
@@ -192,14 +187,20 @@ def main(argv=None):
     if args.figure == "curves":
         draw_curves(figure, log)
     else:
-        model, tokenizer, config = load_model(options.ckpt, ALONE)
-        ann, _ = evaluation.load_data(options, config, ALONE)
-        if args.figure == "pairs":
-            scored = evaluation.score_split(model, tokenizer, ann, cache=options.cache)
-            draw_pairs(figure, model, scored)
+        job = start_processes(options.device)
+        model, tokenizer, config = load_model(options.ckpt, job)
+        ann, _ = evaluation.load_data(options, config, job)
+        own = dict(zip(ann.captions, ann.owner))
+        text = args.text or ann.captions[0]
+        if args.figure == "mass":
+            ann = Annotations(ann.segments, [text], [own.get(text, 0)])
+        scored = evaluation.score_split(
+            model, tokenizer, ann, trials=options.trials, seed=options.seed, cache=options.cache,
+            workers=options.workers)
+        if args.figure == "mass":
+            draw_mass(figure, model, scored, text in own)
         else:
-            text = args.text or ann.captions[0]
-            draw_mass(figure, model, *find_text(text, model, tokenizer, ann, options))
+            draw_pairs(figure, model, scored)
     with written_whole(args.out) as part:
         figure.savefig(part, format=kind, metadata={"Date": None})
     return 0
