@@ -159,8 +159,8 @@ def draw_mass(figure, model, scored, is_caption):
         f"{both(R.mean(1))}. A larger R is a wider cloud: the circles show R times the standard "
         f"deviation of ε, {std:.2g}. A video's score is the cosine of v with its best sample, "
         f"{both(best.values)}; with t alone it would be {both(cosine(t, v))}. Distances between t "
-        "and both v are true. The samples are "
-        f"{(samples[0] - t).norm(dim=-1).mean().item():.1f} away from t, mostly in dimensions not seen."
+        f"and both v are true. The samples are {(samples[0] - t).norm(dim=-1).mean().item():.1f} "
+        "away from t, mostly in dimensions not seen."
     )
     figure.supxlabel(textwrap.fill(about, 75), x=0.02, ha="left", fontsize=10)
 
