@@ -54,7 +54,7 @@ def small(command):
 def call(tree, words):
     """Run Python in the tree. -> what it prints"""
     done = subprocess.run(
-        [sys.executable, *words], cwd=tree, timeout=120, capture_output=True, text=True
+        [sys.executable, *words], cwd=tree, timeout=600, capture_output=True, text=True
     )
     assert done.returncode == 0, (words, done.stderr)
     return done.stdout
