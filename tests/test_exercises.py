@@ -62,7 +62,7 @@ def call(tree, words):
 
 def take_back(tree):
     """The project's files as they are."""
-    for name in (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("study/*")):
+    for name in (*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("study/*.*")):
         target = tree / name.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, target)
