@@ -1,9 +1,22 @@
-"""Measurements, printed as ratios and asserted nowhere: python study/bench.py encode.
+"""Speed and memory, as the rows of a table. Models have random weights, except for `moment`.
 
-`--help` names the others, each a function here, in bench_search.py or in bench_gpu.py.
+    scoring   all pairs, sampled and in closed form, against the literal formula and the floor:
+              three products and one exp, without which no score can be computed
+    towers    images and texts a second
+    train     a training step: pairs a second and peak memory, with and without --chunk
+    reading   batches that a DataLoader's workers hand over; decoding against OpenCV
+    search    an index of --pieces: made, opened, asked (a million take 13.4 GB of disk)
+    moment    how often the time that search gives lies in a shot that the caption describes
+    gpu       the device against the CPU, scoring, towers, train and reading: under ten minutes
+
+The peak memory of a CPU is known on Linux alone, and with MALLOC_MMAP_THRESHOLD_=65536 in the
+environment: then what is freed goes back to the system at once.
 """
 import argparse
-import csv
+import contextlib
+import copy
+import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -12,492 +25,391 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_gpu import gpu
-from bench_search import index, moment, shortlist
-from measure import (
-    ROOT,
-    VITS,
-    camera_video,
-    peak_memory,
-    random_clip,
-    random_features,
-    random_ids,
-    scoring_model,
-    seconds,
-    synchronize,
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import search as searching  # noqa: E402
+from clip_model import CLIP  # noqa: E402
+from eval import autocast, encode_texts  # noqa: E402
+from lib import exact, shapes  # noqa: E402
+from lib.common import DataError, program  # noqa: E402
+from lib.processes import DEVICE, cores, loading  # noqa: E402
+from lib.video import Piece, Segment, read_frames, sample_indices  # noqa: E402
+from lib.weights import load_checkpoint  # noqa: E402
+from tmass import TMASS  # noqa: E402
+
+D = 512
+M = 20
+TOKENS = 16  # of a caption, with start and end
+TINY = dict(image_size=32, patch_size=32, vision_width=64, vision_layers=1, context_length=TOKENS,
+            vocab_size=514, text_width=64, text_layers=1)
+VIT = dict(image_size=224, vision_width=768, vision_layers=12, context_length=77,
+           vocab_size=49408, text_width=512, text_layers=12)
+CLIPS = {
+    "ViT-B/32": VIT | dict(patch_size=32),
+    "ViT-B/16": VIT | dict(patch_size=16),
+    "tiny": TINY,
+}
+FULL = dict(
+    frames=12,   # T
+    images=384,
+    videos=64,   # that the loader reads
+    batches=40,  # of them
+    repeat=3,    # calls, of which the fastest counts
+)
+SMALL = dict(
+    clip=["tiny"],
+    galleries=[20],
+    frames=3,
+    images=8,
+    videos=4,
+    batches=4,
+    repeat=1,
+    batch=4,
+    chunk=4,
+    pieces=5000,
 )
 
-import data
-from eval import collate
-from lib import exact, shapes
-from lib import video as decode
-from lib.processes import loading
-from lib.video import FrameCache, Segment, read_frames
-from lib.weights import to_openai_names
-from tmass import TMASS
 
-SHARED = ROOT.parent / "shared" / "data"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# ---- clocks, memory, models ----
+
+def say(what, measured):
+    print(f"| {what} | {measured} |", file=sys.__stdout__, flush=True)
 
 
-# ---- the towers ----
-
-def caption_lengths():
-    """Tokens of captions, with start and end. -> (list of int, where they come from)"""
-    from clip_model import Tokenizer
-    try:
-        tokenizer = Tokenizer.from_file(SHARED / "clip" / "bpe_simple_vocab_16e6.txt.gz")
-        path = SHARED / "msrvtt" / "MSRVTT_JSFUSION_test.csv"
-        with open(path, newline="", encoding="utf-8") as file:
-            captions = [row["sentence"] for row in csv.DictReader(file)]
-        lengths = [len(tokenizer.encode(caption)) + 2 for caption in captions]
-        return lengths, "of msrvtt's 1,000 test captions"
-    except (OSError, ValueError):
-        g = torch.Generator().manual_seed(0)
-        lengths = torch.randn(1000, generator=g) * 4.0 + 11.7  # msrvtt's mean and spread
-        lengths = lengths.clamp(5, 77).round().long().tolist()
-        return lengths, "drawn from N(11.7, 4.0), at least 5"
+def seconds(args, **runs):
+    """Least seconds of each call: a busy machine only adds. In turns, so that it adds to all."""
+    times = {name: [] for name in runs}
+    for _ in range(args.repeat + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if args.cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(taken[1:]) for name, taken in times.items()}
 
 
-def difference(pairs):
-    """How far features are from others, relative to these: the largest of several. -> ()"""
-    return max((a - b).norm() / b.norm() for a, b in pairs)
+def peak_memory(args, run):
+    """How far a call lifts the peak of memory above what is in use before it, in GB."""
+    if args.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        run()
+        return torch.nan
+    peak.write_text("5")  # it starts anew
+    before = resident("VmRSS")
+    run()
+    return (resident("VmHWM") - before) / 2 ** 20
 
 
-@torch.inference_mode()
-def encode(images=16, texts=32):
-    """ViT-B/32 with random weights, float32, one batch for all: our image tower against
-    transformers' (sdpa) and open_clip's, and texts cut to the longest of their batch against
-    padding to 77."""
-    import open_clip
-    import transformers
+def resident(name):
+    """A size in kB from Linux's account of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0])
 
-    from clip_model import CLIP
+
+def make_model(args, clip="tiny"):
+    """T-MASS on the CPU. Its head is moved off its start, so that no part of it does nothing."""
     torch.manual_seed(0)
-    # its defaults are ViT-B/32
-    text = dict(eos_token_id=49407)
-    config = transformers.CLIPConfig(text_config=text, attn_implementation="sdpa")
-    hf = transformers.CLIPModel(config)
-    assert hf.config._attn_implementation == "sdpa"
-    hf = hf.to(DEVICE).eval()
-    ours = CLIP.from_state_dict(to_openai_names(hf.state_dict())).to(DEVICE).eval()
-    other = open_clip.create_model("ViT-B-32-quickgelu", device=DEVICE).eval()
-    other.load_state_dict(ours.state_dict())
-    x = torch.randn(images, 3, 224, 224, device=DEVICE)
-
-    lengths, source = caption_lengths()
-    print(f"device {DEVICE}, {torch.get_num_threads()} threads, {images} images, "
-          f"{texts} texts a batch, lengths {source}: mean {statistics.mean(lengths):.1f}, "
-          f"std {statistics.pstdev(lengths):.1f}, longest {max(lengths)}")
-    padded = []
-    for start in (0, texts):
-        ids = random_ids(lengths[start:start + texts], 77)
-        padded.append(ids.to(DEVICE))
-    cut = [ids[:, :ids.argmax(-1).max() + 1].contiguous() for ids in padded]
-
-    runs = {
-        "ours": lambda: ours.encode_image(x),
-        "transformers": lambda: hf.get_image_features(x),
-        "open_clip": lambda: other.encode_image(x),
-    }
-    s = seconds(runs, repeat=15)
-    f = ours.encode_image(x)
-    gap = difference([(f, hf.get_image_features(x)), (f, other.encode_image(x))])
-    print(f"image tower: {images / s['ours']:.1f} images/s; speed against transformers "
-          f"{s['transformers'] / s['ours']:.2f}x, open_clip {s['open_clip'] / s['ours']:.2f}x; "
-          f"features differ by {gap:.1e}")
-
-    runs = {
-        "cut": lambda: [ours.encode_text(ids) for ids in cut],
-        "padded": lambda: [ours.encode_text(ids) for ids in padded],
-    }
-    s = seconds(runs)
-    gap = difference(zip(runs["cut"](), runs["padded"]()))
-    tokens = [ids.shape[1] for ids in cut]
-    print(f"text tower: {len(cut) * texts / s['cut']:.0f} texts/s, cut to {tokens} tokens; speed "
-          f"against padding to 77 {s['padded'] / s['cut']:.2f}x; features differ by {gap:.1e}")
-
-    def half(tower, x):
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return tower(x).float()
-
-    runs = {
-        "images": lambda: ours.encode_image(x),
-        "images, bf16": lambda: half(ours.encode_image, x),
-        "texts": lambda: ours.encode_text(cut[0]),
-        "texts, bf16": lambda: half(ours.encode_text, cut[0]),
-    }
-    s = seconds(runs)
-    unit = {name: F.normalize(run(), dim=-1) for name, run in runs.items()}
-    cosines = unit["texts"] @ unit["images"].T
-    moved = (cosines - unit["texts, bf16"] @ unit["images, bf16"].T).abs()
-    print(f"--amp bf16: images {s['images'] / s['images, bf16']:.1f}x, texts "
-          f"{s['texts'] / s['texts, bf16']:.1f}x as fast; cos(t, f) moves by {moved.mean():.1e} on "
-          f"average, at most {moved.max():.1e} (it spreads by {cosines.std():.1e})")
+    model = TMASS(CLIP(embed_dim=D, **CLIPS[clip]), args.frames, dropout=0).eval()
+    for head in (model.pool, model.radius):
+        for p in head.parameters():
+            p.data += 0.05 * torch.randn_like(p) / max(p.shape) ** 0.5
+    return model
 
 
-# ---- scoring ----
+def random_features(args, n):
+    """Embeddings of n texts and videos, whose frames are alike. -> t (n,D), f (n,T,D)"""
+    t = torch.randn(n, D)
+    f = torch.randn(n, 1, D) + 0.7 * torch.randn(n, args.frames, D)
+    return t.to(args.device), f.to(args.device)
+
+
+def random_batch(clip, pairs, frames):
+    """-> ids (pairs,L), pixels uint8 (pairs,T,3,P,P), on the device of clip"""
+    last = clip.config["vocab_size"] - 1  # the end of a text
+    ids = torch.randint(1, last, (pairs, TOKENS))
+    ids[:, -1] = last
+    size = clip.image_size
+    pixels = torch.randint(256, (pairs, frames, 3, size, size), dtype=torch.uint8)
+    device = clip.logit_scale.device
+    return ids.to(device), pixels.to(device)
+
+
+# ---- the benches ----
 
 @torch.no_grad()
-def scoring(D=512, T=12, M=20):
-    """Exact all-pairs scoring, D=512, T=12, M=20: against the literal formula, the floor (three
-    products and one exp on tiles in the cache), the closed form of best-of-M, and as it grows."""
-    g = torch.Generator().manual_seed(0)
-    model = scoring_model(D, T).to(DEVICE)
-    xpool = scoring_model(D, T, radius="none").to(DEVICE)
-    scaled = scoring_model(D, T, radius="scaled").to(DEVICE)
-    print(f"device {DEVICE}, {torch.get_num_threads()} threads, D={D} T={T} M={M}")
-    sizes = [250, 500, 2000]
-    if DEVICE == "cuda":
-        sizes.append(10_000)
-    for n in sizes:
-        t, f = random_features(n, D, T, g, DEVICE)
-        s = seconds({"score": lambda: exact.score(model, t, f, M)}, repeat=3)["score"]
-        print(f"{n:6d} x {n:<6d} {s:7.2f} s   {s / n / n * 1e6:.2f} us/pair")
-
-    t, f = random_features(1000, D, T, g, DEVICE)
-    P = 512 if DEVICE == "cpu" else 65536  # pairs of a tile
-    r = torch.randn(P, D, device=DEVICE)
-    e = torch.randn(D, M, device=DEVICE)
-    product = torch.empty(P, M, device=DEVICE)
+def scoring(args):
+    model = make_model(args).to(args.device)
+    tile = 65536 if args.cuda else 512  # pairs that fit into the cache
+    r = torch.randn(tile, D, device=args.device)
     grown = torch.empty_like(r)
+    eps = torch.randn(D, M, device=args.device)
+    product = torch.empty(tile, M, device=args.device)
+    for n in args.galleries:
+        t, f = random_features(args, n)
 
-    def floor():
-        for _ in range(1_000_000 // P):
-            torch.exp(r, out=grown)
-            for _ in range(3):
-                torch.mm(grown, e, out=product)
+        def floor():
+            for _ in range(n * n // tile):
+                torch.exp(r, out=grown)
+                for _ in range(3):
+                    torch.mm(grown, eps, out=product)
 
-    runs = {
-        "score": lambda: exact.score(model, t, f, M),
-        "floor": floor,
-        "point": lambda: exact.score(model, t, f, 0),
-        "expected": lambda: exact.score(model, t, f, M, expected=True),
-        "X-Pool": lambda: exact.score(xpool, t, f, M),
-        "scaled": lambda: exact.score(scaled, t, f, M),
-        "scaled, expected": lambda: exact.score(scaled, t, f, M, expected=True),
-    }
-    s = seconds(runs, repeat=5)
-    literal = seconds({"literal": lambda: model.score(t, f, M)}, repeat=1)["literal"]
-    gap = (exact.score(model, t, f, M) - model.score(t, f, M)).abs().max()
-    print(f"  1000 x 1000   {s['score']:7.2f} s   {s['score']:.2f} us/pair; the literal formula "
-          f"{literal:.1f} s: {literal / s['score']:.0f} times as long; floor {s['floor']:.2f} s: "
-          f"we take {s['score'] / s['floor']:.1f} times that")
-    print(f"  expected (no samples) {s['expected']:.2f} s, {s['expected'] / s['score']:.2f} of "
-          f"sampling; scaled radius: sampled {s['scaled']:.2f} s, expected "
-          f"{s['scaled, expected']:.2f} s; X-Pool (radius none) {s['X-Pool']:.2f} s; point text "
-          f"{s['point']:.2f} s")
-    print(f"  largest difference from the literal formula {gap:.1e}; extra peak memory "
-          f"{peak_memory(runs['score']):.2f} GB")
+        def sampled():
+            return exact.score(model, t, f, M)
 
+        def closed_form():
+            exact.score(model, t, f, M, expected=True)
 
-# ---- reading videos ----
-
-def repeat_video(path, target, times):
-    """The packets of a file again and again, one after the other, without decoding them."""
-    import av
-    with av.open(target, "w") as out:
-        with av.open(path) as source:
-            stream = out.add_stream_from_template(source.streams.video[0])
-        for k in range(times):
-            with av.open(path) as source:
-                length = source.duration / av.time_base
-                for packet in source.demux(video=0):
-                    if packet.dts is None:  # the end
-                        continue
-                    later = round(length * k / packet.time_base)
-                    packet.pts += later
-                    packet.dts += later
-                    packet.stream = stream
-                    out.mux(packet)
-
-
-def pieces(minutes=20, T=12, window=10):
-    """The pieces of a long 320x240 H.264 file against one sequential decode of it, one thread."""
-    torch.set_num_threads(1)  # as a DataLoader's worker
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/long.mp4"
-        seconds_written = 60 if minutes >= 1 else round(60 * minutes)
-        g = torch.Generator().manual_seed(0)
-        camera_video(f"{folder}/minute.mp4", seconds_written * 25, g)
-        repeat_video(f"{folder}/minute.mp4", path, max(1, round(minutes)))
-
-        def sequentially():
-            with decode._open(path) as (file, stream):
-                return sum(1 for packet in file.demux(stream) for _ in packet.decode())
-
-        def read():
-            return sum(1 for _ in decode.read_pieces(path, T, window))
-
-        frames = sequentially()
-        size = Path(path).stat().st_size
-        s = seconds({"decode": sequentially, "pieces": read}, repeat=3)
-        print(f"{frames} frames of 320x240 H.264, {size / 1e6:.0f} MB: {read()} pieces of "
-              f"{window} s, T={T}, in {s['pieces']:.2f} s; one sequential decode "
-              f"{s['decode']:.2f} s: {s['pieces'] / s['decode']:.2f} times that")
-
-
-def opencv_reader(T):
-    """OpenCV's way to the same frames: seek each. -> function of a path, or None without OpenCV"""
-    try:
-        import cv2
-    except ImportError:
-        print("OpenCV is not installed: not compared")
-        return None
-    cv2.setNumThreads(1)
-
-    def read(path):
-        video = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-        frames = []
-        for i in decode.sample_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), T):
-            video.set(cv2.CAP_PROP_POS_FRAMES, i)
-            picture = cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2RGB)
-            frames.append(torch.from_numpy(picture).permute(2, 0, 1))
-        return torch.stack(frames)
-    return read
-
-
-def data_(videos=8, T=12):
-    """Seconds per epoch from the videos and from the frame cache, and decoding against OpenCV's
-    seek per frame. H.264 files of 15 s, 320x240, 25 fps."""
-    torch.set_num_threads(1)  # as a DataLoader's worker
-    with tempfile.TemporaryDirectory() as folder:
-        g = torch.Generator().manual_seed(0)
-        segments = [Segment(f"{folder}/{k}.mp4") for k in range(videos)]
-        for segment in segments:
-            camera_video(segment.path, 375, g)
-        ann = data.Annotations(segments, ["-"] * videos, list(range(videos)))
-        cache = FrameCache(f"{folder}/cache", T)
-        plain = data.PairDataset(ann, T, data.train_transform(224))
-        cached = data.PairDataset(ann, T, data.train_transform(224), cache=cache.folder)
-
-        def epoch(dataset):
-            return [dataset[0, i] for i in range(videos)]
-
-        epoch(cached)  # fills the cache
-        runs = {
-            "decode": lambda: epoch(plain),
-            "cache": lambda: epoch(cached),
-            "decoding": lambda: [read_frames(segment, T) for segment in segments],
-            "reading": lambda: [cache.read(segment) for segment in segments],
-        }
-        opencv = opencv_reader(T)
-        if opencv:
-            runs["opencv"] = lambda: [opencv(segment.path) for segment in segments]
-        s = seconds(runs, repeat=5)
-        size = sum(file.stat().st_size for file in Path(folder, "cache").iterdir()) / videos
-        of_video = Path(segments[0].path).stat().st_size
-        print(f"{videos} videos of {of_video / 1e3:.0f} kB, T={T}, one thread; cache "
-              f"{size / 1e3:.0f} kB a video")
-        print(f"an epoch (read, crop, resize): decode {s['decode']:.3f} s, cache "
-              f"{s['cache']:.3f} s: the cache is {s['decode'] / s['cache']:.1f}x faster")
-        print(f"frames alone: decode {s['decoding'] / videos * 1e3:.1f} ms, cache "
-              f"{s['reading'] / videos * 1e3:.1f} ms a video: {s['decoding'] / s['reading']:.1f}x")
-        if opencv:
-            gap = 0
-            for segment in segments:
-                other = opencv(segment.path).int()
-                apart = (read_frames(segment, T).int() - other).abs().max()
-                gap = max(gap, apart.item())
-            print(f"decoding takes {s['decoding'] / s['opencv']:.2f} of OpenCV's time "
-                  f"({s['opencv'] / videos * 1e3:.1f} ms a video, seeking each frame); largest "
-                  f"difference of a pixel {gap}")
-
-
-def reading(videos=400, T=6, batch=4, times=3):
-    """Batches a second that workers hand over: `shapes` videos, decoded or from the frame cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        shapes.render_shapes(folder, train=videos, val=0, test=0)
-        segments = data.load_split("shapes", folder, "train").segments
-        batches = [list(range(k, k + batch)) for k in range(0, videos, batch)] * times
-        transform = data.test_transform(32)
-        datasets = {
-            "decoded": data.VideoDataset(segments, T, transform),
-            "cached": data.VideoDataset(segments, T, transform, f"{folder}/frames"),
-        }
-        for k in range(videos):
-            datasets["cached"][k]  # fills the cache
-        for what, dataset in datasets.items():
-            for workers in (1, 2):
-                with loading(dataset, batches, collate, workers) as loader:
-                    for k, _ in enumerate(loader):
-                        if k == workers:  # the first of each worker also waited for its start
-                            start = time.perf_counter()
-                took = time.perf_counter() - start
-                print(f"{what}, {workers} workers: {(len(batches) - workers - 1) / took:.1f} "
-                      f"batches/s of {batch} videos, T={T}", flush=True)
-
-
-# ---- training ----
-
-def memory(batch=32, chunk=0, amp="off", clip="ViT-B/32", T=12):
-    """Peak memory of a training step, with weights, gradients and AdamW's state, and its seconds.
-    One case per process. On a CPU, set MALLOC_MMAP_THRESHOLD_=65536 in the environment: then what
-    is freed goes back to the system at once."""
-    taken = 0.0
-
-    def train():
-        nonlocal taken
-        torch.manual_seed(0)
-        model = TMASS(random_clip(clip), T).to(DEVICE).train()
-        model.chunk = chunk
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        size = model.clip.image_size
-        for pairs in (2, batch):  # the first makes the optimizer's state
-            pixels = torch.randint(0, 256, (pairs, T, 3, size, size), dtype=torch.uint8)
-            pixels = pixels.to(DEVICE)
-            ids = random_ids([16] * pairs, 16).to(DEVICE)
+        s = seconds(args, sampled=sampled, closed_form=closed_form, floor=floor)
+        us = ", ".join(f"{name} {1e6 * taken / n / n:.3g}" for name, taken in s.items())
+        say(f"scoring {n} x {n}, T={args.frames}, D={D}, M={M}",
+            f"us a pair: {us}; {peak_memory(args, sampled):.2f} GB")
+        if n == args.galleries[0]:
             start = time.perf_counter()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=amp == "bf16"):
-                loss = model(ids, pixels)["loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            synchronize(DEVICE)
+            literal = model.score(t, f, M).cpu()
             taken = time.perf_counter() - start
-
-    peak = peak_memory(train)
-    print(f"{clip}, T={T}, --batch {batch} --chunk {chunk} --amp {amp}: {peak:.1f} GB, "
-          f"{taken:.0f} s a step on {DEVICE}")
-
-
-class PlainTMASS(torch.nn.Module):
-    """The training step as one would write it on transformers' CLIPModel, for comparison."""
-
-    def __init__(self, hf, ours):
-        super().__init__()
-        D = ours.clip.embed_dim
-        self.hf = hf
-        for name in ("q", "k", "v", "out", "linear"):
-            self.add_module(name, torch.nn.Linear(D, D))
-        for name in ("ln1", "ln2", "ln3"):
-            self.add_module(name, torch.nn.LayerNorm(D))
-        self.radius = torch.nn.Linear(ours.frames, D)
-        for name, layer in self.named_children():
-            if name not in ("hf", "radius"):
-                layer.load_state_dict(getattr(ours.pool, name).state_dict())
-        self.radius.load_state_dict(ours.radius.linear.state_dict())
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-        self.register_buffer("mean", mean.view(3, 1, 1))
-        self.register_buffer("std", std.view(3, 1, 1))
-
-    def forward(self, ids, mask, pixels):
-        B, T = pixels.shape[:2]
-        t = self.hf.get_text_features(ids, attention_mask=mask)
-        pixels = (pixels.flatten(0, 1).float() / 255 - self.mean) / self.std
-        f = self.hf.get_image_features(pixels).view(B, T, -1)
-        f1 = self.ln1(f)
-        q = self.q(self.ln1(t))
-        a = torch.einsum("nd,vtd->nvt", q, self.k(f1)) / t.shape[1] ** 0.5
-        x = torch.einsum("nvt,vtd->nvd", a.softmax(-1), self.v(f1))
-        x = self.ln2(self.out(x))
-        v = self.ln3(x + self.linear(x))
-        own = v[range(B), range(B)]
-        r = self.radius(F.cosine_similarity(t[:, None], f, dim=-1)).exp()
-        t_s = t + r * torch.randn_like(t)
-        t_sup = t + F.normalize(own - t, dim=-1) * r
-        labels = torch.arange(B, device=t.device)
-        loss = 0
-        for weight, text in ((1.0, t_s), (0.8, t_sup)):
-            logits = self.hf.logit_scale.exp() * F.cosine_similarity(text[:, None], v, dim=-1)
-            both = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
-            loss = loss + weight * both / 2
-        return loss
+            gap = (literal - sampled().cpu()).abs().max()
+            say(f"the literal formula, {n} x {n}",
+                f"{taken / s['sampled']:.0f} times as long; largest difference {gap:.1e}")
 
 
-def train_(batch=16, T=12, repeat=2):
-    """A whole training step, ViT-B/32 with random weights: ours against the same step written
-    plainly on transformers' CLIPModel (sdpa), in float32; ours in bf16; and with
-    --chunk 64. One video of T frames and one caption of 12 tokens per pair."""
-    import transformers
+@torch.no_grad()
+def towers(args):
+    for name, amp in itertools.product(args.clip, args.amp):
+        clip = CLIP(embed_dim=D, **CLIPS[name]).to(args.device).eval()
+        ids, pixels = random_batch(clip, args.images, 1)
+        with autocast(args.device, amp):
+            s = seconds(args, images=lambda: clip.encode_image(pixels[:, 0]),
+                        texts=lambda: clip.encode_text(ids))
+        say(f"towers, {name}, --amp {amp}",
+            f"{args.images / s['images']:.0f} images/s, {args.images / s['texts']:.0f} texts/s")
 
-    from clip_model import CLIP
-    torch.manual_seed(0)
-    text = dict(eos_token_id=49407)
-    config = transformers.CLIPConfig(text_config=text, attn_implementation="sdpa")
-    hf = transformers.CLIPModel(config)
-    clip = CLIP.from_state_dict(to_openai_names(hf.state_dict()))
-    ours = TMASS(clip, T, dropout=0.0).to(DEVICE).train()
-    plain = PlainTMASS(hf, ours).to(DEVICE).train()
-    pixels = torch.randint(0, 256, (batch, T, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    ids = random_ids([12] * batch, 12).to(DEVICE)
-    # transformers' processor pads captions to 77 with the end token; it attends to no padding
-    padded = F.pad(ids, (0, 77 - 12), value=49407)
-    mask = (torch.arange(77, device=DEVICE) < 12).long().expand(batch, -1)
 
-    def our_loss():
-        return ours(ids, pixels)["loss"]
+def train(args):
+    """-> pairs a second of each kind of training"""
+    rates = []
+    for name, amp, chunk in itertools.product(args.clip, args.amp, (0, args.chunk)):
+        def several_steps():
+            model = make_model(args, name).to(args.device).train()
+            model.chunk = chunk
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+            scaler = torch.amp.GradScaler(args.device.type, enabled=amp == "fp16")
+            ids, pixels = random_batch(model.clip, args.batch, args.frames)
 
-    def plain_loss():
-        return plain(padded, mask, pixels)
+            def step():
+                with autocast(args.device, amp):
+                    loss = model(ids, pixels)["loss"]
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
 
-    def step(model, loss, amp=False):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.2, fused=True)
+            rates.append(args.batch / seconds(args, step=step)["step"])
 
-        def run():
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
-                out = loss()
-            optimizer.zero_grad()
-            out.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        return run
+        what = f"a training step, {name}, --batch {args.batch} --chunk {chunk} --amp {amp}"
+        try:
+            memory = peak_memory(args, several_steps)
+            say(what, f"{rates[-1]:.3g} pairs/s, {memory:.2f} GB with weights and optimizer")
+        except torch.OutOfMemoryError:
+            say(what, "out of memory")
+    return rates
 
-    losses = []
-    for loss in (our_loss, plain_loss):
-        torch.manual_seed(1)
-        losses.append(loss().item())
-    print(f"device {DEVICE}, {torch.get_num_threads()} threads, batch {batch}, T={T}; losses "
-          f"{losses[0]:.4f}, plain {losses[1]:.4f}")
-    runs = {
-        "ours, fp32": step(ours, our_loss),
-        "plain on transformers, fp32": step(plain, plain_loss),
-        "plain, captions cut as ours": step(plain, lambda: plain(ids, mask[:, :12], pixels)),
-        "ours, bf16": step(ours, our_loss, amp=True),
-    }
-    s = seconds(runs, repeat)  # in turns, for the ratios
-    ours.chunk = 64
-    for name in ("ours, fp32", "ours, bf16"):
-        s.update(seconds({f"{name}, --chunk 64": runs[name]}, repeat))
-    for name, time_of_step in s.items():
-        print(f"{name:36s} {batch / time_of_step:7.2f} pairs/s")
-    fp32 = s["ours, fp32"]
-    print(f"speed against plain {s['plain on transformers, fp32'] / fp32:.2f}x (its captions cut "
-          f"too: {s['plain, captions cut as ours'] / fp32:.2f}x); bf16 against fp32 "
-          f"{fp32 / s['ours, bf16']:.2f}x")
+
+def opencv_frames(path, T):
+    """OpenCV's way to the same frames: seek each. -> uint8 (T,3,H,W)"""
+    import cv2
+    cv2.setNumThreads(1)
+    video = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    frames = []
+    for i in sample_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), T):
+        video.set(cv2.CAP_PROP_POS_FRAMES, i)
+        picture = cv2.cvtColor(video.read()[1], cv2.COLOR_BGR2RGB)
+        frames.append(torch.from_numpy(picture).permute(2, 0, 1))
+    return torch.stack(frames)
+
+
+def reading(args):
+    """-> pairs a second that workers hand over from the frame cache"""
+    T = args.frames
+    with tempfile.TemporaryDirectory() as folder:
+        segments = [Segment(f"{folder}/{k}.mp4") for k in range(args.videos)]
+        path = segments[0].path
+        scene = F.interpolate(torch.rand(1, 3, 60, 80) * 255, (480, 640), mode="bicubic")[0]
+        frames = []
+        for k in range(375):  # a texture that drifts, with grain
+            x = scene[:, k // 2:k // 2 + 240, k // 3:k // 3 + 320] + 4 * torch.randn(3, 240, 320)
+            frames.append(x.clamp(0, 255).byte())
+        shapes.write_video(path, torch.stack(frames), 25)
+        for segment in segments[1:]:
+            os.link(path, segment.path)
+        try:
+            s = seconds(args, ours=lambda: read_frames(path, T),
+                        opencv=lambda: opencv_frames(path, T))
+            say(f"decoding {T} of 375 frames, 320x240 H.264",
+                f"{1e3 * s['ours']:.1f} ms, {s['ours'] / s['opencv']:.2f} of OpenCV's time")
+        except ImportError:
+            say("decoding against OpenCV", "not compared: pip install opencv-python-headless")
+
+        workers = cores()
+        # The first batch of each worker also waits for its start, and is not counted.
+        rows = torch.arange((workers + args.batches) * args.batch) % args.videos
+        batches = rows.view(-1, args.batch).tolist()
+        for cache in (None, f"{folder}/cache"):
+            dataset = data.VideoDataset(segments, T, data.train_transform(224), cache)
+            if cache:
+                for v in range(args.videos):
+                    dataset[v]  # fills it
+            took = []
+            with loading(dataset, batches, default_collate, workers, args.cuda) as loader:
+                for pixels in loader:
+                    pixels.to(args.device)
+                    took.append(time.perf_counter())
+            rate = args.batches / (took[-1] - took[workers - 1])
+            say(f"DataLoader, {workers} workers, {'cached' if cache else 'decoded'}, T={T}",
+                f"{rate:.3g} batches/s of {args.batch} pairs")
+    return rate * args.batch
+
+
+@torch.no_grad()
+def search(args):
+    """By search.py's own code on empty files: only decoding and the image tower are left out."""
+    a_file = 10  # pieces
+    model = make_model(args).to(args.device)
+    noise = 0.7 * torch.randn(256, args.frames, D)
+    model.encode_video = lambda x: torch.randn(len(x), 1, D) + noise[:len(x)]
+    data.transform_for = lambda clip: lambda x: x
+    times = [k / 2 for k in range(args.frames)]
+    pieces = [Piece(10.0 * k, 10.0 * k + 10, times, torch.zeros(1)) for k in range(a_file)]
+    searching.read_pieces = lambda path, frames, window: iter(pieces)
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(args.pieces // a_file):
+            Path(folder, f"video {k:06d}.mp4").touch()
+
+        def build():
+            return searching.build_index(model, [folder], batch=256)
+
+        start = time.perf_counter()
+        memory = peak_memory(args, build)
+        took = time.perf_counter() - start
+        shards = list(Path(folder, searching.INDEX).iterdir())
+        size = sum(shard.stat().st_size for shard in shards) / 1e9
+        gallery = build()
+        t = torch.randn(1, D, device=args.device)
+        s = seconds(args, opened=build, asked=lambda: searching.search(model, t, gallery))
+        say(f"search of {len(gallery.file)} pieces, T={args.frames}, D={D}",
+            f"made in {took:.0f} s with {memory:.2f} GB, {size:.2f} GB in {len(shards)} shards, "
+            f"opened in {s['opened']:.1f} s, asked in {1e3 * s['asked']:.0f} ms")
+
+
+def moment(args):
+    """shapes' test captions, each with its own video."""
+    model, tokenizer, config = load_checkpoint(args.ckpt)
+    ann = data.load_split("shapes", config.get("root"), "test")
+    paths = [segment.path for segment in ann.segments]
+    settings, _ = shapes.shapes_of(Path(paths[0]).parent.parent)
+    del settings["version"]
+    # The videos are drawn again, but not written, to know what is seen in each of their frames.
+    drawn = []
+    shapes.draw_shots = lambda facts, *_: drawn.append(facts)
+    shapes.write_video = lambda *_: None
+    right = []
+    chance = []
+    with tempfile.TemporaryDirectory() as folder:
+        gallery = searching.build_index(model, paths, index_dir=folder)
+        videos = shapes.ShapesVideos(folder, **settings)
+        for path in paths:
+            captions, _, says = videos[int(Path(path).stem)]
+            t = encode_texts(model, tokenizer, captions)
+            found = searching.search(model, t, gallery, top=len(paths))
+            for said, hits in zip(torch.tensor(says), found):
+                fits = (drawn[-1] == said) | (said < 0)
+                described = fits.all(1)  # frames of shots that the caption fits
+                [at] = [hit.at for hit in hits if gallery.paths[hit.file] == path]
+                right.append(described[round(at * shapes.RATE)].item())
+                chance.append(described.double().mean().item())
+    say(f"the moment lies in a described shot, {len(right)} captions of {len(paths)} videos",
+        f"{100 * statistics.mean(right):.1f} % (chance {100 * statistics.mean(chance):.1f} %)")
+
+
+def agreement(args):
+    """How far the device is from the CPU, relative to the length of what is compared."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, as of the patches
+    model = make_model(args, args.clip[0])
+    ids, pixels = random_batch(model.clip, 4, args.frames)
+    t, f = random_features(args, args.galleries[0] // 4)
+    eps = torch.randn(4, D)
+    found = []
+    for device in (torch.device("cpu"), args.device):
+        there = copy.deepcopy(model).to(device)
+        there.sample_noise = lambda shape, device: eps.to(device)
+        loss = there(ids.to(device), pixels.to(device))["loss"]
+        loss.backward()
+        gradients = [p.grad.flatten() for p in there.parameters() if p.grad is not None]
+        del there.sample_noise
+        near = t.to(device), f.to(device)
+        found.append({
+            "loss": loss.detach(),
+            "gradients": torch.cat(gradients),
+            "scores, sampled": exact.score(there, *near),
+            "scores, closed form": exact.score(there, *near, expected=True),
+        })
+    for name, x in found[0].items():
+        gap = (found[1][name].cpu() - x).norm() / x.norm()
+        say(f"device against CPU: {name}", f"{gap:.1e}")
+
+
+def gpu(args):
+    agreement(args)
+    scoring(args)
+    towers(args)
+    rates = train(args)
+    rate = reading(args)
+    slower = sum(rate >= other for other in rates)
+    say("the loader, cached", f"keeps up with {slower} of {len(rates)} kinds of training above")
 
 
 def main(argv=None):
-    benches = (encode, scoring, index, shortlist, moment, pieces, data_, reading, train_, memory,
-               gpu)
-    benches = {bench.__name__.rstrip("_"): bench for bench in benches}
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="bench", required=True)
-    for name, bench in benches.items():
-        about = " ".join(bench.__doc__.split()).replace("%", "%%")
-        command = commands.add_parser(name, help=about, description=about)
-        if name == "index":
-            command.add_argument("--pieces", type=int, default=1_000_000,
-                                 help="ten to a file (default: %(default)s)")
-        if name in ("shortlist", "moment"):
-            command.add_argument("--ckpt", default="model.pt",
-                                 help="a trained model (default: %(default)s)")
-        if name == "memory":
-            command.add_argument("--batch", type=int, default=32, help="(default: %(default)s)")
-            command.add_argument("--chunk", type=int, default=0,
-                                 help="frames at a time; 0: all at once (default: %(default)s)")
-            command.add_argument("--amp", choices=("off", "bf16"), default="off",
-                                 help="(default: %(default)s)")
-            command.add_argument("--clip", choices=VITS, default="ViT-B/32",
-                                 help="(default: %(default)s)")
-        if name == "gpu":
-            command.add_argument("--device", default="cuda", help="(default: %(default)s)")
-            command.add_argument("--small", action="store_true",
-                                 help="small sizes, to see on any machine that it runs")
-    args = vars(parser.parse_args(argv))
-    return benches[args.pop("bench")](**args)
+    benches = (scoring, towers, train, reading, search, moment, gpu)
+    benches = {bench.__name__: bench for bench in benches}
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("bench", choices=benches)
+    p.add_argument("--device", type=torch.device, default=DEVICE)
+    p.add_argument("--galleries", type=int, nargs="+", default=[500, 1000, 2000, 4000])
+    p.add_argument("--clip", nargs="+", default=["ViT-B/32", "ViT-B/16"])
+    p.add_argument("--amp", nargs="+", default=["off", "bf16"])
+    p.add_argument("--batch", type=int, default=32, help="pairs")
+    p.add_argument("--chunk", type=int, default=64, help="frames")
+    p.add_argument("--pieces", type=int, default=1_000_000)
+    p.add_argument("--ckpt", default="model.pt", help="trained on shapes")
+    p.add_argument("--small", action="store_true", help="only to see that it runs")
+    p.set_defaults(**FULL)
+    args = p.parse_args(argv)
+    args.cuda = args.device.type == "cuda"
+    if args.small:
+        vars(args).update(SMALL)
+    elif args.bench == "gpu" and not args.cuda:
+        raise DataError("no GPU here: bench.py gpu --small shows that it runs")
+    name = args.device
+    if args.cuda:
+        name = torch.cuda.get_device_name(args.device)
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads{', SMALL SIZES' * args.small}\n")
+    say("what", "measured")
+    say("---", "---")
+    with contextlib.redirect_stdout(sys.stderr):  # what build_index tells is no row
+        benches[args.bench](args)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

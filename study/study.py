@@ -155,11 +155,8 @@ def closed_form(model, t, f):
     adds; E_M b. Beside them the mean of R, and the length of the noise over that of the text,
     σ|R|/|t|.
     """
-    mean, std = (0.5, 12**-0.5) if model.prior == "uniform" else (0, model.prior_std)
-    largest = exact.largest_of_normals(20)
-    out = {
-        k: torch.empty(len(t), len(f)) for k in ("cos", "h", "shift", "bonus", "radius", "noise")
-    }
+    mean, std, largest = exact.noise_of(model, 20, 24, expected=True)
+    parts = []
     for rows in torch.arange(len(t)).split(25):
         t_i, v = t[rows, None], model.pool(t[rows], f)
         R = model.radius(cosine(t[rows, None, None], f)).expand_as(v)
@@ -167,17 +164,15 @@ def closed_form(model, t, f):
         tau = (c.square().sum(-1) + std**2 * R.square().sum(-1)).sqrt()
         g = R * (v - ((c * v).sum(-1) / tau.square())[..., None] * c)
         length = v.norm(dim=-1) * tau
-        parts = dict(
+        parts.append(dict(
             cos=cosine(t_i, v),
             h=t_i.norm(dim=-1) / tau,
             shift=mean * (R * v).sum(-1) / length,
             bonus=largest * std * g.norm(dim=-1) / length,
             radius=R.mean(-1),
             noise=std * R.norm(dim=-1) / t_i.norm(dim=-1),
-        )
-        for k, x in parts.items():
-            out[k][rows] = x
-    return out
+        ))
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def share(part, s):
@@ -369,18 +364,11 @@ def tables(by):
         ],
         by,
         lambda rows: [
-            both(rows, "pairs", key, digits)
-            for key, digits in (
-                ("cos", 3),
-                ("best", 3),
-                ("radius", 3),
-                ("noise", 3),
-                ("h", 3),
-                ("bonus", 3),
-                ("beats", 1),
-            )
+            both(rows, "pairs", key, 1 if key == "beats" else 3)
+            for key in ("cos", "best", "radius", "noise", "h", "bonus", "beats")
         ],
     )
+    digits = dict(tau=2, correlation=3)
     table(
         "What moves the ranking: shares of the score's variance over one text's videos, % "
         "(all / the first ten)",
@@ -394,15 +382,8 @@ def tables(by):
         ],
         mass,
         lambda rows: [
-            both(rows, "ranking", key, digits)
-            for key, digits in (
-                ("point", 1),
-                ("tau", 2),
-                ("shift", 1),
-                ("bonus", 1),
-                ("correlation", 3),
-                ("same_first", 1),
-            )
+            both(rows, "ranking", key, digits.get(key, 1))
+            for key in ("point", "tau", "shift", "bonus", "correlation", "same_first")
         ],
     )
     thirds = ["least apart", "middle", "most apart"]
@@ -436,20 +417,17 @@ def main():
         help="these variants; tables compare with xpool, and need it (default: all)",
     )
     p.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "study", help="where checkpoints are kept"
-    )
-    p.add_argument(
         "--no-training",
         action="store_true",
         help="evaluate what is trained, print tables of what is there",
     )
     args = p.parse_args()
-    runs, test = args.runs.resolve(), None
+    runs, test = ROOT / "runs" / "study", None
     os.chdir(ROOT)
     torch.set_num_threads(1)
     prepare()
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    known = {(row["variant"], row["seed"]): row for row in map(json.loads, lines)}
+    rows = map(json.loads, RESULTS.read_text().splitlines())
+    known = {(row["variant"], row["seed"]): row for row in rows}
     for name, seed in [(name, seed) for seed in args.seeds for name in args.only]:
         there = (runs / f"{name}-{seed}.seconds").exists()
         if (name, seed) in known or (args.no_training and not there):

@@ -1,63 +1,87 @@
-"""study/bench.py gpu: the one command of a GPU hour, run on the CPU at small sizes."""
-import math
+"""study/bench.py at small sizes, and the pictures of study/figures.py."""
 import re
+import sys
 
+import figures
 import pytest
 import torch
 
-PRECISIONS = "float32", "bf16", "fp16"
-VITS = "ViT-B/32", "ViT-B/16"
-pytestmark = pytest.mark.slow
+from lib.common import program
+from lib.shapes import render_shapes, tiny_clip
+from lib.weights import save_checkpoint
+from tmass import TMASS
+
+CAPTION = "a red star"
+LOG = "step,epoch,loss,val_R1\n1,1,3.5,\n2,1,2.5,50\n"
 
 
-def table_of(text):
-    """The table that is printed as Markdown. -> {first cell: second cell}"""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["what", "measured"]
-    assert all(len(row) == 2 for row in rows)
-    assert len({row[0] for row in rows}) == len(rows)
-    return dict(rows[1:])
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """The name of a checkpoint with random weights, beside its log and six videos."""
+    folder = tmp_path_factory.mktemp("study")
+    root = folder / "shapes"
+    render_shapes(root, train=1, val=1, test=4, workers=0)
+    torch.manual_seed(0)
+    clip, tokenizer = tiny_clip([CAPTION])
+    config = dict(data="shapes", root=str(root))
+    for radius in ("linear", "none"):
+        model = TMASS(clip, frames=2, radius=radius)
+        save_checkpoint(folder / f"{radius}.pt", model, tokenizer, config)
+    (folder / "linear.log.csv").write_text(LOG)
+    return f"{folder}/linear.pt"
 
 
-def numbers(cell):
-    return [float(x) for x in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?:e[+-]\d+)?", cell)]
-
-
-def test_the_table_of_a_gpu(run):
-    options = ["--device", "cpu", "--small"]
-    done = run("study/bench.py", "gpu", *options, env={"OMP_NUM_THREADS": "1"}, timeout=300)
+@pytest.mark.slow
+@pytest.mark.parametrize("bench, rows", [
+    ("gpu", "CPU: loss | 0.0e+00|scoring|literal|towers|training step|DataLoader|keeps up"),
+    ("search", "search of 5000 pieces"),
+    ("moment", "32 captions of 4 videos"),
+])
+def test_bench(run, ckpt, bench, rows):
+    options = ["--device", "cpu", "--small", "--ckpt", ckpt]
+    done = run("study/bench.py", bench, *options, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Not run on a GPU: cpu, torch ")
-    assert "small sizes" in done.stdout.splitlines()[0]
-    table = table_of(done.stdout)
-
-    for what in ("scores, sampled", "scores, expected", "scores, point text"):
-        assert f"device against CPU: {what}" in table
-    for what in ("losses", "gradients"):
-        for how in ("all in float32", "TF32 convolution, torch's default"):
-            gap = table[f"device against CPU: {what}, {how}"]
-            assert numbers(gap)[0] == 0, gap  # the device is the CPU: the same sums
-            assert "within 1e-5" in gap
-    for way in ("sampled", "expected"):
-        for n in (20, 50):
-            assert len(numbers(table[f"scoring {n} x {n}, {way}"])) == 3
-    kinds = []
-    for name in VITS:
-        for precision in PRECISIONS:
-            kinds += [f"towers, {name}, {precision}"]
-            for again in ("", ", --chunk 4"):
-                kinds += [f"training, {name}, batch 4, T=3, {precision}{again}"]
-    for what in kinds:
-        first, second, *more = numbers(table[what])
-        assert 0 < first < math.inf and 0 <= second < math.inf and not more
-    loader = table["loader, 2 workers, T=3, cached"]
-    assert re.search(r"pairs/s, keeps up with \d+ of the 12 kinds of training above", loader)
-    search = [cell for what, cell in table.items() if what.startswith("search of 5000 pieces: ")]
-    assert len(search) == 5 and all(numbers(cell) for cell in search)
+    assert "SMALL SIZES\n\n| what | measured |" in done.stdout
+    for what in rows.split("|"):
+        assert what in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
-def test_no_gpu_is_said(run):
-    done = run("study/bench.py", "gpu", timeout=100)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "--device cpu --small" in done.stderr
+def draw(*command):
+    """-> exit status"""
+    try:
+        return program(lambda: figures.main(command))
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("command, said", [
+    (["curves"], "loss|val_R1|step"),
+    (["pairs"], "32 pairs|96 pairs"),
+    (["mass"], "for the right video and|wider cloud"),
+    (["mass", "--text", CAPTION], f"“{CAPTION}”|for the nearest video and"),
+])
+def test_figures(ckpt, tmp_path, command, said):
+    pytest.importorskip("matplotlib")
+    svg = tmp_path / "a.svg"
+    assert draw(*command, "--ckpt", ckpt, "--out", str(svg)) == 0
+    text = re.sub("<.*?>", "", svg.read_text(), flags=re.S)
+    for words in said.split("|"):
+        assert words in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command, word", [
+    ("mass --out mass.pdf", ".svg or .png"),
+    ("curves --ckpt none.pt --out a.svg", "none.log.csv"),
+    ("mass --ckpt none.pt --out a.svg", "radius"),
+])
+def test_refused(ckpt, monkeypatch, capsys, command, word):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(ckpt.rpartition("/")[0])
+    assert draw(*command.split()) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    assert draw("curves", "--out", "a.svg") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err

@@ -7,27 +7,17 @@ import torch
 from conftest import ROOT
 
 import study
-from clip_model import CLIP
 from lib import exact
+from lib.shapes import tiny_clip
 from tmass import TMASS
 
 
 @pytest.mark.parametrize("prior", ["normal", "uniform"])
 def test_parts_of_the_score_add_up(prior):
     torch.manual_seed(0)
-    clip = CLIP(
-        embed_dim=32,
-        image_size=8,
-        patch_size=4,
-        vision_width=64,
-        vision_layers=1,
-        context_length=8,
-        vocab_size=9,
-        text_width=64,
-        text_layers=1,
-    )
+    clip, _ = tiny_clip(["a red star"])
     model = TMASS(clip, frames=3, prior=prior, prior_std=0.7).eval()
-    t, f = torch.randn(30, 32) + 0.5, torch.randn(12, 3, 32)
+    t, f = torch.randn(30, 128) + 0.5, torch.randn(12, 3, 128)
     with torch.no_grad():
         p, s = study.closed_form(model, t, f), exact.score(model, t, f, 20, expected=True)
         assert torch.allclose(p["cos"], exact.score(model, t, f, 0), atol=1e-5)
