@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
+from clip_model import CLIP
 from lib.common import (
     DataError,
     curable,
@@ -31,6 +32,7 @@ from lib.common import (
     write_whole,
     written_whole,
 )
+from lib.encoders import OpenCLIP
 from lib.processes import ALONE
 from lib.video import SUFFIXES, spelled
 
@@ -189,11 +191,14 @@ def fingerprint(model, window):
     """
     settings = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(settings).encode())
-    tensors = sorted(model.clip.visual.state_dict().items())
+    encoder = model.clip
+    # Of other encoders, it isn't known what encodes images.
+    tower = encoder.visual if isinstance(encoder, (CLIP, OpenCLIP)) else encoder
+    tensors = sorted(tower.state_dict().items())
     sums = []
     samples = []
     for _, x in tensors:
-        bits = x.flatten().view(torch.int32)
+        bits = x.flatten().view(torch.uint8 if x.nbytes % 4 else torch.int32)
         sums.append(bits.sum(dtype=torch.int64))
         samples.append(bits[::max(1, len(bits) // 64)])
     # Two copies from the device in all, rather than two per tensor: each copy synchronises.
