@@ -1,7 +1,6 @@
-"""Shared by all tests: our modules on sys.path, real annotation files where there are any, how to
-run our scripts.
+"""Shared by all tests: our modules on sys.path, real annotation files where there are any, small
+models, the paper in plain loops, and how our programs are run.
 """
-
 import contextlib
 import os
 import secrets
@@ -13,45 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "study")]
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+sys.path.extend([str(ROOT), str(ROOT / "study")])
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started here
+torch.set_num_threads(1)  # threads that share so little work mostly wait for each other
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, programs would ignore it
+
+from clip_model import CLIP  # noqa: E402
+from lib.processes import run as run_program  # noqa: E402
+from tmass import TMASS  # noqa: E402
+
 with contextlib.suppress(ImportError):  # optional; torch.hub shows downloads with it
     from tqdm import tqdm
 
     # Its monitor is a thread that never ends, and workers are not forked beside other threads.
     tqdm.monitor_interval = 0
-
-
-# Code for a program whose videos can't be opened once there is a file "slow": in a job, those of
-# process 1 alone.
-SLOW = """
-import os
-import time
-
-import av
-
-plain = av.open
-
-def slowly(*arguments, **options):
-    if os.path.exists("slow"):  # as on a network disk that does not answer
-        time.sleep(60)
-    return plain(*arguments, **options)
-
-if os.environ.get("RANK", "1") == "1":
-    av.open = slowly
-"""
-
-
-def free_port():
-    """A port that is free, and stays so: none of those that systems give whoever asks for any."""
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        with contextlib.suppress(OSError), socket.socket() as s:
-            s.bind(("127.0.0.1", port))
-            return str(port)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +40,131 @@ def shared():
     if not folder.is_dir():
         pytest.skip("needs ../shared/data")
     return folder
+
+
+# ---- small models ----
+
+D = 64
+T = 4
+
+
+def small_clip(width=D):
+    return CLIP(embed_dim=width, image_size=16, patch_size=8, vision_width=64, vision_layers=1,
+                context_length=16, vocab_size=514, text_width=64, text_layers=1)
+
+
+def small_model(seed=0, shake=0.1, **method):
+    """A small model whose head has left its identity start, so that no term hides behind a zero."""
+    torch.manual_seed(seed)
+    model = TMASS(small_clip(), **{"frames": T, **method}).eval()
+    for name, p in model.named_parameters():
+        if not name.startswith("clip."):
+            p.data += shake * torch.randn_like(p)
+    return model
+
+
+def features(N, V, seed=1, frames=T):
+    """Texts t (N,D), and videos f (V,T,D) whose frames have something in common."""
+    g = torch.Generator().manual_seed(seed)
+    t = torch.randn(N, D, generator=g)
+    v = torch.randn(V, 1, D, generator=g)
+    return t, v + 0.7 * torch.randn(V, frames, D, generator=g)
+
+
+def noise_video(path, seed):
+    """Write six frames of large squares of random colours."""
+    from videos import write_video
+
+    g = torch.Generator().manual_seed(seed)
+    frames = F.interpolate(torch.rand(6, 3, 4, 4, generator=g), size=(32, 48)) * 255
+    write_video(path, frames.permute(0, 2, 3, 1).byte().contiguous())
+
+
+# ---- the paper once more, in plain loops ----
+
+
+def layer_norm(x, ln):
+    return (x - x.mean()) / (x.var(unbiased=False) + ln.eps).sqrt() * ln.weight + ln.bias
+
+
+def cos(a, b):
+    return a @ b / (a.norm() * b.norm())
+
+
+def attend(logits, values):
+    e = [x.exp() for x in logits]
+    return sum(w * x for w, x in zip(e, values)) / sum(e)
+
+
+def literal_pool(model, t, f):
+    """psi(f | t) of one text t (D) and one video f (T,D)."""
+    if model.config["pooling"] == "mean":
+        return sum(f) / len(f)
+    if model.config["pooling"] == "query":
+        return attend([cos(t, x) / 0.1 for x in f], [x / x.norm() for x in f])
+    p = model.pool
+    H = model.config["heads"]
+    d = len(t) // H
+    q = p.q.weight @ layer_norm(t, p.ln1) + p.q.bias
+    k = [p.k.weight @ layer_norm(x, p.ln1) + p.k.bias for x in f]
+    u = [p.v.weight @ layer_norm(x, p.ln1) + p.v.bias for x in f]
+    heads = []
+    for h in range(H):
+        part = slice(h * d, (h + 1) * d)
+        logits = [q[part] @ x[part] / d ** 0.5 for x in k]
+        heads.append(attend(logits, [x[part] for x in u]))
+    o = p.out.weight @ torch.cat(heads) + p.out.bias
+    x = layer_norm(o, p.ln2)
+    return layer_norm(x + p.linear.weight @ x + p.linear.bias, p.ln3)
+
+
+def literal_radius(model, S):
+    """R of one pair. S (T) -> (D)."""
+    kind = model.config["radius"]
+    if kind == "linear":
+        return torch.exp(model.radius.linear.weight @ S + model.radius.linear.bias)
+    theta = model.radius.theta if kind == "scaled" else 1
+    R = torch.exp(theta * sum(S) / len(S))
+    return R.expand(D) * (kind != "none")
+
+
+@torch.no_grad()
+def literal_score(model, t, f, trials, seed=24):
+    """max_m cos(t_i + R_ij ε_m, v_ij), one pair and one sample at a time."""
+    eps = model.noise(trials, seed) if trials else torch.zeros(1, t.shape[1])
+    sims = torch.empty(len(t), len(f))
+    for i in range(len(t)):
+        for j in range(len(f)):
+            v = literal_pool(model, t[i], f[j])
+            R = literal_radius(model, torch.stack([cos(t[i], x) for x in f[j]]))
+            sims[i, j] = max(cos(t[i] + R * e, v) for e in eps)
+    return sims
+
+
+# ---- programs ----
+
+
+@pytest.fixture
+def call(capsys):
+    """call(train, "--epochs", 1) -> (exit status, stdout, stderr): a command in this process."""
+
+    def call(program, *words):
+        capsys.readouterr()
+        words = [*map(str, words)]
+        try:
+            status = run_program(lambda: program.main(words))
+        except SystemExit as end:  # argparse
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def refused(result, *words):
+    """A mistake costs one line that says what it is, and status 2. result: (status, out, err)."""
+    status, out, err = result
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, result
+    assert all(word in err for word in words), (words, err)
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +185,61 @@ def run():
         )
 
     return run
+
+
+def free_port():
+    """A port that is free, and stays so: none of those that systems give whoever asks for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return str(port)
+
+
+def torchrun(*command, cwd, processes=2):
+    """Start a program in several processes, or in one without torchrun. -> Popen, pipes of text"""
+    words = [sys.executable, *map(str, command)]
+    if processes > 1:
+        options = ["--nproc_per_node", str(processes), "--master_port", free_port()]
+        words[1:1] = ["-m", "torch.distributed.run", *options]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+
+
+def ended(job, timeout=150):
+    """What a Popen printed, once it has ended. -> (exit status, stdout, stderr)"""
+    try:
+        out, err = job.communicate(timeout=timeout)
+    finally:
+        job.kill()
+    return job.returncode, out, err
+
+
+def children(pid):
+    """The processes that a process has started and that are still there."""
+    lists = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+    return sorted(map(int, " ".join(lists).split()))
+
+
+# Code for a program whose videos can't be opened once there is a file "slow": in a job, those of
+# process 1 alone.
+SLOW = """
+import os
+import time
+
+import av
+
+plain = av.open
+
+def slowly(*arguments, **options):
+    if os.path.exists("slow"):  # as on a network disk that does not answer
+        time.sleep(60)
+    return plain(*arguments, **options)
+
+if os.environ.get("RANK", "1") == "1":
+    av.open = slowly
+"""
 
 
 @pytest.fixture

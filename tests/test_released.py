@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from test_tmass import cos, features, literal_pool, literal_radius, literal_score, make
+from conftest import cos, features, literal_pool, literal_radius, literal_score
+from conftest import small_model as make
 from videos import numbered, write_video
 
 import clip_model
