@@ -377,7 +377,7 @@ def add_common(p):
     return g
 
 
-def say_loaded(args, model, config, job):
+def say_loaded(args, model, job, unfinished=None):
     """Print what was loaded and how it scores."""
     settings = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
                 f"{model.config['radius']}"]
@@ -385,8 +385,8 @@ def say_loaded(args, model, config, job):
         std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
         noise = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
         settings += [f"{args.trials} samples", f"prior {model.prior}{std}", noise]
-    if "unfinished" in config:
-        settings.append(f"unfinished: {config['unfinished']}")
+    if unfinished:
+        settings.append(f"unfinished: {unfinished}")
     job.say(f"{', '.join(settings)}, on {job.device}")
 
 
@@ -514,7 +514,7 @@ def main(argv=None):
     check_outputs(outputs, inputs)
     model, tokenizer, config = load_model(
         args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
-    say_loaded(args, model, config, job)
+    say_loaded(args, model, job, config.get("unfinished"))
     ann, missing = load_data(args, config, job)
     tables = args.data if args.data.endswith(".csv") else args.root
     videos = [segment.path for segment in ann.segments]

@@ -345,13 +345,16 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
     if broken := not_finite(weights) or not_finite(own):
         raise WeightsError(f"checkpoint {path} not written: weights that are not finite "
                            f"({listed(broken)}); {intact}")
-    kinds = {kind: name for name, kind in ENCODERS.items()}
-    encoder = kinds.get(type(model.clip))
+    names = [name for name, kind in ENCODERS.items() if kind is type(model.clip)]
+    if not names:
+        raise WeightsError(f"checkpoint {path} not written: its encoder is of the class "
+                           f"{type(model.clip).__name__}, which is not in ENCODERS "
+                           f"(lib/encoders.py); {intact}")
     content = dict(
         format="tmass",
         version=1,
         config=config,
-        encoder=encoder,
+        encoder=names[0],
         clip=model.clip.config,
         tmass=model.config,
         model=weights,
@@ -364,7 +367,7 @@ def save_checkpoint(path, model, tokenizer, config, weights=None, **state):
             # Given a name instead, torch.save would hide the system's error, such as a full disk.
             with open(part, "wb") as file:
                 torch.save(content, file)
-            if encoder not in ("clip", "open_clip"):
+            if names[0] not in ("clip", "open_clip"):
                 with explained(f"checkpoint {path} not written", "it could not be loaded again",
                                f"lib/encoders.py says what an encoder has; {intact}"):
                     _build(read_weights(part))
