@@ -484,7 +484,8 @@ def _load(name_or_path):
     sd, unused = _state_dict_in(content)
     what = "not a CLIP with a vision transformer, nor a checkpoint of T-MASS, X-Pool or train.py"
     with explained(path, what, f"found {listed(sd)}; for other models give open_clip:NAME"):
-        return *_build_foreign(sd, path, unused), None
+        model, config = _build_foreign(sd, path, unused)
+    return model, None, config
 
 
 RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this order
