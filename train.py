@@ -474,7 +474,8 @@ def main(argv=None):
             job.say(f"{start.out} is finished (step {saved.get('step')}): nothing to resume. Test "
                     f"it: {evaluation(start)}")
             return 0
-        args, recipe = settle(given, saved)
+        with usable(start.out) if saved else contextlib.nullcontext():
+            args, recipe = settle(given, saved)
         job.say(f"resuming {args.out}" if saved else f"recipe of {args.data}: {listed(recipe)}")
         job.say(f"given: {listed(given)}")
         try:

@@ -499,14 +499,13 @@ RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this o
 
 def _build_foreign(sd, path, unused):
     """A released checkpoint (HF's CLIP, pool_frames, stochastic) or a CLIP. -> (model, config)"""
-    clip_sd = {key[5:]: x for key, x in sd.items() if key.startswith("clip.")} or sd
-    head = {renamed(key, RELEASED_NAMES): x for key, x in sd.items() if key[:5] != "clip."}
-    if clip_sd is sd:
-        head = {}
-    head.pop("radius.learnable_scalar", None)  # the released code never reads it
-    if others := [key for key in head if not key.startswith(("pool.", "radius."))]:
+    inside = {key[5:]: x for key, x in sd.items() if key.startswith("clip.")}
+    head = {key: x for key, x in sd.items() if inside and not key.startswith("clip.")}
+    head.pop("stochastic.std_branch.learnable_scalar", None)  # the released code never reads it
+    if others := [key for key in head if not key.startswith(("pool_frames.", "stochastic."))]:
         raise WeightsError(f"beside a CLIP, it has another model's {listed(others)}")
-    clip = _build_clip(clip_sd, path, unused)
+    head = {renamed(key, RELEASED_NAMES): x for key, x in head.items()}
+    clip = _build_clip(inside or sd, path, unused)
     model = TMASS(clip, **method_of(head))
     own = {f"clip.{key}": x for key, x in clip.state_dict().items()}
     load_strictly(model, own | head, "the released code's model")
