@@ -8,7 +8,6 @@ import torch
 from conftest import hf_clip, shaken, small_clip
 from PIL import Image
 
-import clip_model
 from clip_model import CLIP, Tokenizer
 from data import test_transform as preprocess
 from lib.weights import to_openai_names
@@ -74,14 +73,6 @@ def test_learnt_merges_shorten_the_texts_and_rebuild_the_tokenizer():
     assert whole.merges == ("b c</w>", "a bc</w>") and whole.encode("abc") == [513]
 
 
-def test_clip_ids_of_known_captions(clip_tokenizer):
-    assert clip_tokenizer.vocab_size == 49408 and len(clip_tokenizer.merges) == 48894
-    assert clip_tokenizer(["a photo of a cat", "a diagram"]).tolist() == [
-        [49406, 320, 1125, 539, 320, 2368, 49407],
-        [49406, 320, 22697, 49407, 0, 0, 0],
-    ]
-
-
 def captions(shared):
     videos = json.loads((shared / "msvd" / "captions_msvd.json").read_text()).values()
     texts = [caption for video in videos for caption in video[:4]]
@@ -102,18 +93,17 @@ def test_ids_equal_open_clips_on_real_captions(shared, clip_tokenizer):
 
 
 def test_vocabulary_files_that_are_none(tmp_path, shared):
-    text, short, cut = tmp_path / "text.gz", tmp_path / "short.gz", tmp_path / "cut.gz"
-    text.write_text("i n\n")
-    short.write_bytes(gzip.compress(b"header\ni n\n"))
-    cut.write_bytes((shared / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()[:100_000])
-    for path in (text, cut):
+    path = tmp_path / "vocabulary.gz"
+    whole = (shared / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    for content in (b"i n", whole[:100_000]):
+        path.write_bytes(content)
         with pytest.raises((OSError, EOFError)):
             Tokenizer.from_file(path)
-    with pytest.raises(ValueError, match=f"{short}: 2 merges, CLIP's vocabulary has 48894"):
-        Tokenizer.from_file(short)
-    for merge in ("in", "a b c", ""):
-        with pytest.raises(ValueError, match="no merge"):
-            Tokenizer([merge])
+    path.write_bytes(gzip.compress(b"header\ni n\n"))
+    with pytest.raises(ValueError, match=f"{path}: 2 merges, CLIP's vocabulary has 48894"):
+        Tokenizer.from_file(path)
+    with pytest.raises(ValueError, match="no merge"):
+        Tokenizer(["in"])
 
 
 # ---- towers ----
@@ -166,40 +156,12 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_autocast_and_empty_batches():
-    clip, ids, images = small_clip(), Tokenizer()(["a red", "b"]), torch.randn(2, 3, 16, 16)
+    clip = small_clip()
+    images = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        image, text = clip.encode_image(images), clip.encode_text(ids)
-    torch.testing.assert_close(image.float(), clip.encode_image(images), atol=0.05, rtol=0.05)
-    torch.testing.assert_close(text.float(), clip.encode_text(ids), atol=0.05, rtol=0.05)
-    (image.sum() + text.sum()).backward()
+        half = clip.encode_image(images)
+    torch.testing.assert_close(half.float(), clip.encode_image(images), atol=0.05, rtol=0.05)
     assert clip.encode_image(images[:0]).shape == clip.encode_text(Tokenizer()([])).shape == (0, 64)
-
-
-@torch.no_grad()
-def test_patches_are_the_convolution():
-    """They go through a product; 20 pixels hold two patches of 8, as for a convolution."""
-    tower = clip_model.VisionTransformer(24, 20, 8, 64, 1, 2, clip_model.QuickGELU, 256)
-    images = torch.randn(5, 3, 20, 20)
-    seen = []
-    tower.ln_pre.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    tower(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        tower(images)
-    conv = tower.conv1(images).flatten(2).mT  # (N,L-1,W)
-    for x, precision in zip(seen, (1e-6, 0.01)):
-        patches = x[:, 1:] - tower.positional_embedding[1:]
-        assert (patches - conv).norm() < precision * conv.norm()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_last_block_computes_the_token_that_is_read_alone(causal):
-    block = small_clip().transformer.resblocks[-1]
-    x = torch.randn(3, 7, 64)
-    read = torch.tensor([0, 3, 6])
-    one = block(x, causal, read)
-    assert one.shape == (3, 1, 64)
-    torch.testing.assert_close(one[:, 0], block(x, causal)[range(3), read])
 
 
 # From commit d4fcab6 in float64, with parameters, pixels and ids that are formulas.

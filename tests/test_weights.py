@@ -99,13 +99,9 @@ def test_weights_that_are_not_finite_are_not_saved_and_warned_of(saved, capsys, 
     assert f"nan.pt: weights that are not finite ({name})" in capsys.readouterr().out
 
 
-def test_finite_weights_are_seen_to_be_in_one_wait_for_the_device(monkeypatch):
-    """A truth value of a tensor is what a GPU is waited for. Large weights have no finite sum."""
-    waits = []
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: waits.append(x) or x.item() != 0)
-    good = {"a": torch.ones(3), "b": torch.full((2,), 6e4).half(), "c": torch.arange(4)}
-    assert not_finite(good) == [] and len(waits) == 1
-    assert not_finite(good | {"d": torch.full((9,), 3e38)}) == []
+def test_large_weights_are_finite_though_their_sum_is_not():
+    good = {"a": torch.full((9,), 3e38), "b": torch.full((2,), 6e4).half(), "c": torch.arange(4)}
+    assert not_finite(good) == []
     assert not_finite(good | {"d": torch.tensor([math.inf, -math.inf])}) == ["d"]
 
 
