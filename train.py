@@ -349,7 +349,7 @@ def parser():
     g = p.add_argument_group("model")
     g.add_argument("--clip", metavar="NAME",
                    help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
-                        "weights, or tiny")
+                        "weights, open_clip:NAME/TAG or another one of lib/encoders.py, or tiny")
     g.add_argument("--init", metavar="FILE",
                    help="start from a whole checkpoint: this program's, released T-MASS or X-Pool")
     g.add_argument("--frames", metavar="T", type=size,

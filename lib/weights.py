@@ -50,8 +50,6 @@ OTHER_NAMES = {
     "openai/clip-vit-large-patch14": "ViT-L/14",
 }
 FILES = ("model.safetensors", "pytorch_model.bin")
-
-
 MERGE = "merge it into its model first: merge_and_unload().save_pretrained(FOLDER)"
 
 
@@ -209,20 +207,21 @@ WRAPPERS = re.compile(rf"^(module\.|model\.|{INNER})+|{INNER}")
 NOT_WEIGHTS = re.compile(r"(input_resolution|context_length|vocab_size|n_averaged|.*position_ids)")
 
 
-def _state_dict_in(weights):
-    """-> (state dict in a file's content, without what wrappers add; keys of others beside it)"""
-    unused = []
+def _state_dict_in(weights, path):
+    """The state dict in a file's content, without what wrappers add to its names.
+
+    Weights beside it, such as an EMA copy, are named in a line.
+    """
     for holder in 2 * HOLDERS:  # they may hold each other
         if isinstance(weights.get(holder), dict):
-            others = {key: x for key, x in weights.items() if key != holder}
-            unused += [key for key, x in others.items() if "ema" in key or _has_tensors(x)]
+            beside = [
+                key for key, x in weights.items() if key != holder and isinstance(x, dict)
+                and ("ema" in key or any(map(torch.is_tensor, x.values())))]
+            if beside:
+                print(f"{path}: its {holder} is loaded, not {listed(beside)}")
             weights = weights[holder]
     sd = {WRAPPERS.sub("", str(key)): x for key, x in weights.items()}
-    return {key: x for key, x in sd.items() if not NOT_WEIGHTS.fullmatch(key)}, unused
-
-
-def _has_tensors(x):
-    return isinstance(x, dict) and any(map(torch.is_tensor, x.values()))
+    return {key: x for key, x in sd.items() if not NOT_WEIGHTS.fullmatch(key)}
 
 
 def load_strictly(module, sd, what):
@@ -276,8 +275,7 @@ def to_openai_names(sd):
     # HF keeps q, k and v apart; OpenAI has them in one tensor.
     for key in list(named):
         if ".attn.q_proj." in key:
-            others = [key.replace("q_proj", other) for other in ("k_proj", "v_proj")]
-            parts = [named.pop(name) for name in (key, *others)]
+            parts = [named.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
             named[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     return named
 
@@ -470,21 +468,19 @@ def _load(name_or_path):
     kind, _, name = str(name_or_path).partition(":")
     if kind in ENCODERS and kind != "clip":
         clip = ENCODERS[kind](*filter(None, [name]))
-        with explained(name_or_path, "not usable", "lib/encoders.py says what an encoder has"):
-            if file := getattr(clip, "file", None):
-                sd, _ = _state_dict_in(read_weights(file))
-                load_strictly(clip.model, sd, f"open_clip's {name}")
-            model = TMASS(clip, **method_of({}))
-            try_out(model, clip.tokenizer([""]))
+        if file := getattr(clip, "file", None):
+            sd = _state_dict_in(read_weights(file), file)
+            load_strictly(clip.model, sd, f"open_clip's {name}")
+        model = TMASS(clip, **method_of({}))
         return model, clip.tokenizer, dict(zero_shot=True, frames=model.frames)
     path = find_weights(name_or_path)
     content = read_weights(path)
     if content.get("format") == "tmass":
         return build_own(content, path)
-    sd, unused = _state_dict_in(content)
+    sd = _state_dict_in(content, path)
     what = "not a CLIP with a vision transformer, nor a checkpoint of T-MASS, X-Pool or train.py"
     with explained(path, what, f"found {listed(sd)}; for other models give open_clip:NAME"):
-        model, config = _build_foreign(sd, path, unused)
+        model, config = _build_foreign(sd, path)
     return model, None, config
 
 
@@ -497,7 +493,7 @@ RELEASED_NAMES = {  # part of a name in a released checkpoint -> here; in this o
 }
 
 
-def _build_foreign(sd, path, unused):
+def _build_foreign(sd, path):
     """A released checkpoint (HF's CLIP, pool_frames, stochastic) or a CLIP. -> (model, config)"""
     inside = {key[5:]: x for key, x in sd.items() if key.startswith("clip.")}
     head = {key: x for key, x in sd.items() if inside and not key.startswith("clip.")}
@@ -505,7 +501,7 @@ def _build_foreign(sd, path, unused):
     if others := [key for key in head if not key.startswith(("pool_frames.", "stochastic."))]:
         raise WeightsError(f"beside a CLIP, it has another model's {listed(others)}")
     head = {renamed(key, RELEASED_NAMES): x for key, x in head.items()}
-    clip = _build_clip(inside or sd, path, unused)
+    clip = _build_clip(inside or sd, path)
     model = TMASS(clip, **method_of(head))
     own = {f"clip.{key}": x for key, x in clip.state_dict().items()}
     load_strictly(model, own | head, "the released code's model")
@@ -523,26 +519,24 @@ def method_of(head):
     return dict(radius="none", support_weight=0.0, pooling=pooling)
 
 
-def _build_clip(sd, path, unused):
+def _build_clip(sd, path):
     """A CLIP of OpenAI, or in Hugging Face's form; print its settings."""
     settings = {}
-    origin = "OpenAI's names"
+    origin = "OpenAI's names: QuickGELU"
     if any(re.search(r"(base_model|base_layer|lora_\w+)\.", key) for key in sd):
         raise WeightsError(f"it holds an adapter: {MERGE}")
     if any(key.startswith("text_model.") for key in sd):
         sd = to_openai_names(sd)
         settings = hf_settings(path.parent, sizes_of(sd)["image_size"])
-        origin = "heads and activation by config.json"
-        if "quick_gelu" not in settings:
-            origin = "heads and activation guessed, as there is no config.json beside it"
+        known = "quick_gelu" in settings
+        origin = f"heads and activation {'by' if known else 'guessed without its'} config.json"
     elif (path.parent / CONFIG).exists() or re.search("open_?clip|laion|datacomp", path.name, re.I):
         raise WeightsError("open_clip's, which knows its settings: give open_clip:NAME="
                            f"{path} with its name of the model, or open_clip:local-dir:FOLDER")
     with torch.device("meta"):  # no memory or random numbers: the weights follow
         clip = CLIP(**sizes_of(sd) | settings)
     load_strictly(clip, sd, "CLIP")
-    beside = f"; not used: {listed(unused)}" if unused else ""
-    print(f"CLIP from {path} ({origin}): {shown(clip.config)}{beside}")
+    print(f"CLIP from {path} ({origin}): {shown(clip.config)}")
     return clip
 
 
