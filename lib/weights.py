@@ -548,10 +548,13 @@ def load_model(ckpt, job, pooling=None, frames=None, prior=None, prior_std=None)
     asked = dict(pooling=pooling, frames=frames, prior=prior, prior_std=prior_std)
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked:
+        try:
+            model.radius(torch.zeros(frames or model.frames))
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(f"--frames {frames}: {error}") from None
         as_trained = model.state_dict()
         model = TMASS(model.clip, **model.config | asked).eval()
         # Another pooling has no use for the weights of the one in training.
         kept = {name: x for name, x in as_trained.items() if name in model.state_dict()}
-        options = ", ".join(f"--{name} {value}" for name, value in asked.items())
-        load_strictly(model, kept, f"{options} with {ckpt}")
+        load_strictly(model, kept, f"--pooling {pooling}, for which {ckpt} has no weights")
     return model.to(job.device), tokenizer, config

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 import torch
-from conftest import T, features, small_clip, small_model
+from conftest import T, features, small_model
 
 from clip_model import Tokenizer
 from lib.common import DataError, WeightsError
@@ -218,8 +218,7 @@ def test_settings_that_are_asked_for_count(tmp_path):
     assert model.frames == model.config["frames"] == 9 and not model.training
     assert torch.equal(model.score(t, f, 5), wanted.score(t, f, 5))
     save(tmp_path / "m.pt", small_model(pooling="query"))
-    for option, value, named in (("pooling", "xpool", "pool.q.weight"),
-                                 ("frames", 9, "radius.linear.weight")):
-        with pytest.raises(WeightsError, match=f"--{option} {value} with {ckpt}: .*{named}"):
+    for option, value, why in (("pooling", "xpool", "for which .*m.pt has no weights"),
+                               ("frames", 9, "this model was built for 4 frames")):
+        with pytest.raises(WeightsError, match=f"--{option} {value}.*{why}"):
             load_model(ckpt, ALONE, **{option: value})
-    assert small_clip().config.keys() == model.clip.config.keys()
