@@ -102,29 +102,24 @@ def test_what_the_settings_ask_for_and_clip_can_not_do(tmp_path, file, values, m
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_sharded_weights(tmp_path, form):
+def test_sharded_weights(tmp_path):
     hf = hf_clip(600)
-    sd = hf.state_dict()
-    names = sorted(sd)
-    stem = "model" if form == "safetensors" else "pytorch_model"
+    names = sorted(hf.state_dict())
     places = {}
     for k in range(2):
-        part = {name: sd[name] for name in names[k::2]}
-        file = f"{stem}-0000{k + 1}-of-00002.{form}"
-        (save_file if form == "safetensors" else torch.save)(part, tmp_path / file)
+        part = {name: hf.state_dict()[name] for name in names[k::2]}
+        file = f"model-0000{k + 1}-of-00002.safetensors"
+        save_file(part, tmp_path / file)
         places |= dict.fromkeys(part, file)
-    index = tmp_path / f"{stem}.{form}.index.json"
+    index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(dict(metadata={}, weight_map=places)))
     for name in (tmp_path, index):
         assert_same(load_clip(name), hf)
-    index.write_text(json.dumps(dict(weight_map={"a": "../elsewhere.bin"})))
-    with pytest.raises(WeightsError):
-        load_clip(index)
     (tmp_path / file).unlink()
-    index.write_text(json.dumps(dict(weight_map=places)))
-    with pytest.raises(WeightsError, match=f"{file}: no such file"):
-        load_clip(tmp_path)
+    for places in (places, {"a": "../elsewhere.bin"}):
+        index.write_text(json.dumps(dict(weight_map=places)))
+        with pytest.raises(WeightsError, match=str(tmp_path)):
+            load_clip(tmp_path)
 
 
 # ---- files of weights ----
@@ -135,7 +130,6 @@ def put(prefix):
 
 
 WRAPPED = {
-    "compiled ddp": put("module._orig_mod."),
     "ddp compiled": put("_orig_mod.module."),
     "lightning": lambda sd: dict(state_dict=put("model.")(sd), epoch=3, loops=[1]),
     "deepspeed": lambda sd: dict(module=sd, optimizer={}),

@@ -217,8 +217,3 @@ def test_settings_that_are_asked_for_count(tmp_path):
     t, f = features(3, 2, frames=9)
     assert model.frames == model.config["frames"] == 9 and not model.training
     assert torch.equal(model.score(t, f, 5), wanted.score(t, f, 5))
-    save(tmp_path / "m.pt", small_model(pooling="query"))
-    for option, value, why in (("pooling", "xpool", "for which .*m.pt has no weights"),
-                               ("frames", 9, "this model was built for 4 frames")):
-        with pytest.raises(WeightsError, match=f"--{option} {value}.*{why}"):
-            load_model(ckpt, ALONE, **{option: value})
