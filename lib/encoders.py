@@ -126,7 +126,7 @@ class OpenCLIP(nn.Module):
     `source`. settings: the rest of config; given with them, no weights are loaded.
     """
 
-    def __init__(self, open_clip, quick_gelu=None, files=(), **settings):
+    def __init__(self, open_clip="", quick_gelu=None, files=(), **settings):
         super().__init__()
         try:
             import open_clip as library
