@@ -423,6 +423,9 @@ def settle(given, saved):
     if saved:
         known = BASE | PLACES  # old checkpoints may have others
         earlier = {k: x for k, x in saved["config"].items() if k in known and x is not None}
+        for k, x in earlier.items():
+            if known[k] is not None and type(known[k])(x) != x:
+                raise ValueError(f"its {k} is {x!r}")
         # Checksums tell whether data in another place are the same; old checkpoints have none.
         fixed = BASE if "splits" in saved else BASE | dict(data=None)
         for name in given.keys() & earlier.keys() & fixed.keys():
