@@ -359,7 +359,7 @@ def add_run(p):
     return g
 
 
-def say_loaded(args, model, job):
+def say_loaded(args, model, job, unfinished=None):
     """Print what was loaded and how it scores."""
     settings = [f"{args.ckpt}: T={model.frames}, pooling {model.config['pooling']}, radius "
                 f"{model.config['radius']}"]
@@ -367,6 +367,8 @@ def say_loaded(args, model, job):
         std = f" (std {model.prior_std:g})" if model.prior == "normal" else ""
         noise = "their best on average, in closed form" if args.expected else f"seed {args.seed}"
         settings += [f"{args.trials} samples", f"prior {model.prior}{std}", noise]
+    if unfinished:
+        settings.append(f"unfinished: {unfinished}")
     job.say(f"{', '.join(settings)}, on {job.device}")
 
 
@@ -506,7 +508,7 @@ def main(argv=None):
     check_outputs(outputs, [args.ckpt])
     model, tokenizer, config = load_model(
         args.ckpt, job, args.pooling, args.frames, args.prior, args.prior_std)
-    say_loaded(args, model, job)
+    say_loaded(args, model, job, config.get("unfinished"))
     ann, missing = load_data(args, config, job)
     tables = args.data if args.data.endswith(".csv") else args.root
     videos = [segment.path for segment in ann.segments]
@@ -518,6 +520,8 @@ def main(argv=None):
     for name in ("ckpt", "data", "split", "amp"):
         result[name] = getattr(args, name)
     result["missing"] = missing
+    if "unfinished" in config:
+        result["unfinished"] = config["unfinished"]
     job.say(f"{args.data}, split {args.split}: {report.metrics_text(result)}")
     if args.data == "shapes" and args.split == "test":
         ceiling = data.shapes.shapes_ceiling(args.root)

@@ -28,7 +28,7 @@ from lib import runs, shapes
 from lib.common import DataError, Parser, mixed_seed, numeric
 from lib.encoders import say_cut
 from lib.processes import Gather, Stopped, loading, noting_signals, run, start_processes
-from lib.weights import build_own, load_checkpoint, load_strictly, read_weights, usable
+from lib.weights import build_own, load_checkpoint, read_weights, usable
 from tmass import POOLINGS, PRIORS, RADII, SUPPORTS, TMASS
 
 # ---- settings ----
@@ -265,17 +265,24 @@ def build(args, captions, saved, job):
     start, tokenizer, _ = load_checkpoint(args.init or args.clip)
     model = TMASS(start.clip, **method)
     if args.init:
-        new = []
-        # If the radius differs from the checkpoint's, it starts anew; all other weights must fit.
-        if args.radius != start.config["radius"]:
-            start.radius = model.radius
-            new = [f"radius.{name}" for name in model.radius.state_dict()]
+        anew = []
+        for name in ("pool", "radius"):
+            before = getattr(start, name)
+            after = getattr(model, name)
+            if form_of(before) != form_of(after):
+                anew.append(f"{name} ({type(after).__name__})")
+            else:
+                after.load_state_dict(before.state_dict())
         heads = start.config["heads"]
-        if heads != args.heads and list(model.pool.parameters()):
+        if heads != args.heads and args.pooling == start.config["pooling"] == "xpool":
             raise DataError(f"--init {args.init} has {heads} heads: give --heads {heads}")
-        load_strictly(model, start.state_dict(), "the model asked for with --pooling and --frames")
-        job.say(f"init: {args.init}" + (f"; starting anew: {', '.join(new)}" if new else ""))
+        job.say(f"init: {args.init}; starting anew: {', '.join(anew) or 'nothing'}")
     return model, tokenizer
+
+
+def form_of(part):
+    """What must be the same for weights to go on: the class of a module, and its shapes."""
+    return type(part), {name: x.shape for name, x in part.state_dict().items()}
 
 
 def make_optimizer(model, args):
@@ -342,7 +349,7 @@ def parser():
     g = p.add_argument_group("model")
     g.add_argument("--clip", metavar="NAME",
                    help="ViT-B/32, ViT-B/16, ViT-L/14 (downloaded on first use), a file of "
-                        "weights, or tiny")
+                        "weights, open_clip:NAME/TAG or another one of lib/encoders.py, or tiny")
     g.add_argument("--init", metavar="FILE",
                    help="start from a whole checkpoint: this program's, released T-MASS or X-Pool")
     g.add_argument("--frames", metavar="T", type=size,
@@ -416,6 +423,9 @@ def settle(given, saved):
     if saved:
         known = BASE | PLACES  # old checkpoints may have others
         earlier = {k: x for k, x in saved["config"].items() if k in known and x is not None}
+        for k, x in earlier.items():
+            if known[k] is not None and type(known[k])(x) != x:
+                raise ValueError(f"its {k} is {x!r}")
         # Checksums tell whether data in another place are the same; old checkpoints have none.
         fixed = BASE if "splits" in saved else BASE | dict(data=None)
         for name in given.keys() & earlier.keys() & fixed.keys():
@@ -467,12 +477,12 @@ def main(argv=None):
             job.say(f"{start.out} is finished (step {saved.get('step')}): nothing to resume. Test "
                     f"it: {evaluation(start)}")
             return 0
-        args, recipe = settle(given, saved)
+        with usable(start.out) if saved else contextlib.nullcontext():
+            args, recipe = settle(given, saved)
         job.say(f"resuming {args.out}" if saved else f"recipe of {args.data}: {listed(recipe)}")
         job.say(f"given: {listed(given)}")
         try:
-            with usable(args.out) if saved else contextlib.nullcontext():
-                state, batches, splits = prepare(args, job, saved, log)
+            state, batches, splits = prepare(args, job, saved, log)
         except KeyboardInterrupt:
             if job.rank == 0:
                 print("stopped before the first step: nothing was saved", file=sys.stderr)
@@ -546,6 +556,7 @@ def prepare(args, job, saved, log):
     state.bad_videos += missing
     batches = data.Batches(len(captions), args.batch, args.epochs, args.seed, state.step,
                            job.rank, job.world)
+    state.total = batches.total
     announce(args, job, splits, state.optimizer, batches)
     say_cut(job, tokenizer, captions, "train")
     log.begin(state.step, batches, args)

@@ -1,8 +1,19 @@
-"""Other image-text models, from the package open_clip, with the interface of clip_model.CLIP.
+"""The image-text models that a run can be built on: ENCODERS, at the end, name -> class.
 
-Such a model needs: encode_text, encode_image, logit_scale, embed_dim, image_size, resize,
-config (the arguments that build it again), and tokenizer (texts -> ids (N,L)).
-To add another kind of model, write such a class and use it in lib/weights.py.
+An encoder is an nn.Module with
+
+    encode_text(ids (N,L)) -> (N,D)
+    encode_image(pixels (N,3,P,P)) -> (N,D), of uint8 pixels, which it normalises itself
+    logit_scale    a parameter (): the logarithm of the factor that cosines are multiplied by
+    embed_dim      D
+    image_size     P
+    tokenizer      list of N str -> ids (N,L); with its `context_length`, captions that are cut are
+                   counted (clip_model.CLIP has none: its tokenizer is learnt or loaded beside it)
+    config         plain values: the arguments with which its class builds it again, without weights
+    resize         optional: (mode, interpolation) of data.test_transform, where it is not CLIP's
+
+With a class and its entry in ENCODERS, all programs have it: `--clip NAME` is ENCODERS[NAME](), and
+`--clip NAME:TEXT` is ENCODERS[NAME](TEXT).
 """
 import contextlib
 import copy
@@ -15,20 +26,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from clip_model import CLIP
 from lib.common import WeightsError, first_line
 
-PREFIX = "open_clip:"
 CONFIG = "open_clip_config.json"
 
 
-def package():
-    """The module open_clip. WeightsError if it is not installed."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise WeightsError("models of open_clip need a package: pip install open_clip_torch "
-                           f"({error})") from None
-    return open_clip
+def shown(settings):
+    """Settings on one line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 @contextlib.contextmanager
@@ -46,27 +52,18 @@ def _explaining(what):
 
 
 # hf-hub: and local-dir: include their weights. A folder may be called lr=1e-5, with a "=".
-NAME = re.compile(f"(?s){PREFIX}" r"(local-dir:.*|hf-hub:[^=]*|[^/=]*)(?:/([^=]*))?(?:=(.*))?")
+NAME = re.compile("(?s)(local-dir:.*|hf-hub:[^=]*|[^/=]*)(?:/([^=]*))?(?:=(.*))?")
 
 
-def split_name(name):
-    """open_clip:NAME, open_clip:NAME/TAG, open_clip:NAME=FILE -> (NAME, TAG or None, FILE or None)
-
-    NAME may be hf-hub:ORG/MODEL or local-dir:FOLDER. NAME/TAG=FILE: a file with the tag's settings.
-    """
-    return NAME.fullmatch(name).groups()
-
-
-def _wanted_by(name, tag):
+def _wanted_by(library, name, tag):
     """The settings that open_clip records for its weights of a model, for one tag or for all.
 
     -> ({setting: value} on which they agree, [setting on which they differ])
     """
-    library = package()
     known = library.list_pretrained_tags_by_model(name)
     wanted = [library.get_pretrained_cfg(name, each) for each in ([tag] if tag else known)]
     if not all(wanted):
-        raise WeightsError(f"{PREFIX}{name}: open_clip has no weights {tag} for it; it has "
+        raise WeightsError(f"open_clip:{name}: open_clip has no weights {tag} for it; it has "
                            f"{', '.join(known) or 'none'}")
     agreed = {}
     differing = []
@@ -123,52 +120,67 @@ def kept(model, tokenizer, model_cfg):
 class OpenCLIP(nn.Module):
     """A model of open_clip. Its tokenizer always pads to the full length.
 
-    open_clip: its name there. tag: of the weights whose settings are used. load: also load the
-    weights, of the tag or from hf-hub: or local-dir:; otherwise they are random. quick_gelu:
-    overrides the settings. files: see `source`. settings: the rest of config, which overrides too.
+    open_clip: NAME there with random weights, NAME/TAG with those of a tag, hf-hub:ORG/MODEL or
+    local-dir:FOLDER with their own; NAME=FILE leaves those of FILE to the caller, as does
+    NAME/TAG=FILE with the settings of a tag. quick_gelu: overrides the settings. files: see
+    `source`. settings: the rest of config; given with them, no weights are loaded.
     """
 
-    def __init__(self, open_clip, tag=None, load=False, quick_gelu=None, files=(), **settings):
+    def __init__(self, open_clip="", quick_gelu=None, files=(), **settings):
         super().__init__()
-        library = package()
-        self.agreed, self.differing = _wanted_by(open_clip, tag)
+        try:
+            import open_clip as library
+        except ImportError as error:
+            raise WeightsError("models of open_clip need a package: pip install open_clip_torch "
+                               f"({error})") from None
+        name, tag, self.file = NAME.fullmatch(open_clip).groups()
+        trained = bool(tag or ":" in name) and not self.file and not settings
+        agreed, differing = _wanted_by(library, name, tag)
         # Some models with GELU have tags, such as openai, that were trained with QuickGELU.
         if quick_gelu is None:
-            quick_gelu = bool(self.agreed.get("quick_gelu"))
-        with _explaining(PREFIX + open_clip), source(open_clip, files) as place:
-            model_cfg = library.get_model_config(place)
+            quick_gelu = bool(agreed.get("quick_gelu"))
+        with source(name, files) as place:
             # First, as the weights may be gigabytes to download.
-            with _explaining(f"{PREFIX}{open_clip}: its vocabulary can't be loaded"):
+            with _explaining(f"open_clip:{name}: its vocabulary can't be loaded"):
                 self.tokenizer = library.get_tokenizer(place)
-            self.model = library.create_model(
-                place,
-                tag if load else None,
-                load_weights=load,
-                require_pretrained=load,
-                force_quick_gelu=quick_gelu,
-                force_preprocess_cfg=self.agreed,
-                pretrained_text=False,
-            )
-            # save_checkpoint stores `merges` of any tokenizer.
-            self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
-        self.embed_dim = model_cfg["embed_dim"]
+            with _explaining(f"open_clip:{name}"):
+                model_cfg = library.get_model_config(place)
+                self.model = library.create_model(
+                    place,
+                    tag if trained else None,
+                    load_weights=trained,
+                    require_pretrained=trained,
+                    force_quick_gelu=quick_gelu,
+                    force_preprocess_cfg=agreed,
+                    pretrained_text=False,
+                )
+                # save_checkpoint stores `merges` of any tokenizer.
+                self.tokenizer.merges = files or kept(self.model, self.tokenizer, model_cfg)
         pixels = library.transform.PreprocessCfg(**library.get_model_preprocess_cfg(self.model))
         height, width = library.utils.to_2tuple(pixels.size)
         if height != width or pixels.resize_mode == "longest":
-            raise WeightsError(f"{PREFIX}{open_clip}: images of {height} x {width}, resized by "
+            raise WeightsError(f"open_clip:{name}: images of {height} x {width}, resized by "
                                f"{pixels.resize_mode}, are not supported")
-        settings = dict(
+        self.config = dict(
+            open_clip=name,
+            quick_gelu=quick_gelu,
             image_size=height,
             mean=tuple(pixels.mean),
             std=tuple(pixels.std),
             resize=(pixels.resize_mode, pixels.interpolation),
         ) | settings
-        self.config = dict(open_clip=open_clip, quick_gelu=quick_gelu, **settings)
+        self.embed_dim = model_cfg["embed_dim"]
         self.image_size = height
-        self.resize = settings["resize"]
-        mean_std = torch.tensor([settings["mean"], settings["std"]]).view(2, 3, 1, 1)
+        self.resize = self.config["resize"]
+        mean_std = torch.tensor([self.config["mean"], self.config["std"]]).view(2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
         self.eval()
+        if differing and self.file:
+            print(f"warning: open_clip's own weights of {name} differ in {', '.join(differing)}: "
+                  f"give the tag that fits the file: open_clip:{name}/TAG={self.file}")
+        if not settings:
+            origin = "trained" if trained or self.file else "random weights: give NAME/TAG or =FILE"
+            print(f"open_clip:{open_clip} ({origin}): {shown(self.config)}")
 
     @property
     def visual(self):
@@ -192,9 +204,14 @@ class OpenCLIP(nn.Module):
         return self.model.encode_text(ids)
 
 
+ENCODERS = dict(clip=CLIP, open_clip=OpenCLIP)
+
+
 def say_cut(job, tokenizer, captions, what):
-    """Print how many captions are too long for the encoder, whatever its tokenizer."""
-    most = tokenizer.context_length
+    """Print how many captions are too long for the encoder, whose tokenizer may be any."""
+    most = getattr(tokenizer, "context_length", None)
+    if not most:
+        return
     empty, full = tokenizer(["", "a " * most])
     padding = empty.mode().values
     longer = copy.copy(tokenizer)

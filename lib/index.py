@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from clip_model import CLIP
 from lib.common import DataError, curable, cure, escaped, first_line, why_not_written, written_whole
+from lib.encoders import OpenCLIP
 from lib.video import SUFFIXES, spelled
 
 INDEX = ".tmass-index"
@@ -179,11 +181,14 @@ def fingerprint(model, window):
     """
     settings = FORMAT, model.frames, float(window), model.clip.config
     digest = hashlib.sha256(repr(settings).encode())
-    tensors = sorted(model.clip.visual.state_dict().items())
+    encoder = model.clip
+    # Of other encoders, it isn't known what encodes images.
+    tower = encoder.visual if isinstance(encoder, (CLIP, OpenCLIP)) else encoder
+    tensors = sorted(tower.state_dict().items())
     sums = []
     samples = []
     for _, x in tensors:
-        bits = x.flatten().view(torch.int32)
+        bits = x.flatten().view(torch.uint8 if x.nbytes % 4 else torch.int32)
         sums.append(bits.sum(dtype=torch.int64))
         samples.append(bits[::max(1, len(bits) // 64)])
     # Two copies from the device in all, rather than two per tensor: each copy synchronises.

@@ -22,6 +22,7 @@ class Run:
     config: dict               # the settings that are saved
     splits: dict               # split -> checksum of its annotations
     step: int = 0              # steps done
+    total: int = 0             # steps of the whole run
     saved: int = 0             # step of the last checkpoint
     best: list = None          # [step, t2v R@1] of the best validation
     best_weights: dict = None
@@ -47,6 +48,7 @@ def save(out, job, run, finished=False):
         return
     content = dict(
         step=run.step,
+        total=run.total,
         best=run.best,
         bad_videos=run.bad_videos,
         finished=finished,

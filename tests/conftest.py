@@ -281,3 +281,63 @@ def soon():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+# ---- CLIP's vocabulary, and weights as others keep them ----
+
+
+@pytest.fixture(scope="session")
+def vocabulary(shared, tmp_path_factory):
+    """A cache folder, with CLIP's vocabulary where a download would have put it."""
+    folder = tmp_path_factory.mktemp("cache")
+    shutil.copy(shared / "clip" / "bpe_simple_vocab_16e6.txt.gz", folder)
+    return folder
+
+
+@pytest.fixture
+def cache(vocabulary, monkeypatch):
+    monkeypatch.setenv("TMASS_CACHE", str(vocabulary))
+    return vocabulary
+
+
+def shaken(model):
+    """Random biases and norms: they start at 0 and 1, where a mistake in names does not show."""
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += 0.05 * torch.randn_like(p)
+    return model.eval()
+
+
+def hf_clip(tokens=49408, vision=None, text=None):
+    """A small CLIPModel of transformers. vision, text: settings beyond its size."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
+    vision = dict(size, image_size=32, patch_size=16) | (vision or {})
+    text = dict(size, vocab_size=tokens, eos_token_id=tokens - 1) | (text or {})
+    config = transformers.CLIPConfig(text, vision, projection_dim=D)
+    return shaken(transformers.CLIPModel(config))
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A file as the released code writes it: CLIP, pool_frames, stochastic; random weights.
+
+    -> (path, state dict, transformers' CLIPModel)
+    """
+    hf = hf_clip()
+    state = {f"clip.{key}": x for key, x in hf.state_dict().items()}
+    layers = [f"cross_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    for name in (*layers, "linear_proj"):
+        state[f"pool_frames.{name}.weight"] = torch.eye(D) + 0.1 * torch.randn(D, D)
+        state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
+    for name in ("layer_norm1", "layer_norm2", "layer_norm3"):
+        state[f"pool_frames.{name}.weight"] = 1 + 0.1 * torch.randn(D)
+        state[f"pool_frames.{name}.bias"] = 0.1 * torch.randn(D)
+    branch = "stochastic.std_branch"
+    state[f"{branch}.linear_proj.weight"] = 0.3 * torch.randn(D, 12)
+    state[f"{branch}.linear_proj.bias"] = 0.1 * torch.randn(D)
+    state[f"{branch}.learnable_scalar"] = torch.tensor([torch.nan])  # uninitialised there
+    path = tmp_path_factory.mktemp("released") / "model_best.pth"
+    torch.save(dict(epoch=5, state_dict=state, optimizer={"param_groups": []}), path)
+    return path, state, hf

@@ -1,65 +1,46 @@
-"""Weights as other people keep them: settings beside them, wrappers around them, folders of parts.
+"""CLIPs as others keep them: names and downloads, transformers' folders, wrappers, strangers.
 
-transformers and open_clip are the yardstick, on random weights.
+transformers is the yardstick, on random weights.
 """
-import argparse
-import dataclasses
+import hashlib
+import http.server
 import json
+import os
+import threading
 
 import pytest
 import torch
+from conftest import hf_clip, shaken, small_clip
 from safetensors.torch import save_file
-from test_clip import TINY, assert_same_features, batch, shaken
-from test_weights import make
 
 import data
-from clip_model import CLIP, Tokenizer
+from clip_model import CLIP, MEAN, STD
 from lib import weights
-from lib.common import WeightsError
-from lib.index import fingerprint
-from lib.weights import find_weights, load_checkpoint, load_clip, read_weights, save_checkpoint
-from tmass import TMASS
-
-UNUSUAL = dict(vision_heads=4, text_heads=2, vision_mlp=96, text_mlp=160, norm_eps=1e-3,
-               mean=(0.5, 0.5, 0.5), std=(0.4, 0.5, 0.6))
+from lib.common import UserError, WeightsError
+from lib.weights import load_checkpoint, load_clip, to_openai_names
 
 
-# ---- settings ----
-
-def hf_with(tmp_path, vision=None, text=None):
-    """A CLIPModel saved as transformers does it, with settings that no shape tells."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    towers = []
-    for name, more in (("text", text), ("vision", vision)):
-        tower = dict(hidden_size=TINY[f"{name}_width"], intermediate_size=96,
-                     num_hidden_layers=TINY[f"{name}_layers"], num_attention_heads=1)
-        towers.append(tower | (more or {}))
-    towers[0] |= dict(vocab_size=TINY["vocab_size"], eos_token_id=TINY["vocab_size"] - 1)
-    towers[1] |= dict(image_size=TINY["image_size"], patch_size=TINY["patch_size"])
-    config = transformers.CLIPConfig(*towers, projection_dim=TINY["embed_dim"])
-    hf = shaken(transformers.CLIPModel(config))
-    hf.save_pretrained(tmp_path)
-    return hf
+def batch(tokens=600):
+    """Random pixels, and ids of three texts whose end is the largest id."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, tokens - 2, (3, 77), generator=g)
+    for row, length in zip(ids, (5, 40, 77)):
+        row[length - 1:] = 0
+        row[length - 1] = tokens - 1
+    return torch.randint(0, 256, (3, 3, 32, 32), generator=g, dtype=torch.uint8), ids
 
 
-@pytest.mark.parametrize("heads, eps, act", [((4, 2), 1e-5, "quick_gelu"), ((1, 2), 1e-2, "gelu")])
-def test_a_folder_of_save_pretrained_is_read_whole(tmp_path, capsys, heads, eps, act):
-    more = dict(layer_norm_eps=eps, hidden_act=act)
-    hf = hf_with(tmp_path, more | dict(num_attention_heads=heads[0]),
-                 more | dict(num_attention_heads=heads[1]))
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps(dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.5, 0.6])))
-    clip = load_clip(str(tmp_path))
-    out = capsys.readouterr().out
-    assert f"{heads[0]} and {heads[1]} heads (by config.json)" in out and "0.4" in out
-    images, ids = batch(TINY)
-    with torch.no_grad():
-        assert_same_features(clip, TINY, hf.get_image_features(images), hf.get_text_features(ids))
-        raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-        pixels = (raw / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1))
-        pixels /= torch.tensor([0.5, 0.5, 0.6]).view(3, 1, 1)
-        torch.testing.assert_close(clip.encode_image(raw), clip.encode_image(pixels))
+@torch.no_grad()
+def assert_same(clip, hf, mean=MEAN, std=STD, tokens=600):
+    pixels, ids = batch(tokens)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+    images = hf.get_image_features((pixels / 255 - mean) / std)
+    for ours, theirs in ((clip.encode_image(pixels), images),
+                         (clip.encode_text(ids), hf.get_text_features(ids))):
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+# ---- Hugging Face's form ----
 
 
 def edit(file, **values):
@@ -74,286 +55,278 @@ def edit(file, **values):
     file.write_text(json.dumps(content))
 
 
-def test_settings_that_older_files_have_twice(tmp_path):
-    """Those of vision_config_dict count for transformers; some files have nothing else."""
-    unusual = dict(num_attention_heads=4, layer_norm_eps=1e-2, hidden_act="gelu")
-    hf = hf_with(tmp_path, unusual, unusual)
-    content = json.loads((tmp_path / "config.json").read_text())
-    twice = {f"{name}_dict": content.pop(name) for name in ("vision_config", "text_config")}
-    images, ids = batch(TINY)
-    for other in ({}, dict(vision_config={}, text_config=dict(num_attention_heads=1)),
-                  dict(vision_config=None, text_config=None)):
-        (tmp_path / "config.json").write_text(json.dumps(content | twice | other))
-        clip = load_clip(tmp_path)
-        with torch.no_grad():
-            assert_same_features(
-                clip, TINY, hf.get_image_features(images), hf.get_text_features(ids))
-
-
-def test_the_side_of_images_is_that_of_the_settings(tmp_path):
-    hf_with(tmp_path)
-    edit(tmp_path / "config.json", vision_config__image_size=TINY["image_size"] + 3)
-    with pytest.raises(WeightsError, match="image_size is 19, expected a multiple"):
-        load_clip(tmp_path)
-    edit(tmp_path / "config.json", vision_config__image_size=32)
-    with pytest.raises(WeightsError, match="size mismatch for visual.positional_embedding"):
-        load_clip(tmp_path)
-
-
-@pytest.mark.parametrize("settings, resize, mean", [
-    (dict(resample=2), ("shortest", "bilinear"), None),
-    (dict(size=dict(height=16, width=16), do_center_crop=False), ("squash", "bicubic"), None),
-    (dict(size=dict(height=16, width=16)), ("squash", "bicubic"), None),  # as other processors
-    (dict(size=16, crop_size=dict(height=16, width=16)), ("shortest", "bicubic"), None),
-    (dict(do_normalize=False, image_mean=[0.5] * 3), ("shortest", "bicubic"), (0, 0, 0)),
-    (dict(image_mean=None, image_std=None), ("shortest", "bicubic"), None)])
-def test_what_is_done_to_images_of_hugging_face(tmp_path, capsys, settings, resize, mean):
-    hf_with(tmp_path)
-    edit(tmp_path / "preprocessor_config.json", **settings)
-    clip = load_clip(tmp_path)
-    assert clip.resize == resize and clip.config.get("mean") == mean
-    unusual = mean or resize != ("shortest", "bicubic")
-    assert (f"resized by {' '.join(resize)}" in capsys.readouterr().out) == bool(unusual)
-    frames = torch.randint(0, 256, (1, 3, 20, 30), dtype=torch.uint8)
-    wanted = data.test_transform(16, *resize)(frames)
-    assert torch.equal(data.transform_for(clip)(frames), wanted)
+@pytest.mark.parametrize("heads, eps, act", [((4, 2), 1e-5, "quick_gelu"), ((1, 2), 1e-2, "gelu")])
+def test_a_folder_of_save_pretrained_is_read_whole(tmp_path, capsys, heads, eps, act):
+    more = dict(layer_norm_eps=eps, hidden_act=act)
+    vision, text = (dict(more, num_attention_heads=count) for count in heads)
+    hf = hf_clip(600, vision, text)
+    hf.save_pretrained(tmp_path)
+    mean = (0.5, 0.4, 0.3)
+    std = (0.5, 0.5, 0.6)
+    edit(tmp_path / "preprocessor_config.json", image_mean=mean, image_std=std, resample=2,
+         size=dict(height=32, width=32))
+    clip = load_clip(str(tmp_path))
+    assert_same(clip, hf, mean, std)
+    frames = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
+    squashed = data.test_transform(32, "squash", "bilinear")(frames)
+    assert torch.equal(data.transform_for(clip)(frames), squashed)
+    assert f"mean {mean}" in capsys.readouterr().out
     again = CLIP(**clip.config)
-    assert again.resize == resize and again.config == clip.config
+    assert again.config == clip.config
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(size=dict(shortest_edge=256), crop_size=224), "size is .*256.* and crop_size 224"),
-    (dict(resample=0), "resample|another")])
-def test_what_can_not_be_done_to_images_is_refused(tmp_path, settings, message):
-    hf_with(tmp_path)
-    edit(tmp_path / "preprocessor_config.json", **settings)
-    with pytest.raises(WeightsError, match=message):
-        load_clip(tmp_path)
-
-
-def test_a_guess_is_called_one(tmp_path, capsys):
-    hf = hf_with(tmp_path)
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)))
-    clip = load_clip(tmp_path / "model.safetensors")
-    assert "heads (guessed: usual width)" in capsys.readouterr().out
-    assert clip.config["mean"] == (0.5, 0.5, 0.5)
-    assert clip.state_dict().keys() == weights.to_openai_names(hf.state_dict()).keys()
-
-
-@pytest.mark.parametrize("vision, text, message", [
-    (dict(hidden_act="gelu"), {}, "hidden_act is gelu for images and quick_gelu for texts"),
-    (dict(layer_norm_eps=1e-3), {}, "layer_norm_eps"),
-    (dict(hidden_act="relu"), dict(hidden_act="relu"), "'relu', expected quick_gelu or gelu"),
-    (dict(num_attention_heads=4), {}, None)])
-def test_what_can_not_be_computed_is_an_error(tmp_path, vision, text, message):
-    hf_with(tmp_path, vision, text)
-    if message is None:
-        content = json.loads((tmp_path / "config.json").read_text())
-        content["vision_config"]["num_attention_heads"] = "x"
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        message = "config.json|not a CLIP"
-    with pytest.raises(WeightsError, match=message) as error:
+@pytest.mark.parametrize("file, values, message", [
+    ("config", dict(vision_config__hidden_act="gelu"), "gelu.* for images and .*quick_gelu.* for"),
+    ("config", dict(text_config__layer_norm_eps=1e-3), "0.001"),
+    ("config", dict(vision_config__hidden_act="relu"), "hidden_act is 'relu', expected one of"),
+    ("config", dict(vision_config__num_attention_heads="x"), "not a CLIP"),
+    ("config", dict(vision_config__image_size=48), "images of .*48.*, its weights for 32"),
+    ("config", dict(model_type="siglip"), "model_type is 'siglip'.*give open_clip:NAME"),
+    ("config", dict(vision_config=5), "not a CLIP"),
+    ("preprocessor_config", dict(size=dict(shortest_edge=36), crop_size=32), "images of .*36"),
+    ("preprocessor_config", dict(resample=0), "resample is 0"),
+    ("preprocessor_config", dict(do_normalize=False), "do_normalize is False"),
+    ("preprocessor_config", dict(image_mean=[0.5]), "not a CLIP"),
+    ("preprocessor_config", dict(image_std=5), "not a CLIP"),
+    ("config", None, "config.json: not valid JSON"),
+])
+def test_what_the_settings_ask_for_and_clip_can_not_do(tmp_path, file, values, message):
+    hf_clip(600).save_pretrained(tmp_path)
+    path = tmp_path / f"{file}.json"
+    if values:
+        edit(path, **values)
+    else:
+        path.write_text("{")
+    with pytest.raises(UserError, match=message) as error:
         load_clip(tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [True, False])
-def test_pixels_that_are_no_three_numbers(tmp_path, config):
-    hf_with(tmp_path)
-    if not config:
-        (tmp_path / "config.json").unlink()
-    for mean in (5, [0.5], ["a", "b", "c"]):
-        (tmp_path / "preprocessor_config.json").write_text(
-            json.dumps(dict(image_mean=mean, image_std=[0.5] * 3)))
-        with pytest.raises(WeightsError, match="image_mean is .*, expected three numbers"):
+def test_sharded_weights(tmp_path):
+    hf = hf_clip(600)
+    names = sorted(hf.state_dict())
+    places = {}
+    for k in range(2):
+        part = {name: hf.state_dict()[name] for name in names[k::2]}
+        file = f"model-0000{k + 1}-of-00002.safetensors"
+        save_file(part, tmp_path / file)
+        places |= dict.fromkeys(part, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(metadata={}, weight_map=places)))
+    for name in (tmp_path, index):
+        assert_same(load_clip(name), hf)
+    (tmp_path / file).unlink()
+    for places in (places, {"a": "../elsewhere.bin"}):
+        index.write_text(json.dumps(dict(weight_map=places)))
+        with pytest.raises(WeightsError, match=str(tmp_path)):
             load_clip(tmp_path)
 
 
-def open_clip_with(tmp_path, vision, text, **more):
-    """A CLIP of open_clip and its open_clip_config.json."""
-    model = pytest.importorskip("open_clip.model")
-    torch.manual_seed(0)
-    vision = dict(layers=TINY["vision_layers"], width=TINY["vision_width"],
-                  patch_size=TINY["patch_size"], image_size=TINY["image_size"]) | vision
-    text = dict(vocab_size=TINY["vocab_size"], width=TINY["text_width"],
-                layers=TINY["text_layers"]) | text
-    theirs = shaken(model.CLIP(TINY["embed_dim"], model.CLIPVisionCfg(**vision),
-                               model.CLIPTextCfg(**text)))
-    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    config = dict(model_cfg=dict(embed_dim=TINY["embed_dim"], vision_cfg=vision, text_cfg=text),
-                  preprocess_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3))
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    return theirs
+# ---- files of weights ----
 
-
-def test_settings_of_open_clip(tmp_path, capsys):
-    theirs = open_clip_with(tmp_path, dict(head_width=16, mlp_ratio=2.0), dict(heads=4))
-    clip = load_clip(tmp_path)
-    images, ids = batch(TINY)
-    with torch.no_grad():
-        assert_same_features(clip, TINY, theirs.encode_image(images), theirs.encode_text(ids))
-    assert clip.config["mean"] == (0.5, 0.5, 0.5)
-    assert "(by open_clip_config.json)" in capsys.readouterr().out
-
-
-def test_all_settings_of_open_clip_written_out(tmp_path):
-    """Most of them as open_clip has them by itself; null is as if it were not there."""
-    theirs = open_clip_with(tmp_path, dict(image_size=[16, 16]), dict(heads=4))
-    model = pytest.importorskip("open_clip.model")
-    content = json.loads((tmp_path / "open_clip_config.json").read_text())
-    towers = content["model_cfg"]
-    towers["vision_cfg"] = dataclasses.asdict(model.CLIPVisionCfg(**towers["vision_cfg"]))
-    towers["text_cfg"] = dataclasses.asdict(model.CLIPTextCfg(**towers["text_cfg"]))
-    towers["quick_gelu"] = None
-    content["preprocess_cfg"] = dict(mean=None, resize_mode="squash", interpolation="bilinear")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    clip = load_clip(tmp_path)
-    images, ids = batch(TINY)
-    with torch.no_grad():
-        assert_same_features(clip, TINY, theirs.encode_image(images), theirs.encode_text(ids))
-    assert clip.resize == ("squash", "bilinear") and "mean" not in clip.config
-
-
-@pytest.mark.parametrize("values, message", [
-    (dict(preprocess_cfg__resize_mode="longest"), "longest"),
-    (dict(model_cfg__vision_cfg__image_size=[8, 32]), "size mismatch for visual.positional"),
-    (dict(model_cfg__text_cfg__pool_type="last"), "pool_type is 'last'.*open_clip:local-dir")])
-def test_settings_of_open_clip_that_are_refused(tmp_path, values, message):
-    open_clip_with(tmp_path, {}, dict(heads=1))
-    edit(tmp_path / "open_clip_config.json", **values)
-    with pytest.raises(WeightsError, match=message):
-        load_clip(tmp_path)
-
-
-def test_a_setting_of_open_clip_that_is_not_computed(tmp_path):
-    open_clip_with(tmp_path, dict(no_ln_pre=True), dict(heads=1))
-    with pytest.raises(WeightsError, match="no_ln_pre is True"):
-        load_clip(tmp_path)
-
-
-def test_unusual_settings_are_kept_in_a_checkpoint(tmp_path):
-    model = make()
-    usual = fingerprint(model, 10)
-    sizes = dict(model.clip.config)
-    torch.manual_seed(1)
-    model = TMASS(CLIP(**sizes, **UNUSUAL), frames=4).eval()
-    assert model.clip.config == sizes | UNUSUAL and fingerprint(model, 10) != usual
-    tokenizer = Tokenizer(context_length=sizes["context_length"])
-    save_checkpoint(tmp_path / "m.pt", model, tokenizer, {})
-    again = load_checkpoint(tmp_path / "m.pt")[0]
-    pixels = torch.randint(0, 256, (2, 4, 3, 16, 16), dtype=torch.uint8)
-    ids = torch.tensor([[512, 5, 7, 513]])
-    with torch.no_grad():
-        torch.testing.assert_close(again.encode_video(pixels), model.encode_video(pixels))
-        torch.testing.assert_close(again.encode_text(ids), model.encode_text(ids))
-        plain = TMASS(CLIP(**sizes), frames=4).eval()
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            plain.load_state_dict(model.state_dict())  # the MLPs are of another width
-    # The CLIP in such a checkpoint, for --clip.
-    clip = load_clip(tmp_path / "m.pt")
-    assert clip.config == model.clip.config
-
-
-def test_pixels_alone_change_the_fingerprint():
-    """An index of other pixels must not be searched."""
-    model = make()
-    usual = fingerprint(model, 10)
-    other = TMASS(CLIP(**model.clip.config, mean=(0.5, 0.5, 0.5)), frames=4)
-    other.load_state_dict(model.state_dict())
-    assert fingerprint(other, 10) != usual
-
-
-# ---- wrappers ----
 
 def put(prefix):
     return lambda sd: {prefix + key: x for key, x in sd.items()}
 
 
 WRAPPED = {
-    "ddp": put("module."),
-    "compiled": put("_orig_mod."),
-    "compiled ddp": put("module._orig_mod."),
     "ddp compiled": put("_orig_mod.module."),
     "lightning": lambda sd: dict(state_dict=put("model.")(sd), epoch=3, loops=[1]),
+    "deepspeed": lambda sd: dict(module=sd, optimizer={}),
     "fsdp": lambda sd: {key.replace("resblocks.", "resblocks._fsdp_wrapped_module."): x
                         for key, x in put("_fsdp_wrapped_module.")(sd).items()},
-    "model_state_dict": lambda sd: dict(model_state_dict=sd, optimizer_state_dict={}),
-    "in each other": lambda sd: dict(model=dict(state_dict=put("module.")(sd))),
+    "in each other": lambda sd: dict(model=dict(model_state_dict=put("module.")(sd))),
     "averaged": lambda sd: dict(put("module.")(sd), n_averaged=torch.tensor(3)),
     "logit_scale": lambda sd: sd | dict(logit_scale=sd["logit_scale"].view(1)),
+    "half": lambda sd: {key: x.half() for key, x in sd.items()},
+    "model_ema": lambda sd: dict(model=sd, model_ema=dict(module={}), optimizer=dict(state={})),
+    "head": lambda sd: dict(state_dict=sd, head=dict(weight=torch.zeros(1))),
 }
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers_come_off(tmp_path, wrapper):
-    sd = make().clip.state_dict()
+def test_wrappers_come_off(tmp_path, wrapper, capsys):
+    sd = small_clip().state_dict()
     torch.save(WRAPPED[wrapper](sd), tmp_path / "w.pt")
-    loaded = load_clip(tmp_path / "w.pt").state_dict()
-    assert loaded.keys() == sd.keys()
-    assert all(torch.equal(loaded[key], x) for key, x in sd.items())
+    clip = load_clip(tmp_path / "w.pt")
+    assert clip.config["quick_gelu"]
+    for name, x in clip.state_dict().items():
+        exact = sd[name].half().float() if wrapper == "half" else sd[name]
+        assert torch.equal(x, exact) and x.dtype == torch.float32
+    beside = wrapper in ("model_ema", "head")
+    assert (f" is loaded, not {wrapper}" in capsys.readouterr().out) == beside
 
 
 def test_numbers_of_numpy_beside_weights(tmp_path):
     numpy = pytest.importorskip("numpy")
-    sd = make().clip.state_dict()
-    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2),
-                  name=numpy.str_("run"), day=numpy.datetime64("2024-02-29"))
-    torch.save(dict(state_dict=sd, **beside), tmp_path / "w.pt")
-    assert load_clip(tmp_path / "w.pt").state_dict().keys() == sd.keys()
-    assert read_weights(tmp_path / "w.pt")["loss"] == 1.5
+    beside = dict(loss=numpy.float64(1.5), step=numpy.int64(3), best=numpy.float32(2))
+    torch.save(dict(state_dict=small_clip().state_dict(), **beside), tmp_path / "w.pt")
+    load_clip(tmp_path / "w.pt")
+    assert weights.read_weights(tmp_path / "w.pt")["loss"] == 1.5
 
 
-@pytest.mark.parametrize("hold", [
-    lambda clip: dict(state_dict=clip.state_dict(), args=argparse.Namespace(lr=1)),
-    lambda clip: dict(model_state_dict=clip.state_dict(), args=argparse.Namespace(lr=1)),
-    lambda clip: dict(model=clip, epoch=1),
-    lambda clip: clip])
-def test_other_objects_beside_weights_name_the_line_that_makes_a_clean_file(
-    tmp_path, monkeypatch, hold
-):
-    clip = make().clip
-    torch.save(hold(clip), tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match="Python objects.*if you trust it") as error:
-        load_clip(tmp_path / "w.pt")
-    line = str(error.value).split('python -c "')[1].rsplit('"', 1)[0]
-    monkeypatch.chdir(tmp_path)
-    exec(line, {})
-    assert load_clip("clean.pt").state_dict().keys() == clip.state_dict().keys()
+LORA = "base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.default.weight"
 
 
-# ---- folders and names ----
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_sharded_weights(tmp_path, form):
-    sd = {key: x.clone() for key, x in make().clip.state_dict().items()}
-    names = sorted(sd)
-    stem = "model" if form == "safetensors" else "pytorch_model"
-    places = {}
-    for k in range(2):
-        part = {name: sd[name] for name in names[k::2]}
-        file = f"{stem}-0000{k + 1}-of-00002.{form}"
-        (save_file if form == "safetensors" else torch.save)(part, tmp_path / file)
-        places |= dict.fromkeys(part, file)
-    index = tmp_path / f"{stem}.{form}.index.json"
-    index.write_text(json.dumps(dict(metadata={}, weight_map=places)))
-    for name in (tmp_path, index):
-        assert load_clip(name).state_dict().keys() == sd.keys()
-    index.write_text(json.dumps(dict(weight_map={"a": "../elsewhere.bin"})))
-    with pytest.raises(WeightsError):
-        load_clip(index)
-    (tmp_path / file).unlink()
-    index.write_text(json.dumps(dict(weight_map=places)))
-    with pytest.raises(WeightsError, match=f"{file}: no such file"):
-        load_clip(tmp_path)
+@pytest.mark.parametrize("name, change, message", [
+    ("w.pt", {"extra.weight": torch.zeros(1)}, 'Unexpected key.*"extra.weight"'),
+    ("w.pt", {"ln_final.bias": None}, 'Missing key.*"ln_final.bias"'),
+    ("w.pt", {"visual.ln_pre.bias": torch.zeros(3)}, "size mismatch for visual.ln_pre.bias"),
+    ("w.pt", {"logit_scale": torch.zeros(0, 2)}, "size mismatch for logit_scale"),
+    ("w.pt", {"visual.ln_pre.bias": "x"}, "visual.ln_pre.bias"),
+    ("w.pt", {"visual.ln_pre.bias": torch.zeros(64).long()}, "visual.ln_pre.bias"),
+    ("w.pt", {LORA: torch.zeros(1)}, "adapter: .*merge_and_unload"),
+    ("open_clip_pytorch_model.bin", {}, "open_clip:NAME=.*pytorch_model.bin"),
+    ("vit_b_32-quickgelu-laion400m_e31.pt", {}, "open_clip:NAME="),
+    ("beside/w.pt", {}, "open_clip:NAME=.*w.pt"),
+])
+def test_what_is_not_a_clip_alone_is_named(tmp_path, name, change, message):
+    sd = small_clip().state_dict() | change
+    path = tmp_path / name
+    if path.parent != tmp_path:
+        path.parent.mkdir()
+        (path.parent / "open_clip_config.json").write_text("{}")
+    torch.save({key: x for key, x in sd.items() if x is not None}, path)
+    with pytest.raises(WeightsError, match=message) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
 
 
-def test_names_in_other_spellings(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "fetch", lambda url, sha256: url.rsplit("/", 1)[1])
-    for name in ("ViT-B/32", "ViT-B-32", "openai/clip-vit-base-patch32"):
-        assert find_weights(name) == "ViT-B-32.pt"
-    assert find_weights("openai/clip-vit-large-patch14") == "ViT-L-14.pt"
-    (tmp_path / "ViT-B-32").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    assert find_weights("ViT-B-32").name == "ViT-B-32"  # a file of that name comes first
+# ---- OpenAI's names and archives ----
+
+
+class WritesWhenLoaded(torch.nn.Module):
+    """TorchScript runs __setstate__ of what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path: str = path
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self):
+        return self.weight
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]):
+        self.path, self.weight, self.training = state
+        torch.save(self.weight, self.path)
+
+
+def archive(clip):
+    """A CLIP as OpenAI's files are: TorchScript, half precision, sizes."""
+    holder = torch.nn.Module()
+    sizes = dict(input_resolution=32, context_length=77, vocab_size=600)
+    for name, x in (*clip.state_dict().items(), *sizes.items()):
+        *modules, last = name.split(".")
+        place = holder
+        for module in modules:
+            if module not in dict(place.named_children()):
+                place.add_module(module, torch.nn.Module())
+            place = place.get_submodule(module)
+        place.register_buffer(last, torch.as_tensor(x).half() if last not in sizes
+                              else torch.tensor(x))
+    return torch.jit.script(holder)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_nothing_in_an_archive_is_run(tmp_path):
+    victim = tmp_path / "victim"
+    torch.jit.script(WritesWhenLoaded(str(victim))).save(tmp_path / "w.pt")
+    victim.unlink(missing_ok=True)
+    torch.jit.load(tmp_path / "w.pt")
+    assert victim.exists()  # so it would be
+    victim.write_text("the user's")
+    with pytest.raises(WeightsError, match="w.pt: a TorchScript archive.*could run any code"):
+        load_checkpoint(tmp_path / "w.pt")
+    assert victim.read_text() == "the user's"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A real server, with a small archive as OpenAI's ViT-B/32. -> (its files, CLIP, cache folder)
+
+    A file None is answered with 404; of one whose name is in `cut`, a half is sent.
+    """
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files = {}
+        cut = set()
+
+        def do_GET(self):
+            body = self.files.get(self.path)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if self.path in self.cut else body)
+
+        def log_message(self, *args):
+            pass
+
+    clip = CLIP.from_state_dict(to_openai_names(hf_clip(600).state_dict()
+                                                | dict(logit_scale=torch.tensor(2.5))))
+    with pytest.warns():
+        archive(shaken(clip)).save(tmp_path / "served.pt")
+    body = (tmp_path / "served.pt").read_bytes()
+    sha256 = hashlib.sha256(body).hexdigest()
+    Handler.files[f"/{sha256}/ViT-B-32.pt"] = body
+    monkeypatch.setitem(weights.MODELS, "ViT-B/32", ("ViT-B-32.pt", sha256))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TMASS_CACHE", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(weights, "OPENAI_URL", f"http://127.0.0.1:{httpd.server_port}")
+        yield Handler, clip, tmp_path / "cache"
+        httpd.shutdown()
+
+
+def test_a_name_is_downloaded_once_and_then_used_offline(server, capsys):
+    handler, clip, cache = server
+    loaded = load_clip("ViT-B/32")
+    pixels, ids = batch()
+    with torch.no_grad():
+        for ours, theirs in ((loaded.encode_image(pixels), clip.encode_image(pixels)),
+                             (loaded.encode_text(ids), clip.encode_text(ids))):
+            assert (ours - theirs).norm() < 5e-3 * theirs.norm()  # half precision
+    assert loaded.config["quick_gelu"] and "downloading http" in capsys.readouterr().out
+    assert os.listdir(cache) == ["ViT-B-32.pt"]
+    handler.files.clear()
+    for name in ("ViT-B-32", "openai/clip-vit-base-patch32", cache / "ViT-B-32.pt"):
+        load_clip(name)
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("other", "invalid hash"), ("cut", "invalid hash"), ("gone", "404")])
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(server, fault, message, capsys):
+    handler, _, cache = server
+    (place, body), = handler.files.items()
+    cache.mkdir()
+    (cache / "ViT-B-32.pt").write_bytes(body[:1000])  # as an interrupted wget leaves it
+    handler.files[place] = dict(other=body[:-1], cut=body, gone=None)[fault]
+    handler.cut = {place} if fault == "cut" else set()
+    with pytest.raises(WeightsError, match=message) as error:
+        load_clip("ViT-B/32")
+    sha256 = weights.MODELS["ViT-B/32"][1]
+    assert f"put the file with SHA-256 {sha256} at {cache}" in str(error.value)
+    assert "ViT-B-32.pt: wrong SHA-256" in capsys.readouterr().out
+    handler.files[place] = body
+    handler.cut = set()
+    load_clip("ViT-B/32")
+    assert (cache / "ViT-B-32.pt").read_bytes() == body
+
+
+def test_a_clip_alone_is_used_zero_shot(cache, tmp_path):
+    hf = hf_clip()
+    save_file(hf.state_dict(), tmp_path / "clip.safetensors")
+    model, tokenizer, config = load_checkpoint(tmp_path / "clip.safetensors")
+    assert config == dict(zero_shot=True, frames=12) and not model.training
+    assert tokenizer.encode("a diagram") == [320, 22697] and tokenizer.context_length == 77
+    assert (model.config["pooling"], model.config["radius"]) == ("query", "none")
+    assert_same(model.clip, hf, tokens=49408)
+    torch.save(small_clip().state_dict(), tmp_path / "small.pt")
+    with pytest.raises(WeightsError, match="small.pt: a CLIP of 514 tokens.*has 49408"):
+        load_checkpoint(tmp_path / "small.pt")

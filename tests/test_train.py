@@ -426,14 +426,14 @@ if __name__ == "__main__":
 """
 UNUSED = """
 import torch
-from lib import shapes
+from lib import encoders, shapes
 
 class Biased(shapes.CLIP):
     def __init__(self, **sizes):
         super().__init__(**sizes)
         self.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
 
-shapes.CLIP = Biased
+shapes.CLIP = encoders.ENCODERS["clip"] = Biased
 """
 BATCHNORM = """
 import json
@@ -989,14 +989,17 @@ def test_init_and_the_baseline(here, call):
     first = steps(here)[0]
     assert float(first["loss"]) == pytest.approx(float(first["ce"]))  # no mass: X-Pool's loss
     status, out, _ = call(*SMALL, "--init", "model.pt", "--epochs", 0, "--out", "grown.pt")
-    assert status == 0 and "starting anew: radius.linear.weight, radius.linear.bias" in out
+    assert status == 0 and "starting anew: radius (LinearRadius)" in out
     grown = weights("grown.pt")
     assert all(torch.equal(x, grown[k]) for k, x in content["model"].items())
     grown_to = "--init", "grown.pt", "--out", "x.pt"
-    refused(*call(*SMALL, *grown_to, "--pooling", "mean"), "don't fit the model asked for")
     refused(*call(*SMALL, *grown_to, "--heads", 4), "grown.pt has 1 heads", "--heads 1")
-    refused(*call(*SMALL, *grown_to, "--frames", 3), "radius.linear.weight", "--frames")
     assert not os.path.exists("x.pt")
+    for option, value, anew in (("--frames", 3, "radius (LinearRadius)"),
+                                ("--pooling", "mean", "pool (MeanPool)")):
+        _, out, _ = call(*SMALL, *grown_to, "--epochs", 0, option, value, "--overwrite")
+        assert f"starting anew: {anew}\n" in out
+    assert torch.equal(weights("x.pt")["radius.linear.weight"], grown["radius.linear.weight"])
     clip_of = "--clip", "grown.pt", "--epochs", 0, "--out", "clip.pt"  # its CLIP and tokenizer only
     assert call(*SMALL, *clip_of)[0] == 0
     assert read_weights("clip.pt")["merges"] == content["merges"]
