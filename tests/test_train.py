@@ -801,6 +801,7 @@ REFUSED = {  # command -> what must be in the line
     "--log-every 0": "argument --log-every",
     "--pooling max": "argument --pooling",
     "--colour red": "--colour",
+    "--epoch 3": "--epoch 3",
     "--heads 3": "heads=3",
     "--batch 27": "my.csv: 26 training pairs are too few for a batch of 27: lower --batch",
     "--pretrain 5": "--pretrain",
