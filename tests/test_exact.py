@@ -172,8 +172,10 @@ def test_a_pair_alone_equals_its_entry_and_permuting_permutes(method, expected):
 
 
 def test_score_has_no_way_to_receive_the_owner():
+    """Its inputs are two sides' features and numbers."""
     inputs = [*inspect.signature(exact.score).parameters]
     assert inputs == ["model", "t", "f", "trials", "seed", "expected", "chunk_mb"]
+    assert [*inspect.signature(TMASS.score).parameters] == ["self", "t", "f", "trials", "seed"]
 
 
 def test_null_honest_is_at_chance_and_released_protocol_is_not():
