@@ -23,6 +23,8 @@ NOT_RUN = {  # what a command or a block of Python holds -> why it can't be run 
     "open_clip:": "a download",
     "NAME": "stands for a name",
     "f[:, None]": "needs a radius that takes one frame",
+    "import pandas": "makes a csv: test_data.py",
+    "df.explode": "makes a csv: test_data.py",
 }
 
 # In the place of `python`: our programs, small trainings, and model.pt for a CLIP that would be

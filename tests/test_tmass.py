@@ -119,15 +119,6 @@ def test_symmetric_cross_entropy_by_hand():
     assert float(symmetric_cross_entropy(sims, 7)) == pytest.approx((rows + columns) / 2)
 
 
-def test_radius_none_is_xpool():
-    """Every loss and the score are those of the point text; prior and trials play no part."""
-    model = small_model(radius="none", support_weight=0.0)
-    t, f = features(6, 6)
-    out = model.losses(t, f)
-    assert out["loss"] == out["ce"] == out["stochastic"]
-    assert torch.equal(model.score(t, f, 20), model.score(t, f, 0))
-
-
 IDS = torch.tensor([[512, 5, 9, 513], [512, 7, 3, 513], [512, 8, 8, 513]])
 
 
