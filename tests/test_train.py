@@ -270,6 +270,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """With shares of the same size and others, and with --chunk."""
     (tmp_path / "gradients.py").write_text(GRADIENTS)
@@ -449,7 +450,7 @@ def test_sigterm_under_torchrun(here, slow):
 
 
 @pytest.mark.parametrize("moment, number", [
-    ("rendering", signal.SIGTERM),
+    pytest.param("rendering", signal.SIGTERM, marks=pytest.mark.slow),
     ("warm-up", signal.SIGINT),
     pytest.param("warm-up", signal.SIGHUP, marks=pytest.mark.slow),
 ])
@@ -691,19 +692,12 @@ def test_tensorboard_is_asked_for_where_it_is_missing(here, call, monkeypatch):
 
 REFUSED = {  # command -> what must be in the line
     "--head-lr nan": "argument --head-lr",
-    "--clip-lr -1": "argument --clip-lr",
-    "--dropout 1": "argument --dropout",
-    "--warmup 1.5": "argument --warmup",
-    "--support-weight inf": "argument --support-weight",
     "--prior-std 1e30": "argument --prior-std",
-    "--heads x": "argument --heads",
     "--seed -1": "argument --seed",
     "--pretrain 1e3": "argument --pretrain",
     "--batch 1": "argument --batch",
     "--frames 1000000000": "argument --frames",
-    "--chunk -1": "argument --chunk",
     "--workers 1000000": "argument --workers",
-    "--log-every 0": "argument --log-every",
     "--pooling max": "argument --pooling",
     "--colour red": "--colour",
     "--epoch 3": "--epoch 3",
@@ -712,7 +706,6 @@ REFUSED = {  # command -> what must be in the line
     "--pretrain 5": "--pretrain",
     "--freeze-clip --pooling query --radius none": "--freeze-clip leaves nothing to train",
     "--data nothing": "unknown data set 'nothing'",
-    "--data msrvtt --root no/such": "no/such",
     "--data msrvtt --root folder": "MSRVTT_train.9k.csv",
     "--data absent.csv": "absent.csv",
     "--root folder": "26 of 26 videos are missing",
