@@ -410,10 +410,14 @@ def test_an_uninterrupted_run(uninterrupted, call, monkeypatch):
     best = content["best"][0]
     assert best < 14  # so that what is resumed at 14, below, is not the best
     assert f"the result is that of step {best}, the best on the validation split" in out
-    assert "test: t2v R@1" in out and "checkpoint: model.pt" in out and "left" in out
+    assert "test: t2v R@1" in out and "checkpoint: model.pt" in out
     before = Path("model.pt").read_bytes()
     assert "is finished (step 18): nothing to resume" in call(train, "--resume")[1]
     assert before == Path("model.pt").read_bytes()
+    words = "--split", "val", "--workers", 0, "--device", "cpu", "--json", "val.json"
+    assert call(ev, *words)[0] == 0
+    line = ev.format_metrics(json.loads(Path("val.json").read_text()))
+    assert [line in epoch for epoch in metrics(out)[:3]] == [k == best for k in (6, 12, 18)]
 
 
 @pytest.mark.parametrize("number, step, workers_get", [
