@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 sys.path.extend([str(ROOT), str(ROOT / "study")])
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started here
 torch.set_num_threads(1)  # threads that share so little work mostly wait for each other
