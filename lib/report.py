@@ -113,7 +113,9 @@ def _margins(sims, owner):
 
 def spread(x):
     """The mean and the standard deviation of x (P,), NaN if P = 0. -> dict(mean, std)"""
-    return dict(mean=x.mean().item(), std=x.std(correction=0).item())
+    mean = x.mean()
+    std = (x - mean).square().mean().sqrt()
+    return dict(mean=mean.item(), std=std.item())
 
 
 @torch.no_grad()
@@ -420,15 +422,12 @@ def query_card(i, scored, rank, folder):
         times, jpegs = read_pictures(segment, f.shape[1], 96)
         sources = [f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in jpegs]
         nearest = cosine(t[i], f[v]).argmax().item()
-        at = times[nearest]
         link = os.path.relpath(segment.path, folder)
         link = quote(os.fsencode(link))  # a file name need not be valid Unicode
-        mark = ""
-        if v == right:
-            mark = '<b class="mark">✓ the right video</b>'
+        mark = '<b class="mark">✓ the right video</b>' if v == right else ""
         items += f"""<li>{strip(times, nearest, sources)}{sims[i, v]:.4f}
-<a href="{link}{moment(start_time(segment.path), at)}">{esc(os.path.basename(segment.path))}</a>
-at {clock(at)} {mark}</li>"""
+<a href="{link}{moment(start_time(segment.path), times[nearest])}">
+{esc(os.path.basename(segment.path))}</a> at {clock(times[nearest])} {mark}</li>"""
     return f"""<article class="card"><h3 dir="auto">“{esc(ann.captions[i])}”</h3>
 <p class="soft">right video: rank {rank:g} of {len(f)}</p><ol>{items}</ol></article>"""
 
@@ -444,7 +443,7 @@ def write_report(path, result, a, scored, t2v):
     for note in _metrics_notes(result):
         notes += f'<p class="warn">{esc(note)}</p>'
     queries = ""
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(path) or "."
     for title, texts in choose_queries(scored.sims.cpu(), scored.ann.owner).items():
         cards = ""
         for i in texts:
@@ -469,5 +468,6 @@ it comes last. Videos of the same score share their mean rank. Before a file's n
 the name links to the outlined frame, the nearest to the caption.</p>{queries}
 <h2>Settings</h2>{html_table(["", ""], settings)}</main>"""
     # Whatever a caption contains, under this policy a browser runs no script and loads nothing.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    write_output("--report", path, document("T-MASS: text-video retrieval", body, policy))
+    page = document("T-MASS: text-video retrieval", body,
+                    "default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    write_output("--report", path, page)
