@@ -170,6 +170,7 @@ class Index(NamedTuple):
     paths: list            # of the files
     names: list            # of the files, as shown in results
     stopped: bool = False  # Ctrl-C ended the encoding
+    unsaved: str = ""      # why some of it could not be saved
 
 
 named = set()  # error messages that were printed: each is printed once
@@ -180,7 +181,7 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
 
     encode: encode_files with its settings. where: the folder of its shards. mark: the fingerprint.
     size: (T,D). stopped: list of the signals that ended the encoding; new ones are added.
-    -> ({name: Shard}, number of videos encoded)
+    -> ({name: Shard}, number of videos encoded, why some could not be saved)
     """
     names = sorted(glob.glob(f"{mark}*.shard", root_dir=where))  # from the oldest
     names = job.gather(names)[0]
@@ -189,7 +190,7 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     stamps = folder.stamps if new else {}
     files = [File(*item) for item in stamps.items() if item[0] not in newest]
     if not files or stopped:
-        return shards, 0
+        return shards, 0, ""
     progress = Progress("encoding", len(files), unit="files", enabled=job.rank == 0)
     writer = ShardWriter(where, mark, saved)
     encoded = 0
@@ -208,7 +209,9 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     shards |= store.open_shards(where, job.join(writer.names), size, job)
     if job.rank == 0:
         store.join_small(where, mark, shards)
-    return shards, encoded
+    for unsaved in job.gather(writer.unsaved):
+        shards |= unsaved
+    return shards, encoded, max(job.gather(writer.why))
 
 
 def build_index(
@@ -223,7 +226,7 @@ def build_index(
     workers, batch and amp, as for encode_files.
 
     Ctrl-C stops the encoding, and the Index holds what was encoded so far. Raises DataError if
-    there is nothing to search, or the embeddings can't be saved.
+    there is nothing to search.
     """
     if isinstance(paths, (str, bytes, os.PathLike)):  # a str would pass as a list of letters
         raise TypeError(f"paths must be a list of folders and files, not {paths!r}")
@@ -240,10 +243,12 @@ def build_index(
     why = "the index holds none of these videos (run without -n to find them)"
     encoded = 0
     stopped = []
+    unsaved = ""
     for folder in folders:
         where = store.shard_folder(folder.path, index_dir)
-        opened, count = update_folder(
+        opened, count, lost = update_folder(
             encode, folder, where, mark, size, new, job, stopped, saved)
+        unsaved = unsaved or lost
         shards += opened.values()
         encoded += count
         reasons += job.join(folder.reasons)
@@ -290,7 +295,8 @@ def build_index(
         mean = shards[s].mean.to(model.clip.logit_scale.device)
         shards[s] = shards[s]._replace(mean=mean)
     paths = list(found.values())
-    return Index(shards, starts, file, paths, names if len(folders) == 1 else paths, bool(stopped))
+    shown = names if len(folders) == 1 else paths
+    return Index(shards, starts, file, paths, shown, bool(stopped), unsaved)
 
 
 def _count(number, noun):
@@ -596,19 +602,27 @@ def main(argv=None):
             line += f", unfinished: {config['unfinished']}"
         if not args.update:
             job.say(line)
-        build = functools.partial(
-            build_index,
-            model,
-            args.videos,
-            args.window,
-            args.index,
-            new=not args.no_new,
-            job=job,
-            quiet=args.update or page,
-            workers=args.workers,
-            batch=args.batch,
-            amp=args.amp,
-        )
+
+        def build(new=not args.no_new, saved=lambda: None):
+            index = build_index(
+                model,
+                args.videos,
+                args.window,
+                args.index,
+                new,
+                job,
+                saved,
+                quiet=args.update or page,
+                workers=args.workers,
+                batch=args.batch,
+                amp=args.amp,
+            )
+            if index.unsaved and args.update:
+                raise DataError(index.unsaved)
+            if index.unsaved:
+                job.say(f"{index.unsaved}; searching without saving")
+            return index
+
         if page:
             def find(query, index):  # only texts: no file that a browser names is opened
                 t = encode_texts(model, tokenizer, [query], amp=args.amp)

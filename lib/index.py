@@ -275,7 +275,8 @@ def _is_valid(shard, T, D):
 class ShardWriter:
     """Collects the pieces of encoded files, and saves them as a shard when one is full or old.
 
-    saved: called after each save. names: of the shards that were written.
+    saved: called after each save. names: of the shards that were written. unsaved: {name: Shard} of
+    those that could not be, and why.
     """
 
     def __init__(self, folder, mark, saved=lambda: None):
@@ -283,6 +284,8 @@ class ShardWriter:
         self.mark = mark
         self.saved = saved
         self.names = []
+        self.unsaved = {}
+        self.why = ""
         self.start()
 
     def start(self):
@@ -291,25 +294,27 @@ class ShardWriter:
         self.started = time.monotonic()
 
     def add(self, part):
-        """Add the Shard of a file. Raises DataError if a full shard can't be saved."""
+        """Add the Shard of a file, and save what is full or old."""
         self.parts.append(part)
         full = sum(len(part.file) for part in self.parts) >= FULL
         if full or time.monotonic() - self.started > OLD:
             self.save()
 
     def save(self):
-        """Save what was added. Raises DataError."""
+        """Save what was added."""
         if not self.parts:
             return
         # Names sort by time of creation.
         name = f"{self.mark}-{time.time_ns():016x}-{secrets.token_hex(4)}.shard"
+        shard = _join_shards(self.parts)
         try:
-            write_shard(self.folder, name, _join_shards(self.parts))
+            write_shard(self.folder, name, shard)
+            self.names.append(name)
         except (OSError, RuntimeError) as error:
-            why = why_not_written(error) or first_line(error)
-            raise DataError(f"cannot write {self.folder} ({why}): use --index DIR to keep the "
-                            "embeddings elsewhere") from None
-        self.names.append(name)
+            self.unsaved[name] = shard
+            self.why = (f"cannot write {self.folder} "
+                        f"({why_not_written(error) or first_line(error)}): use --index DIR to keep "
+                        "the embeddings elsewhere")
         self.start()
         self.saved()
 
@@ -367,9 +372,9 @@ def join_small(folder, mark, shards):
         return
     newest = newest_files(shards, None)
     writer = ShardWriter(folder, mark)
-    with contextlib.suppress(DataError, OSError):  # can't be written or deleted: they stay
+    with contextlib.suppress(OSError):  # can't be deleted: they stay
         for shard in small.values():
             writer.add(keep_files(shard, [newest[file.name] is file for file in shard.files]))
         writer.save()
-        for key in small:
+        for key in () if writer.unsaved else small:
             os.unlink(os.path.join(folder, key))

@@ -115,7 +115,6 @@ def until_saved(videos, shards=1):
     ("--videos v x", "x: there is no such folder or file (queries come before --videos)"),
     ("x --videos bad", "bad/x.mp4"),
     ("x --videos v -n", "without -n"),
-    ("x --videos v --index broken.png", "--index DIR"),
     ("x --videos v --window nan", "nan"),
     ("x --videos v --top 0", "--top"),
     ("x --videos v --ckpt nosuch.pt", "nosuch.pt"),
