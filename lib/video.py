@@ -300,8 +300,7 @@ def _open(path):
             if stream.codec_context and not cover:
                 streams.append(stream)
         if not streams:
-            raise DataError(f"{path}: not a video, is cut off, or has no video stream that can be "
-                            "decoded")
+            raise DataError(f"{path}: not a video, or cut off: no video stream that can be decoded")
         # A stream of a single frame is a preview, even if it is marked as the best.
         stream = max(streams, key=lambda stream: (stream.frames != 1, stream is best))
         if stream.width * stream.height > CANVAS:
@@ -316,15 +315,11 @@ def _explained(path):
     """Turn errors of reading a video into a DataError that names it."""
     try:
         yield
-    except DataError:
-        raise
     except (MemoryError, RuntimeError) as e:  # torch raises the second
         raise DataError(f"{path}: needs more memory than there is") from e
-    except (av.ArgumentError, av.InvalidDataError):  # a format that is not listed, or none
-        raise DataError(f"{path}: can't be decoded: not a video, or cut off (playlists and lists "
-                        "of files are not followed)") from None
     except av.FFmpegError as e:
-        raise DataError(f"{path}: can't be decoded: {e.strerror or e}") from e
+        raise DataError(f"{path}: can't be decoded ({e.strerror}): not a video, or cut off; "
+                        "playlists and lists of files are not followed") from e
     except FileNotFoundError as e:
         raise DataError(f"{path}: is missing") from e
     except OSError as e:

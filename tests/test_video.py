@@ -598,13 +598,6 @@ def test_names_in_another_unicode_form_are_found(tmp_path, disk, asked):
     assert list(folder.stamps) == [name]
 
 
-def test_names_that_look_like_something_else(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("12:30.mp4", "concat:a.mp4", "%03d.mp4", "-i.mp4", "a #1?.mp4"):
-        shutil.copy(make(folder, "bframes.mp4"), name)
-        assert shown(name, None, None, 4) == sample_indices(100, 4), name
-
-
 # ---- the frame cache ----
 
 
