@@ -187,16 +187,16 @@ def update_folder(encode, folder, where, mark, size, new, job, stopped, saved):
     shards = store.open_shards(where, names, size, job)
     newest = store.newest_files(shards, folder.stamps)
     stamps = folder.stamps if new else {}
-    files = [File(name, stamp, None) for name, stamp in stamps.items() if name not in newest]
+    files = [File(*item) for item in stamps.items() if item[0] not in newest]
     if not files or stopped:
         return shards, 0
-    share = files[job.rank::job.world]
     progress = Progress("encoding", len(files), unit="files", enabled=job.rank == 0)
     writer = ShardWriter(where, mark, saved)
     encoded = 0
     with noting_signals() as stopping:
         with contextlib.suppress(Stopped):
-            for done, (shard, is_new) in enumerate(encode(folder, share, shards.values()), 1):
+            found = encode(folder, files[job.rank::job.world], shards.values())
+            for done, (shard, is_new) in enumerate(found, 1):
                 writer.add(shard)
                 encoded += is_new
                 progress.update(done * job.world)  # assume that all progress equally
@@ -237,7 +237,7 @@ def build_index(
     found = {}  # real path of each file that is searched: path as given
     names = []
     reasons = []
-    why = "the index holds none of its videos (run without -n to find them)"
+    why = "the index holds none of these videos (run without -n to find them)"
     encoded = 0
     stopped = []
     for folder in folders:
@@ -249,27 +249,26 @@ def build_index(
         reasons += job.join(folder.reasons)
         base = os.path.realpath(folder.path)
         newest = store.newest_files(opened, folder.stamps)
-        numbers = {}  # name: position in `found`
+        numbers = {}  # File: position in `found`
         for name, one in newest.items():
             real = os.path.join(base, name)  # a file may lie in two of `paths`
             if one.why:
                 why = one.why
             elif real not in found:
-                numbers[name] = len(found)
+                numbers[one] = len(found)
                 found[real] = os.path.join(folder.path, name)
                 names.append(name)
         for shard in opened.values():
-            valid = [
-                numbers.get(one.name, -1) if one is newest.get(one.name) else -1
-                for one in shard.files
-            ]
-            file.append(torch.tensor(valid, dtype=torch.int64)[shard.file.long()])
+            # Two searches at once may have encoded a file: it counts in one of their shards.
+            searched = [numbers.pop(one, -1) for one in shard.files]
+            searched = torch.tensor(searched, dtype=torch.int64)
+            file.append(searched[shard.file.long()])
     # Only Ctrl-C goes on to answer the queries. What was encoded is saved in either case.
     for number in stopped:
         if number != signal.SIGINT or not found:
             raise KeyboardInterrupt(number)
     file = torch.cat(file) if file else torch.zeros(0)
-    fresh = [reason for reason in reasons if reason not in named]
+    fresh = sorted({*reasons} - named)
     named.update(fresh)
     if encoded or fresh or not quiet:
         pieces = (file >= 0).sum().item()
@@ -284,8 +283,7 @@ def build_index(
             line += "; left out:"
         job.say("\n  ".join([line, *first_few(fresh)]))
     if not found:
-        searched = " ".join(map(os.fspath, paths))
-        raise DataError(f"--videos {searched}: nothing to search: {[*reasons, why][0]}")
+        raise DataError(f"nothing to search: {[*reasons, why][0]}")
     starts = torch.tensor([0, *(len(shard.file) for shard in shards)]).cumsum(0)
     # Every query reads all pooled frames of this process' shards. Other tensors stay memory-mapped.
     for s in range(job.rank, len(shards), job.world):
@@ -363,8 +361,9 @@ def point_scores(text, index, job=ALONE):
     scores = unit.new_zeros(starts[-1])
     for s in range(job.rank, len(index.shards), job.world):
         scores[starts[s]:starts[s + 1]] = index.shards[s].mean.float() @ unit
-    scores[index.file.to(unit.device) < 0] = -torch.inf
-    return lowest_if_nan(job.sum(scores))
+    scores = lowest_if_nan(job.sum(scores))
+    ignored = (index.file < 0).to(unit.device)
+    return scores.masked_fill(ignored, -torch.inf)
 
 
 def read_rows(index, rows):
@@ -559,14 +558,13 @@ def parse_args(argv=None):
     args = p.parse_intermixed_args(argv)  # several queries, options between them
     args.files |= args.end == "\0"
     results = args.query or args.files or args.json
-    json_name = (args.json or "").lower()
     for wrong, message in (
         (not all(map(str.strip, args.query)), "the query is empty: say what to look for"),
         (results and (args.update or args.serve is not None),
          "--update and --serve take no query, and nothing that is for its results"),
         (args.update and args.no_new, "--update looks for new files: drop -n"),
         (args.every and args.serve is None, "--every goes with --serve"),
-        (json_name.endswith((*SUFFIXES, *PICTURES)),
+        ((args.json or "").lower().endswith((*SUFFIXES, *PICTURES)),
          f"--json {args.json} has the name of a video or picture: give another name"),
         (args.files and args.json == "-",
          "file names and --json - would be mixed on standard output: give --json FILE"),
@@ -580,6 +578,7 @@ def main(argv=None):
     args = parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
         job = start_processes(args.device)
+        page = None
         if args.serve is not None:
             if job.world > 1:
                 raise DataError("--serve is for one process: start it without torchrun")
@@ -605,12 +604,12 @@ def main(argv=None):
             args.index,
             new=not args.no_new,
             job=job,
-            quiet=args.update or args.serve is not None,
+            quiet=args.update or page,
             workers=args.workers,
             batch=args.batch,
             amp=args.amp,
         )
-        if args.serve is not None:
+        if page:
             def find(query, index):  # only texts: no file that a browser names is opened
                 t = encode_texts(model, tokenizer, [query], amp=args.amp)
                 return search(model, t, index, max(args.top, ON_PAGE), pieces=args.pieces)[0]

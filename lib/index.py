@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,8 @@ class Folder(NamedTuple):
     """A folder, and which of its videos to search."""
 
     path: str
-    stamps: Optional[dict]  # {name in the folder: (size, mtime_ns)}; None: all in the index
-    reasons: list           # error messages, for what could not be read just now
+    stamps: dict | None  # {name in the folder: (size, mtime_ns)}; None: all in the index
+    reasons: list        # error messages, for what could not be read just now
 
 
 def list_videos(paths, new=True):
@@ -67,8 +67,8 @@ def list_videos(paths, new=True):
     folders += [Folder(folder, stamps, []) for folder, stamps in named.items()]
     if new and not any(folder.stamps for folder in folders):
         searched = " ".join(map(os.fspath, paths))
-        reasons = (reason for folder in folders for reason in folder.reasons)
-        why = next(reasons, ", ".join(SUFFIXES))
+        reasons = [reason for folder in folders for reason in folder.reasons]
+        why = [*reasons, ", ".join(SUFFIXES)][0]
         raise DataError(f"--videos {searched}: no videos found ({why})")
     return folders
 
@@ -122,8 +122,8 @@ class File(NamedTuple):
 
     name: str
     stamp: tuple
-    why: Optional[str]  # why it can't be read; None if it can
-    content: str = ""   # its content_of; empty in shards of earlier versions
+    why: str | None = None     # why it can't be read; None if it can
+    content: str = ""          # its content_of; empty in shards of earlier versions
 
 
 class Shard(NamedTuple):
