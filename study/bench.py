@@ -56,7 +56,7 @@ FULL = dict(
     frames=12,   # T
     images=384,
     videos=64,   # that the loader reads
-    batches=40,  # of them
+    batches=20,  # of them
     repeat=3,    # calls, of which the fastest counts
 )
 SMALL = dict(
