@@ -126,30 +126,31 @@ def form(G, a):
 def sample_cosines(t, v, R, eps, products=None):
     """cos(t + R·ε_m, v) of every sample, from three products. t, v, R (...,D) -> (...,M).
 
-    eps (M,D). R may be (...,1). products: t·v, |v|² and |t|², each (...), if already computed.
+    eps (M,D). R may be (...,1). products: those of t and v, if known; v is then overwritten.
 
         cos(t_s, v) = (t·v + (R·v)·ε) / (|v| |t_s|)
         |t_s|² = |t|² + 2 (R·t)·ε + (R·R)·(ε·ε)
     """
-    if products is None:
-        products = (t * v).sum(-1), squared(v), squared(t)
-    tv, vv, tt = products
-    R = R.expand(*R.shape[:-1], eps.shape[-1])
-    along = (R * v) @ eps.T
-    across = (R * t) @ eps.T
-    square = R.square() @ eps.square().T
-    length = square.add_(across, alpha=2).add_(tt[..., None])
-    length = length.clamp_min_(TINY).sqrt_()
-    v_length = vv.clamp_min(TINY).sqrt()
+    tv, vv, tt = products or products_of(t, v)
+    R, _ = torch.broadcast_tensors(R, t)
+    # Other memory for each would cost as much as the multiplications.
+    x = torch.mul(R, v, out=v if products else None)
+    along = x @ eps.T
+    across = torch.mul(R, t, out=x) @ eps.T
+    square = torch.mul(R, R, out=x) @ eps.square().T
     dot = along.add_(tv[..., None])
-    return dot.div_(length).div_(v_length[..., None])
+    square.add_(across, alpha=2).add_(tt[..., None])        # |t_s|²
+    vv = vv.clamp_min(TINY)
+    lengths = square.clamp_min_(TINY).mul_(vv[..., None]).sqrt_()
+    return dot.div_(lengths)
 
 
 @torch.no_grad()
-def expected_cosine(t, v, R, mean, std, largest):
+def expected_cosine(t, v, R, mean, std, largest, products=None):
     """The mean of max_m cos(t + R·ε_m, v) over the noise. t, v, R (...,D) -> (...).
 
     R may be (...,1). mean, std: of ε. largest: E_M, the mean of the largest of M standard normals.
+    products: those of t and v, if known; v is then overwritten.
 
     Let ε = μ + σ z with z ~ N(0, I). This is exact for the normal prior (μ = 0). For the uniform
     prior (μ = 1/2, σ = 1/√12) it is a good approximation, because its sums over D dimensions are
@@ -171,17 +172,18 @@ def expected_cosine(t, v, R, mean, std, largest):
 
     The first term is a cosine, shrunk by |c|/τ. The second is a bonus for a wide mass.
     """
-    R = R.expand(*R.shape[:-1], v.shape[-1])
+    R, _ = torch.broadcast_tensors(R, t)
     c = t
     if mean:
         c = t + mean * R
-    cv = (c * v).sum(-1)
-    tau2 = squared(c) + std ** 2 * squared(R)
+        products = None
+    cv, vv, cc = products or products_of(c, v)
+    tau2 = cc + std ** 2 * squared(R)
     tau2 = tau2.clamp_min(TINY)
     k = cv / tau2
-    g = torch.addcmul(v, k[..., None], c, value=-1).mul_(R)
+    g = torch.addcmul(v, k[..., None], c, value=-1, out=v if products else None).mul_(R)
     spread = std * g.norm(dim=-1)
-    return (cv + largest * spread) / (squared(v).clamp_min(TINY) * tau2).sqrt()
+    return (cv + largest * spread) / (vv.clamp_min(TINY) * tau2).sqrt()
 
 
 def largest_of_normals(M):
@@ -193,6 +195,11 @@ def largest_of_normals(M):
     x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
     below = (M * torch.special.log_ndtr(x)).exp()
     return 12 - torch.trapezoid(below, x).item()
+
+
+def products_of(t, v):
+    """t·v, |v|² and |t|². t, v (...,D) -> 3 (...)."""
+    return (t * v).sum(-1), squared(v), squared(t)
 
 
 def squared(x):
@@ -227,11 +234,11 @@ def score(model, t, f, trials=20, seed=24, expected=False, chunk_mb=256):
     wide = floats // (4 * ((H + 5) * D + trials))
     pairs = floats // (16 * (H * T + trials))
     if t.device.type == "cpu":  # twice as fast, because blocks fit into the cache
-        wide = min(wide, 256)
+        wide = min(wide, 512)
         pairs = min(pairs, 16384)
     if has_span:
         n = max(1, min(N, 2048, pairs))
-        v = min(pairs // n, 64)
+        v = min(pairs // n, wide, 64)
     else:
         n = max(1, min(N, wide))
         v = wide // n
@@ -274,15 +281,12 @@ def _best_of_span(t, f, span, radius, noise, wide):
     if noise is None:
         return tv / (vv * tt).clamp_min(TINY).sqrt()
     S = similarities(t, f)
-    # Square tiles read the fewest texts and videos per pair.
     best = torch.empty_like(tv)
-    side = math.isqrt(wide)
-    for videos in blocks(len(f), side):
-        for texts in blocks(len(t), side):
-            tile = (videos, texts)
-            v = c[videos, :, texts].mT @ Z[videos]          # (side,side,D)
-            products = tv[tile], vv[tile], tt[texts]
-            best[tile] = _best_of(t[texts], v, radius(S[tile]), noise, products)
+    # All videos of the block, however few: tiles have the same size for any number of texts.
+    for texts in blocks(len(t), wide // len(f)):
+        v = c[:, :, texts].mT @ Z                           # (V,texts,D)
+        products = tv[:, texts], vv[:, texts], tt[texts]
+        best[:, texts] = _best_of(t[texts], v, radius(S[:, texts]), noise, products)
     return best
 
 
@@ -292,9 +296,8 @@ def _best_of(t, v, R, noise, products=None):
     noise: the result of noise_of, not None.
     """
     if torch.is_tensor(noise):
-        cosines = sample_cosines(t, v, R, noise, products)
-        return cosines.amax(-1)
-    return expected_cosine(t, v, R, *noise)
+        return sample_cosines(t, v, R, noise, products).amax(-1)
+    return expected_cosine(t, v, R, *noise, products)
 
 
 def noise_of(model, trials, seed, expected):
@@ -302,8 +305,7 @@ def noise_of(model, trials, seed, expected):
     if trials == 0 or type(model.radius) is NoRadius:
         return None
     if not expected:
-        eps = model.noise(trials, seed)
-        return eps.T.contiguous().T  # products use its transpose, which is contiguous now
+        return model.noise(trials, seed)
     largest = largest_of_normals(trials)
     if model.prior == "uniform":
         return 0.5, 12 ** -0.5, largest
@@ -312,7 +314,8 @@ def noise_of(model, trials, seed, expected):
 
 def similarities(t, f):
     """S = cos(t, f_j). t (N,D), f (V,T,D) -> (V,N,T)."""
-    return (F.normalize(f, dim=-1) @ F.normalize(t, dim=-1).T).mT
+    S = F.normalize(f, dim=-1) @ t.T
+    return S.div_(t.norm(dim=-1).clamp_min(1e-12)).mT
 
 
 def _fast_radius(radius):
