@@ -34,7 +34,7 @@ import os
 import sys
 
 script, *words = sys.argv[1:]
-words = [word.replace("ViT-B/32", "model.pt") for word in words]
+words = [word.replace("ViT-B/32", "model.pt").replace("/fast/", "fast/") for word in words]
 if script == "train.py":
     out = ["--out", "again.pt", "--overwrite"]
     words = ["--clip", "model.pt", *out, *words, "--epochs", "1", "--batch", "16"]
