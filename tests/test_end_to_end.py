@@ -34,9 +34,10 @@ import os
 import sys
 
 script, *words = sys.argv[1:]
-words = [word.replace("ViT-B/32", "model.pt") for word in words]
+words = [word.replace("ViT-B/32", "model.pt").replace("/fast/", "fast/") for word in words]
 if script == "train.py":
-    words = ["--clip", "model.pt", *words, "--epochs", "1", "--batch", "16"]
+    out = ["--out", "again.pt", "--overwrite"]
+    words = ["--clip", "model.pt", *out, *words, "--epochs", "1", "--batch", "16"]
 if script == "search.py" and "--ckpt" not in words:
     words += ["--ckpt", "model.pt"]
 if script.endswith(".py"):
@@ -150,7 +151,7 @@ def test_commands_run_as_they_stand(home):
         shown = "".join(block for language, block in blocks if language != "python")
         lines = shown.splitlines() + re.findall(r"`(python [^`\n]+)`", text)
         commands = [line for line in lines if re.match("python |for |torchrun |pip ", line)]
-        for command in runnable(commands):
+        for command in runnable(dict.fromkeys(commands)):
             run_line(["bash", "-c", command.replace(" 3 4 5;", ";")], home)  # of five seeds, two
             ran += 1
     assert ran > 10

@@ -86,7 +86,8 @@ def stop(call):
         assert f"stopped by {number.name} after step" in out and out.endswith("--resume\n")
         return out
 
-    return stop
+    yield stop
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def alone(*words, cwd):
