@@ -548,8 +548,8 @@ def test_one_run_per_out_at_a_time(here, call, stop):
         refused(call(train, *long, *flags), "another run writes model.")
     assert job.poll() is None and not os.path.exists("model.bin")
     job.kill()  # its worker lives on for some seconds, and the lock does not
-    step = read_weights("model.pt")["step"]
-    stop(step + 2, *long, "--resume")
+    job.wait()
+    stop(read_weights("model.pt")["step"] + 20, *long, "--resume")
 
 
 # ---- guards ----
