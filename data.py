@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from lib import shapes, tables
 from lib.common import DataError, Parser, Progress, first_few, mixed_seed, numeric, program
 from lib.processes import loading
-from lib.video import Segment, as_segments, frame_reader, video_finder
+from lib.video import Segment, as_segments, frame_reader
 
 SPLITS = ("train", "val", "test")
 # What else a csv may call them.
@@ -412,11 +412,11 @@ def load_annotations(name_or_csv, root=None, split="train", videos=None):
     if name == "shapes":
         name = str(shapes.shapes_table(root))
     if name.endswith(".csv"):
-        return _collect(read_csv(name, split, video_finder(videos or root, belongs="")))
+        return _collect(read_csv(name, split, tables.video_finder(videos or root, belongs="")))
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose {', '.join(names())}, or give the path "
                         "of a .csv file")
-    find = video_finder(videos or root, belongs="" if videos else "videos")
+    find = tables.video_finder(videos or root, belongs="" if videos else "videos")
     rows = []
     for part in DATASETS[name].splits():
         if split in ("all", part):

@@ -448,7 +448,6 @@ def settle(given, saved):
         earlier["cache"] = None
 
     args = Namespace(**BASE | PLACES | RUN | recipe | earlier | given)
-
     args.root = args.root or os.path.abspath(data.default_root(name))
     if name == "shapes":
         args.cache = args.cache or os.path.join(args.root, "frames")

@@ -1,4 +1,7 @@
-"""Annotation files: text, JSON, csv. A DataError names the line that is wrong."""
+"""Annotation files: text, JSON, csv, and the videos that they name.
+
+A DataError names the line that is wrong.
+"""
 import bisect
 import csv
 import functools
@@ -7,10 +10,12 @@ import json
 import math
 import os
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
 from lib.common import DataError, escaped, first_few
+from lib.video import SUFFIXES, Segment, spelled
 
 YOUR_CSV = "--data, a csv file with the columns video and caption"
 
@@ -150,3 +155,51 @@ def warn_once(line):
     # In one process only: otherwise, torchrun would print it once per GPU.
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {escaped(line)}", file=sys.stderr)
+
+
+# ---- the videos that they name ----
+
+
+UNPACKED = (  # folders that the data sets' archives unpack to
+    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
+    "Charades_v1", "Charades_v1_480",
+)
+
+
+def video_finder(base, belongs):
+    """Make find(name) -> Segment of a whole file, for a name with its suffix, another one or none.
+
+    find searches the folder `base`, then the folders UNPACKED in it and in a folder videos in it.
+    If a video is missing, the Segment has the path where it belongs: in the folder `belongs` of
+    base.
+    """
+    base = Path(base)
+    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
+    folders = [base, *filter(Path.is_dir, folders)]
+
+    @functools.cache
+    def videos_in(folder):  # {name without suffix: path}; of two, the mp4
+        videos = {}
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            stem, suffix = os.path.splitext(unicodedata.normalize("NFC", file))
+            if suffix == ".mp4" or suffix.lower() in SUFFIXES and stem not in videos:
+                videos[stem] = os.path.join(folder, file)
+        return videos
+
+    @functools.cache
+    def find(name):
+        for folder in folders:
+            path = spelled(folder / name)
+            if os.path.isfile(path):
+                return Segment(path)
+        stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+        # "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's names end in a dot.
+        if suffix.lower() not in (".", *SUFFIXES):
+            stem += suffix
+        above, stem = os.path.split(stem)
+        for folder in folders:
+            path = videos_in(spelled(folder / above)).get(stem, "")
+            if os.path.isfile(path):
+                return Segment(path)
+        return Segment(str(base / belongs / name))
+    return find

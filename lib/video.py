@@ -62,51 +62,6 @@ def spelled(path):
     return path
 
 
-UNPACKED = (  # folders that the data sets' archives unpack to
-    "videos", "all", "MSRVTT/videos/all", "TrainValVideo", "TestVideo", "YouTubeClips",
-    "Charades_v1", "Charades_v1_480",
-)
-
-
-def video_finder(base, belongs):
-    """Make find(name) -> Segment of a whole file, for a name with its suffix, another one or none.
-
-    find searches the folder `base`, then the folders UNPACKED in it and in a folder videos in it.
-    If a video is missing, the Segment has the path where it belongs: in the folder `belongs` of
-    base.
-    """
-    base = Path(base)
-    folders = [base / above / name for name in UNPACKED for above in ("", "videos")]
-    folders = [base, *filter(Path.is_dir, folders)]
-
-    @functools.cache
-    def videos_in(folder):  # {name without suffix: path}; of two, the mp4
-        videos = {}
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            stem, suffix = os.path.splitext(unicodedata.normalize("NFC", file))
-            if suffix == ".mp4" or suffix.lower() in SUFFIXES and stem not in videos:
-                videos[stem] = os.path.join(folder, file)
-        return videos
-
-    @functools.cache
-    def find(name):
-        for folder in folders:
-            path = spelled(folder / name)
-            if os.path.isfile(path):
-                return Segment(path)
-        stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
-        # "talk.1" has no suffix: talk.mp4 is another video. Some of DiDeMo's names end in a dot.
-        if suffix.lower() not in (".", *SUFFIXES):
-            stem += suffix
-        above, stem = os.path.split(stem)
-        for folder in folders:
-            path = videos_in(spelled(folder / above)).get(stem, "")
-            if os.path.isfile(path):
-                return Segment(path)
-        return Segment(str(base / belongs / name))
-    return find
-
-
 def as_segments(segments_or_paths):
     """A list of Segments, or of paths of whole files -> list of Segment. One alone: TypeError."""
     if isinstance(segments_or_paths, (Segment, str, bytes, os.PathLike)):
