@@ -201,7 +201,21 @@ class Progress:
         print(f"{line}{left} left{more}".ljust(78), end=end, file=sys.stderr, flush=True)
 
 
-# ---- files written whole ----
+# ---- files ----
+
+
+def spelled(path):
+    """A path as the disk spells it, with é as one character or two. A missing one is unchanged."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    if path.isascii() or not name or os.path.exists(path):
+        return path
+    folder = spelled(folder)
+    for form in ("NFC", "NFD"):
+        other = os.path.join(folder, unicodedata.normalize(form, name))
+        if os.path.exists(other):
+            return other
+    return path
 
 
 @contextlib.contextmanager

@@ -20,9 +20,18 @@ import torch
 import torch.nn.functional as F
 
 from clip_model import CLIP
-from lib.common import DataError, curable, cure, escaped, first_line, why_not_written, written_whole
+from lib.common import (
+    DataError,
+    curable,
+    cure,
+    escaped,
+    first_line,
+    spelled,
+    why_not_written,
+    written_whole,
+)
 from lib.encoders import OpenCLIP
-from lib.video import SUFFIXES, spelled
+from lib.video import SUFFIXES
 
 INDEX = ".tmass-index"
 FORMAT = "tmass index 2"

@@ -14,8 +14,8 @@ import unicodedata
 import zlib
 from pathlib import Path
 
-from lib.common import DataError, escaped, first_few
-from lib.video import SUFFIXES, Segment, spelled
+from lib.common import DataError, escaped, first_few, spelled
+from lib.video import SUFFIXES, Segment
 
 YOUR_CSV = "--data, a csv file with the columns video and caption"
 

@@ -13,7 +13,6 @@ import math
 import os
 import struct
 import sys
-import unicodedata
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -46,20 +45,6 @@ class Piece(NamedTuple):
     end: float
     times: list
     frames: torch.Tensor
-
-
-def spelled(path):
-    """A path as the disk spells it, with é as one character or two. A missing one is unchanged."""
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    if path.isascii() or not name or os.path.exists(path):
-        return path
-    folder = spelled(folder)
-    for form in ("NFC", "NFD"):
-        other = os.path.join(folder, unicodedata.normalize(form, name))
-        if os.path.exists(other):
-            return other
-    return path
 
 
 def as_segments(segments_or_paths):

@@ -430,7 +430,8 @@ def test_an_uninterrupted_run(uninterrupted, call, monkeypatch):
 ])
 def test_resume_is_exact(here, call, stop, uninterrupted, number, step, workers_get):
     stop(step, *RESUMABLE, number=number, workers_get=workers_get)
-    assert step <= read_weights("model.pt")["step"] < 18
+    # A validation that is not over is repeated, from the save before it.
+    assert 0 < read_weights("model.pt")["step"] < 18
     assert call(train, *GO_ON)[0] == 0
     check_equal(here, uninterrupted[0])
 
