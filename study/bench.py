@@ -248,7 +248,7 @@ def reading(args):
         for k in range(375):  # a texture that drifts, with grain
             x = scene[:, k // 2:k // 2 + 240, k // 3:k // 3 + 320] + 4 * torch.randn(3, 240, 320)
             frames.append(x.clamp(0, 255).byte())
-        shapes.write_video(path, torch.stack(frames), 25)
+        shapes.write_video(Path(path), torch.stack(frames), 25)
         for segment in segments[1:]:
             os.link(path, segment.path)
         try:
