@@ -425,7 +425,7 @@ def query_card(i, scored, rank, folder):
         link = os.path.relpath(segment.path, folder)
         link = quote(os.fsencode(link))  # a file name need not be valid Unicode
         mark = '<b class="mark">✓ the right video</b>' if v == right else ""
-        items += f"""<li>{strip(times, nearest, sources)}{sims[i, v]:.4f}
+        items += f"""<li>{strip(times, nearest, sources)}{sims[i, v].item():.4f}
 <a href="{link}{moment(start_time(segment.path), times[nearest])}">
 {esc(os.path.basename(segment.path))}</a> at {clock(times[nearest])} {mark}</li>"""
     return f"""<article class="card"><h3 dir="auto">“{esc(ann.captions[i])}”</h3>
