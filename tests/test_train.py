@@ -140,20 +140,20 @@ def metrics(out):
     return [line for line in out.splitlines() if line.startswith(("validation", "test: "))]
 
 
-def check_test_again(run, out):
+def check_test_again(call, out):
     """The command printed at the end gives the line of the test again."""
     command = shlex.split(out.split("evaluate it again: ")[1])
     assert command[:2] == ["python", "eval.py"]
-    done = run(*command[1:], "--device", "cpu", "--json", "again.json")
-    assert done.returncode == 0, done.stderr
+    status, again, err = call(ev, *command[2:], "--device", "cpu", "--json", "again.json")
+    assert status == 0, err
     result = json.loads(Path("again.json").read_text())
     assert metrics(out)[-1] == f"test: {ev.format_metrics(result)}"
-    return done.stdout
+    return again
 
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """spoil(number, spoilt): the losses of the calls for which spoilt(number) are NaN."""
+    """spoil(spoilt): the losses of the calls for which spoilt(number) are NaN."""
     true = TMASS.losses
 
     def spoil(spoilt):
@@ -206,7 +206,7 @@ def test_settings_of_the_method_are_written_once(capsys):
     for name in train.BASE | train.PLACES | train.RUN:
         assert f" --{name.replace('_', '-')} " in text, name
     for name, recipe in train.RECIPES.items():
-        assert recipe.keys() <= train.BASE.keys() and f"{name}: {next(iter(recipe))}=" in text
+        assert recipe.keys() <= train.BASE.keys(), name
     assert vars(train.parser().parse_args([])) == {}  # else a default would hide the recipe's
 
 
@@ -346,12 +346,12 @@ def test_two_processes_train_as_one(own_copy):
 
 
 @pytest.mark.slow
-def test_batch_normalisation_keeps_its_statistics(here, run, monkeypatch):
+def test_batch_normalisation_keeps_its_statistics(here, call, monkeypatch):
     """Those of the batch would differ with its share; and from what is tested and saved."""
     pytest.importorskip("open_clip")
     out = one_and_two(here, BATCHNORM, "--batch", 6, "--clip", "open_clip:resnet", chunk=0)
     monkeypatch.chdir("2")
-    check_test_again(run, out)
+    check_test_again(call, out)
 
 
 @pytest.mark.slow
@@ -463,7 +463,7 @@ def test_sigterm_under_torchrun(here, slow):
 ])
 def test_a_signal_before_the_first_step(tmp_path, moment, number):
     if moment == "warm-up":
-        shapes.render_shapes(tmp_path / "made", train=64, val=0, test=0)
+        shapes.render_shapes(tmp_path / "made", train=16, val=0, test=0)
     job = alone("--root", "made", "--workers", 2, "--pretrain", 100_000, cwd=tmp_path)
     assert moment == "rendering" or any("amp off" in line for line in job.stdout)
     while job.poll() is None and len(children(job.pid)) < 2:
@@ -516,7 +516,6 @@ def not_finite(content):
 @pytest.mark.parametrize("forge", [
     lambda c: c.update(step="1.5"),
     lambda c: c.pop("optimizer"),
-    lambda c: c["model"].popitem(),
     moments,
     not_finite,
 ])
@@ -624,7 +623,7 @@ def test_float16_seeks_its_scale_but_not_for_ever(here, call, spoil):
     refused(result, "30 steps in a row, to 30, were not finite", "--amp bf16")
 
 
-def test_the_command_printed_gives_the_line_printed(own_copy, run, call):
+def test_the_command_printed_gives_the_line_printed(own_copy, call):
     """With videos that lie elsewhere, are missing or broken, and frames from a cache."""
     shutil.copy("set/my.csv", "my.csv")
     os.remove("set/5.mp4")  # of the test split
@@ -636,7 +635,7 @@ def test_the_command_printed_gives_the_line_printed(own_copy, run, call):
     assert status == 0, err
     config = read_weights("a model.pt")["config"]
     assert (config["root"], config["videos"]) == (str(own_copy), str(own_copy / "films"))
-    assert "is gone" not in check_test_again(run, out)
+    assert "is gone" not in check_test_again(call, out)
     # What is in the cache is not decoded again.
     for path in Path("films").glob("[13]?.mp4"):
         stat = path.stat()
@@ -690,17 +689,15 @@ def test_the_scale_of_the_logits_stays_below_100(here, call, one_step):
     assert column(".", "scale").max() <= 100.001
 
 
-def test_tensorboard(here, call):
+def test_tensorboard(here, call, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert call(train, *SMALL, "--epochs", 1, "--tensorboard", "curves")[0] == 0
     points = [point.value for point in EventAccumulator("curves").Reload().Scalars("loss")]
     torch.testing.assert_close(torch.tensor(points), column(".", "loss"))
-
-
-def test_tensorboard_is_asked_for_where_it_is_missing(here, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
-    refused(call(train, *SMALL, "--tensorboard", "curves"), "pip install tensorboard")
+    again = "--overwrite", "--tensorboard", "curves"
+    refused(call(train, *SMALL, *again), "pip install tensorboard")
 
 
 # ---- what is refused ----
@@ -713,8 +710,6 @@ REFUSED = {  # command -> what must be in the line
     "--batch 1": "argument --batch",
     "--frames 1000000000": "argument --frames",
     "--workers 1000000": "argument --workers",
-    "--pooling max": "argument --pooling",
-    "--colour red": "--colour",
     "--epoch 3": "--epoch 3",
     "--heads 3": "heads=3",
     "--batch 27": "my.csv: 26 training pairs are too few for a batch of 27: lower --batch",
@@ -722,18 +717,12 @@ REFUSED = {  # command -> what must be in the line
     "--freeze-clip --pooling query --radius none": "--freeze-clip leaves nothing to train",
     "--data nothing": "unknown data set 'nothing'",
     "--data msrvtt --root folder": "MSRVTT_train.9k.csv",
-    "--data absent.csv": "absent.csv",
     "--root folder": "26 of 26 videos are missing",
-    "--videos absent": "absent: there is no such folder",
     "--clip ViT-B/99": "ViT-B/99",
-    "--clip cut.pt": "cut.pt",
     "--clip other.pt": "other.pt",
-    "--init cut.pt": "cut.pt",
     "--init absent.pt": "absent.pt",
     "--init done.pt --out folder/../done.pt --overwrite": "is what --clip or --init starts from",
     "--device gpu": "--device gpu",
-    "--device meta": "--device meta",
-    "--device cuda:99": "--device cuda:99",
     "--out folder": "--out folder cannot be written: give a plain file's name",
     "--out file/model.pt": "file/model.pt",
     "--out pipe.pt": "pipe.pt",
@@ -750,7 +739,6 @@ REFUSED = {  # command -> what must be in the line
     "--out going.pt": "going.pt holds an unfinished run at step",
     "--out going.pt --overwrite": "going.pt holds an unfinished run at step",
     "--out going.pt --resume": "--epochs 2 differs from 1 in the run",
-    "--init done.pt --out x.pt --heads 4": "done.pt has 1 heads",
 }
 
 
