@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import unicodedata
-from collections import Counter
 from fractions import Fraction
 
 import av
@@ -29,7 +28,6 @@ from lib.video import (
     read_pieces,
     read_segment,
     sample_indices,
-    start_time,
 )
 
 
@@ -129,12 +127,6 @@ def test_pixels_are_those_of_ffmpeg(folder, name):
     assert (pixels.int() - ours.int()).abs().max() <= 3
 
 
-def test_start_time(folder):
-    assert start_time(make(folder, "bframes.mp4")) == 0
-    assert start_time(make(folder, "opengop.mkv", LATE)) == 10
-    assert start_time(make(folder, "x.mpg")) > .5
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts", "x.avi"])
 def test_a_segment_costs_a_segment(tmp_path, name):
@@ -158,32 +150,22 @@ def test_a_segment_costs_a_segment(tmp_path, name):
     assert cost > os.path.getsize(tmp_path / name)
 
 
-def joined(path, frames, **options):
-    """A recording, and the same once more behind it in one file."""
-    write_video(path, frames, **options)
-    path.write_bytes(2 * path.read_bytes())
-    return path
-
-
-@pytest.mark.parametrize("name", ["aa.ts", "aa.mkv"])
+@pytest.mark.parametrize("name", ["aa.ts", "aa.mkv", "aa.mpg"])
 def test_times_that_start_anew_go_on(tmp_path, name):
-    path = joined(tmp_path / name, numbered(40), bf=2, g=12)
-    piece = read_segment(Segment(path, 6, 8), 16)
-    assert numbers(piece.frames) == list(range(8, 24))  # of the second half
-    assert piece.times == close([6 + k / 8 for k in range(16)])
-    pieces = list(read_pieces(path, 16, 2))
-    assert [piece.start for piece in pieces] == close([0, 2, 4, 6, 8])
-    assert [piece.end for piece in pieces] == close([2, 4, 6, 8, 10])
+    """A recording, and the same once more behind it in one file."""
+    path = tmp_path / name
+    codec = "mpeg2video" if name == "aa.mpg" else "libx264"
+    write_video(path, numbered(40), 25, codec, bf=2, g=12)
+    path.write_bytes(2 * path.read_bytes())
+    pieces = list(read_pieces(path, 10, .4))
+    assert [piece.start for piece in pieces] == close([.4 * k for k in range(8)])
+    assert [piece.end for piece in pieces] == close([.4 * k for k in range(1, 9)])
     assert sum((numbers(piece.frames) for piece in pieces), []) == 2 * list(range(40))
-    assert shown(path, 4.5, 5.5, 8) == [36, 37, 38, 39, 0, 1, 2, 3]
-    assert shown(path, 1, 2, 8) == list(range(8, 16))
-
-
-def test_discs_and_recordings_of_another_rate_are_joined(tmp_path):
-    path = joined(tmp_path / "aa.mpg", numbered(40), fps=25, codec="mpeg2video", bf=2)
     piece = read_segment(Segment(path, 1.5, 1.7), 5)
     assert numbers(piece.frames) == [38, 39, 0, 1, 2]
     assert piece.times == close([1.52, 1.56, 1.6, 1.64, 1.68])
+    assert shown(path, .4, .8, 10) == list(range(10, 20))
+    assert shown(path, 2, 2.4, 10) == list(range(10, 20))  # of the second half
 
 
 def test_recordings_whose_times_begin_a_little_apart_are_joined(tmp_path):
@@ -390,14 +372,15 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, turned, size):
     assert read_frames(tmp_path / name, 3).shape == (3, 3, *size)
 
 
-@pytest.mark.parametrize("H, W", [(2, 66_000), (16_000, 16)])
-def test_strips_are_no_load(tmp_path, H, W):
-    """A short side of 224 would make gigabytes of them, and no JPEG is so long."""
-    strip = torch.full((1, H, W, 3), 90, dtype=torch.uint8)
-    write_video(tmp_path / "x.mkv", strip, codec="ffv1")
-    frames = FrameCache(tmp_path / "cache", 1).read(Segment(tmp_path / "x.mkv"))
-    assert max(frames.shape[-2:]) <= 99 * min(frames.shape[-2:])
-    assert (frames.int() - 90).abs().max() < 8
+@pytest.mark.parametrize("H, W, size", [
+    (300, 400, (256, 341)),
+    (2, 66_000, (2, 198)),  # a short side of 224 would make gigabytes of it
+    (16_000, 16, (1584, 16)),  # no JPEG is so long
+])
+def test_frames_of_any_size_are_cached_small(tmp_path, H, W, size):
+    write_video(tmp_path / "x.mkv", torch.full((1, H, W, 3), 90, dtype=torch.uint8), codec="ffv1")
+    frames = FrameCache(tmp_path / "cache", 2).read(Segment(tmp_path / "x.mkv"))
+    assert frames.shape == (2, 3, *size) and (frames.int() - 90).abs().max() < 8
 
 
 LIMITED = """
@@ -463,23 +446,18 @@ def test_damaged_videos_give_what_they_hold(folder, tmp_path):
         assert len(got) == 8 and got == sorted(got) and 8 < got[-1] < 90, (name, got)
 
 
-def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
-    g = torch.Generator().manual_seed(1)
-    random = lambda n: torch.randint(0, n, (1,), generator=g).item()
-    outcomes = Counter()
-    for k in range(100):
-        name = list(FILES)[k % len(FILES)]
-        body, file = bytearray(make(folder, name).read_bytes()), tmp_path / name
-        a, n = random(len(body)), random(600)
-        body[a:None if k % 3 == 0 else a + n] = bytes(0 if k % 3 == 0 else n)  # cut off, or a hole
-        file.write_bytes(body)
-        try:
-            assert read_frames(Segment(file, None, [None, 2][k % 2]), 4).shape == (4, 3, 64, 64)
-            outcomes["read"] += 1
-        except DataError as e:
-            assert str(file) in str(e)
-            outcomes["refused"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 10
+@pytest.mark.parametrize("start", [None, 2])
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path, name, start):
+    body = make(folder, name).read_bytes()
+    path = tmp_path / name
+    for at in range(0, len(body), len(body) // 9):
+        for rest in (b"", bytes(300) + body[at + 300:]):  # cut off, or a hole
+            path.write_bytes(body[:at] + rest)
+            try:
+                assert len(shown(path, start, None, 4)) == 4
+            except DataError as error:
+                assert str(path) in str(error)
 
 
 def test_a_lost_frame_loses_no_others(tmp_path):
@@ -602,14 +580,16 @@ def test_names_in_another_unicode_form_are_found(tmp_path, disk, asked):
 
 
 @pytest.fixture
-def film(folder, tmp_path):
-    return Segment(shutil.copy(make(folder, "bframes.mp4"), tmp_path / "film.mp4"))
+def film(tmp_path):
+    """Large enough for threads, which a conversion may leave behind: a forked process lacks them"""
+    write_video(tmp_path / "film.mp4", numbered(40, 320), g=8)
+    return Segment(tmp_path / "film.mp4")
 
 
 def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
     cache = FrameCache(tmp_path / "c", 6)
     first = cache.read(film)
-    assert numbers(first) == sample_indices(100, 6)
+    assert numbers(first) == sample_indices(40, 6)
     stat = os.stat(film.path)
     with open(film.path, "wb") as file:  # same size and time, nothing to decode in it
         file.write(bytes(stat.st_size))
@@ -637,26 +617,18 @@ def test_damaged_cache_files_are_replaced(film, tmp_path):
         assert torch.equal(cache.read(film), first) and file.read_bytes() == whole
 
 
-def test_large_videos_are_cached_small(tmp_path):
-    large = torch.full((4, 300, 400, 3), 90, dtype=torch.uint8)
-    write_video(tmp_path / "large.mp4", large, preset="ultrafast")
-    frames = FrameCache(tmp_path / "c", 2).read(Segment(tmp_path / "large.mp4"))
-    assert frames.shape == (2, 3, 256, 341)
-
-
 def with_full_disk(folder, segments, out):
     if folder.name == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # a file can't grow beyond 500 bytes
-    torch.set_num_threads(1)
     cache = FrameCache(folder, 4)
     out.put([numbers(cache.read(segment)) for segment in segments])
 
 
-def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd):
+def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd, soon):
     (tmp_path / "file").write_text("mine")
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
-    segments = [film._replace(start=s / 10) for s in range(10)] * 2
+    segments = [film._replace(start=s / 2) for s in range(10)] * 2
     wanted = [numbers(read_frames(segment, 4)) for segment in segments]
     for name in ("shared", "shared", "full", "file"):
         args = (tmp_path / name, segments, out)
@@ -667,24 +639,3 @@ def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd):
     assert len(said) == 2 and (tmp_path / "file").read_text() == "mine"
     assert f"frame cache {tmp_path}/file can't be written (File exists): videos are" in said[0]
     assert f"frame cache {tmp_path}/full can't be written (File too large): videos" in said[1]
-
-
-READ_THEN_FORK = """
-import sys
-from torch.utils.data import DataLoader
-from lib.video import Segment, read_frames
-def read(paths):
-    return read_frames(Segment(paths[0]), 12)
-first = read(sys.argv[1:])
-workers = dict(num_workers=2, multiprocessing_context="fork", timeout=30)
-for frames in DataLoader(sys.argv[1:] * 4, collate_fn=read, **workers):
-    assert frames.equal(first)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no worker is forked")
-def test_workers_read_after_the_process_that_forks_them_has(tmp_path):
-    """Threads that a conversion leaves behind are missing in the copy: it would wait for them."""
-    write_video(tmp_path / "x.mp4", numbered(40, 320))
-    command = [sys.executable, "-c", READ_THEN_FORK, str(tmp_path / "x.mp4")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
