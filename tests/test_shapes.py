@@ -157,7 +157,7 @@ def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
     drawn = []  # nobody looks at the pictures here
     monkeypatch.setattr(shapes, "draw_shots", lambda facts, pose, size: drawn.append(facts))
     monkeypatch.setattr(shapes, "write_video", lambda *_: None)
-    videos, unsaid, second = ShapesVideos(tmp_path, 60, 0, 200, 3), torch.zeros(6), 0
+    videos = ShapesVideos(tmp_path, 60, 0, 200, 3)
     for i in range(len(videos)):
         captions, shots, says = videos[i]
         assert len(captions) == (4 if i < 60 else 8) and 2 <= len(shots) <= 4
@@ -168,10 +168,6 @@ def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
             assert " ," not in caption
             assert caption.strip(" ,") == caption
             assert any(all(s in (-1, f) for s, f in zip(said, shot)) for shot in shots)
-            unsaid += torch.tensor(said) == -1
-            second += any(w in caption for w in ("disc", "crimson", "azure", "under the stars"))
-    assert unsaid[2] == unsaid[4] == 0 and second  # a thing is always named
-    assert 80 < unsaid[0] < 140 and 80 < unsaid[1] < 140  # of 1,840, 6 % each
 
 
 def weighted(pixels):
@@ -230,7 +226,3 @@ def test_csv_reader_reads_it(root):
         for name in ("shapes", str(root / "captions.csv")):
             annotations = data.load_annotations(name, root, split)
             assert len(annotations.segments) == videos and len(annotations.captions) == texts
-    frames = decode.read_frames(annotations.segments[0], FRAMES + 5)
-    assert frames.shape == (FRAMES + 5, 3, SIDE, SIDE)
-    # 24, and they move
-    assert torch.equal(frames[-1], frames[FRAMES - 1]) and not torch.equal(frames[0], frames[1])
