@@ -53,14 +53,14 @@ def test_only_what_is_new_is_encoded(videos, found, ckpt):
     (videos / "2.txt").rename(videos / "2.mp4")
     assert "encoded 0 videos, 5 in the index" in found(videos)[0]  # its rows were still there
     assert first.read_bytes() == body  # never rewritten
+    other = videos / "other.pt"
     model, tokenizer, _ = load_checkpoint(ckpt)
     with torch.no_grad():
         model.clip.visual.proj[3, 5] += 0.1
-    save_checkpoint(videos / "other.pt", model, tokenizer, {})
-    for options, weights in ((["--window", .25], ckpt), ([], videos / "other.pt"), ([], ckpt)):
-        for encoded in (5, 0):
-            said = found(videos, *options, ckpt=weights)[0]
-            assert f"encoded {encoded if options or weights != ckpt else 0} videos, 5" in said
+    save_checkpoint(other, model, tokenizer, {})
+    for options, weights, n in ((["--window", .25], ckpt, 5), ([], other, 5), ([], ckpt, 0)):
+        for encoded in (n, 0):
+            assert f"encoded {encoded} videos, 5" in found(videos, *options, ckpt=weights)[0]
     for name in os.listdir(videos):
         if name.endswith(".mp4"):
             os.unlink(videos / name)

@@ -289,13 +289,6 @@ class Browser:
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         return answer["result"].get("value")
 
-    def until(self, expression):
-        """Wait until an expression is true."""
-        deadline = time.monotonic() + 30
-        while self.value(expression) is not True:
-            assert time.monotonic() < deadline, expression
-            time.sleep(0.05)
-
     def open(self, width, height, url):
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
@@ -327,7 +320,7 @@ SHOWN = """(() => {
 @pytest.mark.parametrize("width, height", [(1280, 900), (400, 800)])
 def test_in_a_browser(site, browser, width, height):
     browser.open(width, height, f"http://127.0.0.1:{site.port}/?q=a")
-    browser.until("document.readyState == 'complete'")
+    site.until(lambda: browser.value("document.readyState == 'complete'"))
     assert browser.value("document.documentElement.scrollWidth <= innerWidth")
     shapes = browser.value("""[...document.querySelectorAll('video')].map(x => {
         const box = x.getBoundingClientRect(), card = x.parentNode.getBoundingClientRect();
@@ -343,5 +336,5 @@ def test_in_a_browser(site, browser, width, height):
         assert at > 1
         video = f"""document.querySelector('video[src="{link}"]')"""
         browser.value(f"{video}.preload = 'auto'")
-        browser.until(f"{video}.readyState > 1 && !{video}.seeking")
+        site.until(lambda: browser.value(f"{video}.readyState > 1 && !{video}.seeking"))
         assert browser.value(SHOWN.replace("VIDEO", video)) == round(4 * at)
