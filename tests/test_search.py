@@ -387,13 +387,3 @@ def test_a_second_ctrl_c_ends_the_program(folder, ckpt, monkeypatch):
         time.sleep(1)
         os.kill(pid, signal.SIGINT)
     assert status_of(pid) == 130
-
-
-def test_two_searches_at_once(folder, ask, ckpt, monkeypatch):
-    monkeypatch.setattr(store, "FULL", 3)
-    words = ["noise", "--videos", "v", "--top", 9, "--json"]
-    pids = [forked(*words, name, "--ckpt", ckpt, *HERE) for name in "ab"]
-    assert [status_of(pid) for pid in pids] == [0, 0]
-    assert "encoded 0 videos, 6 in the index, 6 pieces" in ask(*words, "after")[1]
-    for name in "ab":
-        same(answers(folder / name), answers(folder / "after"))

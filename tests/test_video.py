@@ -394,7 +394,8 @@ def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
     """12 of 4K in 150 MB: as they are they would be 300, and a copy of them."""
     path = tmp_path / "x.avi"
     frame = torch.full((2160, 3840, 3), 90, dtype=torch.uint8)
-    write_video(path, [frame] * 12, codec="mjpeg", pix_fmt="yuvj420p")
+    write_video(tmp_path / "one.avi", [frame], codec="mjpeg", pix_fmt="yuvj420p")
+    copy_videos(path, [tmp_path / "one.avi"] * 12)
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert done.stdout == f"12 3 543 965\n{path}: needs more memory than there is\n", done.stderr
@@ -416,7 +417,6 @@ def test_bad_videos_name_the_file(folder, tmp_path):
     contents = {
         "empty.mp4": b"",
         "cut.mp4": good[:len(good) // 2],  # its index is at the end
-        "cut_index.mp4": good[:-300],
         "header.avi": make(folder, "mpeg4.avi").read_bytes()[:2000],
         "text.mp4": b"This is not a video.\n" * 50,
     }
