@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import noise_video, small_model
+from conftest import noise_video, small_clip, small_model
 
 import search
-from clip_model import CLIP
 from lib import index as store
 from lib.index import File
 from lib.weights import load_checkpoint, save_checkpoint
@@ -54,14 +53,14 @@ def test_only_what_is_new_is_encoded(videos, found, ckpt):
     (videos / "2.txt").rename(videos / "2.mp4")
     assert "encoded 0 videos, 5 in the index" in found(videos)[0]  # its rows were still there
     assert first.read_bytes() == body  # never rewritten
+    other = videos / "other.pt"
     model, tokenizer, _ = load_checkpoint(ckpt)
     with torch.no_grad():
         model.clip.visual.proj[3, 5] += 0.1
-    save_checkpoint(videos / "other.pt", model, tokenizer, {})
-    for options, weights in ((["--window", .25], ckpt), ([], videos / "other.pt"), ([], ckpt)):
-        for encoded in (5, 0):
-            said = found(videos, *options, ckpt=weights)[0]
-            assert f"encoded {encoded if options or weights != ckpt else 0} videos, 5" in said
+    save_checkpoint(other, model, tokenizer, {})
+    for options, weights, n in ((["--window", .25], ckpt, 5), ([], other, 5), ([], ckpt, 0)):
+        for encoded in (n, 0):
+            assert f"encoded {encoded} videos, 5" in found(videos, *options, ckpt=weights)[0]
     for name in os.listdir(videos):
         if name.endswith(".mp4"):
             os.unlink(videos / name)
@@ -141,9 +140,6 @@ def test_a_bad_file_is_named_once(videos, found, ask):
     assert ask("--update", "--videos", videos) == ("", "")
     noise_video(videos / "bad.mp4", 9)
     assert "encoded 1 video, 5 in" in ask("--update", "--videos", videos)[1]
-    for k in range(12):
-        (videos / f"empty{k}.mp4").touch()
-    assert ask("--update", "--videos", videos)[1].endswith("\n  and 2 more\n")
 
 
 def test_what_the_system_refused_is_tried_again(videos, found, monkeypatch):
@@ -195,20 +191,23 @@ FILE = File("0.mp4", (1, 2), None, "abc")
 
 
 @pytest.mark.parametrize("change", [
-    *(lambda c, x=x: c.update(files=x) for x in (
-        5, None, (), ["0.mp4"], [("0.mp4",)], [(5, (1, 2), None)], [("0.mp4", 7, None)],
-        [("0.mp4", ("1", 2), None)], [("0.mp4", (1, 2), 5)], [("0.mp4", (1, 2), None, 5)],
-        # the page would let them out
-        *([(name, (1, 2), None)] for name in ("/etc/x", "../a.mp4", "b/../../a.mp4", "..", "")))),
-    lambda c: c.update(mean=c["mean"].to_sparse()),
-    lambda c: c.update(mean=c["mean"].to("meta")),
-    lambda c: c["times"].fill_(torch.nan),
-    lambda c: c["spans"].fill_(torch.inf),
-    lambda c: c["file"].fill_(1),
-    lambda c: c.update(file=c["file"].long()),
-    lambda c: c.update(frames=[1]),
-    lambda c: c.update(frames=c["frames"][:, :2], times=c["times"][:, :2]),  # another T
-    lambda c: c.update(frames=c["frames"][:0]),
+    *(dict(files=[file]) for file in (
+        (5, (1, 2), None),
+        ("0.mp4", 7, None),
+        ("0.mp4", ("1", 2), None),
+        ("0.mp4", (1, 2), 5),
+        ("0.mp4", (1, 2), None, 5),
+        ("/etc/x", (1, 2), None),  # the page would let it out
+        ("b/../../a.mp4", (1, 2), None),
+    )),
+    dict(files=None),
+    dict(mean=torch.zeros(1, 16).half().to_sparse()),
+    dict(times=torch.full((1, 4), torch.nan)),
+    dict(spans=torch.full((1, 2), torch.inf)),
+    dict(file=torch.tensor([1], dtype=torch.int32)),
+    dict(file=torch.tensor([0])),
+    dict(frames=[1]),
+    dict(frames=torch.zeros(1, 2, 16).half(), times=torch.zeros(1, 2)),  # another T
 ])
 def test_shards_of_other_types_and_sizes_are_damaged(tmp_path, change):
     times = torch.arange(4.)[None]
@@ -219,8 +218,7 @@ def test_shards_of_other_types_and_sizes_are_damaged(tmp_path, change):
     assert store.read_shard(path, (4, 16)).files == [FILE]
     torch.save(dict(content, files=[("..b..mp4", (1, 2), None)]), path)  # of an earlier version
     assert store.read_shard(path, (4, 16)).files == [File("..b..mp4", (1, 2), None)]
-    change(content)
-    torch.save(content, path)
+    torch.save(content | change, path)
     with pytest.raises(OSError, match="damaged"):
         store.read_shard(path, (4, 16))
 
@@ -265,9 +263,7 @@ def test_many_small_shards_become_full_ones(videos, found, monkeypatch):
 
 def test_an_index_stays_in_use():
     """The fingerprint of a model is what it was when the format was fixed, as written down then."""
-    sizes = dict(embed_dim=8, image_size=16, patch_size=8, vision_width=64, vision_layers=1)
-    sizes.update(context_length=16, vocab_size=514, text_width=64, text_layers=1)
-    clip = CLIP(**sizes)
+    clip = small_clip(8)
     model = TMASS(clip, frames=4)
     for x in clip.visual.state_dict().values():
         x.copy_(torch.arange(x.numel()).view_as(x) / 7)

@@ -7,7 +7,6 @@ import pty
 import shutil
 import signal
 import sys
-import threading
 import time
 
 import av
@@ -15,17 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT,
     SLOW,
     D,
     T,
-    ended,
     features,
+    forked,
     free_port,
     noise_video,
     run_program,
     small_model,
-    torchrun,
+    status_of,
 )
 from PIL import Image
 from videos import numbered, write_video
@@ -71,29 +69,6 @@ def stored(videos):
     return [x[0] for path in shards for x in torch.load(path, weights_only=True)["files"]]
 
 
-def forked(*words, **env):
-    """Run search.py in a copy of this process, which saves the time of starting one. -> its pid"""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        os.environ.update(env)
-        sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False)  # shown where a test fails
-        status = run_program(lambda: search.main([*map(str, words)]))
-    finally:
-        os._exit(status)
-
-
-def status_of(pid, timeout=120):
-    """The exit status of a process, which is killed if it takes longer."""
-    timer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
-    timer.start()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    timer.cancel()
-    return status
-
-
 def until_saved(videos, shards=1):
     """Wait until a folder's index has so many shards."""
     deadline = time.monotonic() + 60
@@ -115,7 +90,6 @@ def until_saved(videos, shards=1):
     ("--videos v x", "x: there is no such folder or file (queries come before --videos)"),
     ("x --videos bad", "bad/x.mp4"),
     ("x --videos v -n", "without -n"),
-    ("x --videos v --window nan", "nan"),
     ("x --videos v --top 0", "--top"),
     ("x --videos v --ckpt nosuch.pt", "nosuch.pt"),
     ("x --videos v --json broken.mp4", "broken.mp4"),
@@ -126,8 +100,6 @@ def until_saved(videos, shards=1):
     ("--videos v --update --json x.json", "--update"),
     ("--videos v --serve -0", "--serve"),
     ("--videos v --every 5", "--serve"),
-    ("x --videos v --shortlist 5", "--shortlist"),
-    ("x --videos v --pooling mean", "--pooling"),
 ])
 def test_a_mistake_is_one_line(folder, call, ckpt, words, word):
     os.mkdir("empty")
@@ -153,8 +125,8 @@ def test_the_moment_of_the_best_piece(folder, ask, ckpt):
     scenes = F.interpolate(scenes, size=(32, 48)).permute(0, 2, 3, 1) * 255
     write_video("v/long.mp4", scenes.byte().repeat_interleave(30, 0), fps=1)  # six minutes
     ask("a red dog", "--videos", "v", "--window", 60, "--json", "best", "--top", 9)
-    out, err = ask("a red dog", "--videos", "v", "--window", 60, "--json", "all", "--top", 99,
-                   "--pieces")
+    _, err = ask("a red dog", "--videos", "v", "--window", 60, "--json", "all", "--top", 99,
+                 "--pieces")
     assert "encoded 0 videos, 7 in the index, 12 pieces" in err
     best, every = answers(folder / "best"), answers(folder / "all")
     assert len(best) == 7 and len(every) == 12
@@ -172,12 +144,10 @@ def test_the_moment_of_the_best_piece(folder, ask, ckpt):
                                  start=piece.start))
     expected.sort(key=lambda x: -x["score"])
     same(every, expected)
-    firsts = {x["file"]: x for x in reversed(every)}
-    assert sorted(firsts.values(), key=lambda x: -x["score"]) == [
-        dict(x, rank=firsts[x["file"]]["rank"]) for x in best]
-    [long] = [x for x in best if x["file"] == "v/long.mp4"]
-    span = f"   (0:0{long['start'] // 60:.0f}:00 to 0:0{long['end'] // 60:.0f}:00)\n"
-    assert f"long.mp4{span}" in out and "1.mp4\n" in out
+    firsts = {}
+    for x in expected:
+        firsts.setdefault(x["file"], x)
+    same(best, firsts.values())
     index = search.build_index(model, ["v"], window=60)
     [hits] = search.search(model, t, index, top=9)
     same([dict(x._asdict(), file=index.paths[x.file]) for x in hits], best)
@@ -332,6 +302,7 @@ def test_a_terminal_is_asked(folder, ckpt):
     if pid == 0:
         status = 99
         try:
+            signal.alarm(60)
             sys.stdin, sys.stdout, sys.stderr = open(0), open("results", "w"), open(2, "w")
             words = ["--videos", "v", "--ckpt", str(ckpt), "--device", "cpu", "--workers", "0"]
             status = run_program(lambda: search.main(words))
@@ -367,14 +338,6 @@ def test_two_processes_give_what_one_gives(folder, ask, ckpt, saved):
     shutil.rmtree(folder / "v" / search.INDEX)
     ask(*words, "--json", "one")
     same(answers(folder / "two"), answers(folder / "one"))
-
-
-@pytest.mark.slow
-def test_torchrun(folder, ckpt):
-    words = [ROOT / "search.py", "--videos", "v", "--ckpt", ckpt, "--device", "cpu", "--workers", 1]
-    status, out, err = ended(torchrun(*words, "noise", "more", cwd=folder))
-    assert status == 0 and out.count(" rank   score") == 2, err
-    assert len([*folder.glob("v/*/*.shard")]) == 2
 
 
 def test_an_index_survives_kills(folder, ask, ckpt, monkeypatch):
@@ -423,14 +386,4 @@ def test_a_second_ctrl_c_ends_the_program(folder, ckpt, monkeypatch):
     for _ in range(2):
         time.sleep(1)
         os.kill(pid, signal.SIGINT)
-    assert status_of(pid, 30) == 130
-
-
-def test_two_searches_at_once(folder, ask, ckpt, monkeypatch):
-    monkeypatch.setattr(store, "FULL", 3)
-    words = ["noise", "--videos", "v", "--top", 9, "--json"]
-    pids = [forked(*words, name, "--ckpt", ckpt, *HERE) for name in "ab"]
-    assert [status_of(pid) for pid in pids] == [0, 0]
-    assert "encoded 0 videos, 6 in the index, 6 pieces" in ask(*words, "after")[1]
-    for name in "ab":
-        same(answers(folder / name), answers(folder / "after"))
+    assert status_of(pid) == 130

@@ -1,18 +1,15 @@
 """The embedded data set: always the same, safe to kill, described truly, read as any csv."""
 
 import json
+import multiprocessing
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import zlib
 
 import pytest
 import torch
-from conftest import ROOT
 
 import data
 from lib import shapes
@@ -49,52 +46,43 @@ def test_same_files_whatever_the_workers(root, tmp_path, capsys):
     render_shapes(tmp_path / "two", **SMALL, workers=2)
     here = contents(root)
     assert contents(tmp_path / "two") == here and len(here) == 12 + 2
-    render_shapes(tmp_path / "other", **SMALL | dict(seed=6), workers=0)
-    other = contents(tmp_path / "other")
-    assert other.keys() == here.keys() and not any(other[name] == here[name] for name in here)
     # there already means nothing to do
     capsys.readouterr()
     render_shapes(root, **SMALL | dict(seed=99))
     assert contents(root) == here and capsys.readouterr() == ("", "")
 
 
-def test_killed_while_rendering_goes_on(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    render_shapes(whole, train=24, val=0, test=3, seed=5, workers=0)
-    command = [sys.executable, "-m", "lib.shapes", "--root", str(cut)]
-    command += ["--videos", "24", "0", "3", "--seed", "5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while len(list(cut.glob("videos/*.mp4"))) < 5 and time.time() < deadline:
-        assert process.poll() is None
+def test_killed_while_rendering_goes_on(tmp_path, soon):
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
+    sizes = dict(train=24, val=0, test=3, seed=5, workers=0)
+    render_shapes(whole, **sizes)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=render_shapes, args=(cut,), kwargs=sizes)
+    process.start()
+    while len(list(cut.glob("videos/*.mp4"))) < 5:
         time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     done = sorted(cut.glob("videos/*.mp4"))
     # never half a data set that looks whole, nor half a video
     assert 5 <= len(done) < 27 and not (cut / "captions.csv").exists()
     assert all(p.read_bytes() == (whole / "videos" / p.name).read_bytes() for p in done)
-    time.sleep(1)  # workers that lost their parent finish what they have in hand
     (cut / "videos" / "00026.part").write_text("what a kill leaves of the last video")
     before = done[0].stat().st_mtime_ns
-    render_shapes(cut, train=24, val=0, test=3, seed=5, workers=0)
+    render_shapes(cut, **sizes)
     assert done[0].stat().st_mtime_ns == before
     assert contents(cut) == contents(whole)
 
 
-def left_by(root, change):
-    """The folder of a copy of a data set after a change to its settings."""
-    about = json.loads((root / "shapes.json").read_text())
-    change(about["settings"])
-    (root / "shapes.json").write_text(json.dumps(about))
+VERSION_1 = '{"settings": {"version": 1, "train": 6, "val": 2, "test": 4, "seed": 5}}'
 
 
 @pytest.mark.parametrize("prepare, rendering, reading", [
     (lambda root: shutil.rmtree(root), None, "holds no data set shapes: `python train.py` renders"),
     (lambda root: (root / "shapes.json").unlink(), "neither empty nor made by shapes.py", None),
     (lambda root: (root / "shapes.json").write_text("{}"), "choose another --root", None),
-    (lambda root: left_by(root, lambda about: about.update(version=1)),
+    (lambda root: (root / "shapes.json").write_text(VERSION_1),
      "holds version 1 of shapes, but this is version 2: delete it, .* --videos 6 2 4$", None),
     (lambda root: (root / "captions.csv").unlink(), "unfinished data set with .*'train': 6.*delete",
      "an incomplete data set shapes.*--videos 6 2 4 --seed 5$"),
@@ -159,21 +147,18 @@ def understand(caption):
 
 
 def test_captions_tell_what_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "draw_shots", lambda *_: None)  # nobody looks at the pictures here
+    drawn = []  # nobody looks at the pictures here
+    monkeypatch.setattr(shapes, "draw_shots", lambda facts, pose, size: drawn.append(facts))
     monkeypatch.setattr(shapes, "write_video", lambda *_: None)
-    videos, unsaid, second = ShapesVideos(tmp_path, 60, 0, 200, 3), torch.zeros(6), 0
+    videos = ShapesVideos(tmp_path, 60, 0, 200, 3)
     for i in range(len(videos)):
         captions, shots, says = videos[i]
         assert len(captions) == (4 if i < 60 else 8) and 2 <= len(shots) <= 4
+        seen = drawn[i][decode.sample_indices(FRAMES, 6)].tolist()
+        assert {*map(tuple, seen)} == {*map(tuple, shots)}
         for caption, said in zip(captions, says):
             assert understand(caption) == said
-            assert " ," not in caption
-            assert caption.strip(" ,") == caption
             assert any(all(s in (-1, f) for s, f in zip(said, shot)) for shot in shots)
-            unsaid += torch.tensor(said) == -1
-            second += any(w in caption for w in ("disc", "crimson", "azure", "under the stars"))
-    assert unsaid[2] == unsaid[4] == 0 and second  # a thing is always named
-    assert 80 < unsaid[0] < 140 and 80 < unsaid[1] < 140  # of 1,840, 6 % each
 
 
 def weighted(pixels):
@@ -207,17 +192,6 @@ def test_things_stand_where_the_facts_say():
         seen = pictures[:, :, 47, column].float()
         assert (seen - paint)[full].abs().max() < 12
         assert (seen - paint)[~full].abs().amax(1).gt(12).float().mean() > .7
-    alike = facts.clone()
-    alike[:, 2:] = 0
-    alike[:64, :2] = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-    skies_and_grounds = draw_shots(alike[:64], pose[:1].expand(64, -1), 32)
-    assert len({p.numpy().tobytes() for p in skies_and_grounds}) == 64
-    alike[:, :2] = 0
-    alike[:6, 2] = torch.arange(6)
-    # six things
-    assert (
-        len({p.numpy().tobytes() for p in draw_shots(alike[:6], pose[:1].expand(6, -1), 32)}) == 6
-    )
 
 
 def test_ceiling_is_what_a_loop_finds():
@@ -238,45 +212,8 @@ def test_ceiling_is_what_a_loop_finds():
     assert 10 < 100 * expected / 30 < 80
 
 
-def test_ceiling_of_the_whole_gallery(tmp_path, monkeypatch):
-    """The default test split, without its pixels: high, but the captions leave things unsaid."""
-    monkeypatch.setattr(shapes, "draw_shots", lambda *_: None)
-    monkeypatch.setattr(shapes, "write_video", lambda *_: None)
-    render_shapes(tmp_path, train=0, val=0, workers=0)
-    ceiling = json.loads((tmp_path / "shapes.json").read_text())["ceiling"]
-    assert 90 < ceiling < 99
-
-
 def test_csv_reader_reads_it(root):
     for split, videos, texts in (("train", 6, 24), ("val", 2, 2), ("test", 4, 32)):
         for name in ("shapes", str(root / "captions.csv")):
             annotations = data.load_annotations(name, root, split)
             assert len(annotations.segments) == videos and len(annotations.captions) == texts
-    frames = decode.read_frames(annotations.segments[0], FRAMES + 5)
-    assert frames.shape == (FRAMES + 5, 3, SIDE, SIDE)
-    # 24, and they move
-    assert torch.equal(frames[-1], frames[FRAMES - 1]) and not torch.equal(frames[0], frames[1])
-
-
-def test_six_sampled_frames_see_every_shot(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(shapes, "draw_shots", lambda facts, pose, size: drawn.append(facts))
-    monkeypatch.setattr(shapes, "write_video", lambda *_: None)
-    videos = ShapesVideos(tmp_path, 0, 0, 100, 1)
-    for i in range(100):
-        shots = {tuple(s) for s in videos[i][1]}
-        sampled = drawn[-1][decode.sample_indices(FRAMES, 6)].tolist()
-        assert {tuple(s) for s in sampled} == shots and len(drawn[-1]) == FRAMES
-
-
-def test_pictures_for_the_warm_up():
-    make = lambda seed, **size: shapes_pictures(20, torch.Generator().manual_seed(seed), **size)
-    pictures, phrases = make(1)
-    assert pictures.shape == (20, 3, 32, 32) and len(phrases) == 20
-    again, other = make(1), make(2)
-    assert torch.equal(again[0], pictures) and again[1] == phrases
-    assert not torch.equal(other[0], pictures) and other[1] != phrases
-    assert make(1, size=48)[0].shape == (20, 3, 48, 48) and make(1, size=48)[1] == phrases
-    later = {name for words in WORDS for _, name in words}
-    # those come with the videos
-    assert not any(f" {name} " in f" {phrase} " for phrase in phrases for name in later)

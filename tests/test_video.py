@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import unicodedata
-from collections import Counter
 from fractions import Fraction
 
 import av
@@ -19,17 +18,14 @@ from videos import copy_videos, numbered, numbers, write_video
 
 import search
 from data import load_annotations
-from lib import index
 from lib.common import DataError
 from lib.video import (
-    SUFFIXES,
     FrameCache,
     Segment,
     read_frames,
     read_pieces,
     read_segment,
     sample_indices,
-    start_time,
 )
 
 
@@ -129,12 +125,6 @@ def test_pixels_are_those_of_ffmpeg(folder, name):
     assert (pixels.int() - ours.int()).abs().max() <= 3
 
 
-def test_start_time(folder):
-    assert start_time(make(folder, "bframes.mp4")) == 0
-    assert start_time(make(folder, "opengop.mkv", LATE)) == 10
-    assert start_time(make(folder, "x.mpg")) > .5
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts", "x.avi"])
 def test_a_segment_costs_a_segment(tmp_path, name):
@@ -158,32 +148,22 @@ def test_a_segment_costs_a_segment(tmp_path, name):
     assert cost > os.path.getsize(tmp_path / name)
 
 
-def joined(path, frames, **options):
-    """A recording, and the same once more behind it in one file."""
-    write_video(path, frames, **options)
-    path.write_bytes(2 * path.read_bytes())
-    return path
-
-
-@pytest.mark.parametrize("name", ["aa.ts", "aa.mkv"])
+@pytest.mark.parametrize("name", ["aa.ts", "aa.mkv", "aa.mpg"])
 def test_times_that_start_anew_go_on(tmp_path, name):
-    path = joined(tmp_path / name, numbered(40), bf=2, g=12)
-    piece = read_segment(Segment(path, 6, 8), 16)
-    assert numbers(piece.frames) == list(range(8, 24))  # of the second half
-    assert piece.times == close([6 + k / 8 for k in range(16)])
-    pieces = list(read_pieces(path, 16, 2))
-    assert [piece.start for piece in pieces] == close([0, 2, 4, 6, 8])
-    assert [piece.end for piece in pieces] == close([2, 4, 6, 8, 10])
+    """A recording, and the same once more behind it in one file."""
+    path = tmp_path / name
+    codec = "mpeg2video" if name == "aa.mpg" else "libx264"
+    write_video(path, numbered(40), 25, codec, bf=2, g=12)
+    path.write_bytes(2 * path.read_bytes())
+    pieces = list(read_pieces(path, 10, .4))
+    assert [piece.start for piece in pieces] == close([.4 * k for k in range(8)])
+    assert [piece.end for piece in pieces] == close([.4 * k for k in range(1, 9)])
     assert sum((numbers(piece.frames) for piece in pieces), []) == 2 * list(range(40))
-    assert shown(path, 4.5, 5.5, 8) == [36, 37, 38, 39, 0, 1, 2, 3]
-    assert shown(path, 1, 2, 8) == list(range(8, 16))
-
-
-def test_discs_and_recordings_of_another_rate_are_joined(tmp_path):
-    path = joined(tmp_path / "aa.mpg", numbered(40), fps=25, codec="mpeg2video", bf=2)
     piece = read_segment(Segment(path, 1.5, 1.7), 5)
     assert numbers(piece.frames) == [38, 39, 0, 1, 2]
     assert piece.times == close([1.52, 1.56, 1.6, 1.64, 1.68])
+    assert shown(path, .4, .8, 10) == list(range(10, 20))
+    assert shown(path, 2, 2.4, 10) == list(range(10, 20))  # of the second half
 
 
 def test_recordings_whose_times_begin_a_little_apart_are_joined(tmp_path):
@@ -325,18 +305,14 @@ def test_hdr_looks_like_ordinary_video(tmp_path, curve):
     blue_chroma = (blue - luma) / 1.8814
     red_chroma = (red - luma) / 1.4746
     planes = [64 + 876 * luma, 512 + 896 * blue_chroma, 512 + 896 * red_chroma]
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("ffv1", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 128, 16, "yuv444p10le"
+    line = 64 * torch.stack(planes, -1).round().repeat_interleave(16, 0)  # 10 of 16 bits
+
+    def phone(stream):
         x = stream.codec_context
         x.color_trc, x.color_primaries, x.colorspace, x.color_range = curve, 9, 9, 1
-        frame = av.VideoFrame(128, 16, "yuv444p10le")
-        for plane, values in zip(frame.planes, planes):
-            rows = torch.zeros(16, plane.line_size // 2, dtype=torch.int16)
-            rows[:, :128] = values.round().to(torch.int16).repeat_interleave(16)
-            plane.update(rows.numpy().tobytes())
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+
+    write_video(path, line.to(torch.uint16).expand(1, 16, 128, 3), codec="ffv1",
+                pix_fmt="yuv444p10le", source="yuv444p16le", setup=phone)
     got = read_frames(path, 1)[0, :, 8, 8::16].T.int()
     assert (got - ordinary).abs().max() <= (5 if curve == 16 else 45)
     saturation = got.amax(1) - got.amin(1)
@@ -347,16 +323,6 @@ def test_hdr_looks_like_ordinary_video(tmp_path, curve):
 
 # ---- upright, in shape, of any size ----
 
-LEVELS = {(-1, -1): 30, (1, -1): 90, (-1, 1): 150, (1, 1): 210}  # by corner: x to the right, y down
-
-
-def corners(H=32, W=64):
-    """Two frames of which each quarter has its own grey. -> uint8 (2,H,W,3)"""
-    x = torch.tensor([[30, 90], [150, 210]], dtype=torch.uint8)
-    x = x.repeat_interleave(H // 2, 0).repeat_interleave(W // 2, 1)
-    return x[None, :, :, None].repeat(2, 1, 1, 3)
-
-
 @pytest.mark.parametrize("a, b, c, d", [
     (1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
     (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0),
@@ -365,14 +331,20 @@ def test_all_display_matrices_are_followed(tmp_path, a, b, c, d):
     one = 1 << 16
     matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
     path = tmp_path / "phone.mp4"
-    write_video(path, corners(), setup=lambda stream: stream.set_display_matrix(matrix))
+    levels = torch.tensor([[30, 90], [150, 210]])
+    picture = levels.repeat_interleave(16, 0).repeat_interleave(32, 1).byte()
+    write_video(path, picture[None, :, :, None].expand(2, 32, 64, 3).contiguous(),
+                setup=lambda stream: stream.set_display_matrix(matrix))
     frame = read_frames(path, 1)[0, 0]
     assert frame.shape == ((32, 64) if a else (64, 32))
+    # The point (x, y) comes to (a x + c y, b x + d y): to the right, and down.
+    expected = levels if a else levels.T
+    if a + c < 0:
+        expected = expected.fliplr()
+    if b + d < 0:
+        expected = expected.flipud()
     H, W = frame.shape
-    for (x, y), level in LEVELS.items():
-        right = a * x + c * y  # where the matrix puts this corner
-        down = b * x + d * y
-        assert abs(frame[(2 + down) * H // 4, (2 + right) * W // 4].item() - level) < 8, (x, y)
+    assert (frame[H // 4::H // 2, W // 4::W // 2] - expected).abs().max() < 8
 
 
 @pytest.mark.parametrize("name, ratio, turned, size", [
@@ -386,18 +358,19 @@ def test_pixels_that_are_not_square(tmp_path, name, ratio, turned, size):
         stream.codec_context.sample_aspect_ratio = ratio
         if turned:
             stream.set_display_rotation(90)
-    write_video(tmp_path / name, corners(64, 64), setup=setup)
+    write_video(tmp_path / name, numbered(2), setup=setup)
     assert read_frames(tmp_path / name, 3).shape == (3, 3, *size)
 
 
-@pytest.mark.parametrize("H, W", [(2, 66_000), (16_000, 16)])
-def test_strips_are_no_load(tmp_path, H, W):
-    """A short side of 224 would make gigabytes of them, and no JPEG is so long."""
-    strip = torch.full((1, H, W, 3), 90, dtype=torch.uint8)
-    write_video(tmp_path / "x.mkv", strip, codec="ffv1")
-    frames = FrameCache(tmp_path / "cache", 1).read(Segment(tmp_path / "x.mkv"))
-    assert max(frames.shape[-2:]) <= 99 * min(frames.shape[-2:])
-    assert (frames.int() - 90).abs().max() < 8
+@pytest.mark.parametrize("H, W, size", [
+    (300, 400, (256, 341)),
+    (2, 66_000, (2, 198)),  # a short side of 224 would make gigabytes of it
+    (16_000, 16, (1584, 16)),  # no JPEG is so long
+])
+def test_frames_of_any_size_are_cached_small(tmp_path, H, W, size):
+    write_video(tmp_path / "x.mkv", torch.full((1, H, W, 3), 90, dtype=torch.uint8), codec="ffv1")
+    frames = FrameCache(tmp_path / "cache", 2).read(Segment(tmp_path / "x.mkv"))
+    assert frames.shape == (2, 3, *size) and (frames.int() - 90).abs().max() < 8
 
 
 LIMITED = """
@@ -421,7 +394,8 @@ def test_frames_are_shrunk_as_they_are_decoded(tmp_path):
     """12 of 4K in 150 MB: as they are they would be 300, and a copy of them."""
     path = tmp_path / "x.avi"
     frame = torch.full((2160, 3840, 3), 90, dtype=torch.uint8)
-    write_video(path, [frame] * 12, codec="mjpeg", pix_fmt="yuvj420p")
+    write_video(tmp_path / "one.avi", [frame], codec="mjpeg", pix_fmt="yuvj420p")
+    copy_videos(path, [tmp_path / "one.avi"] * 12)
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert done.stdout == f"12 3 543 965\n{path}: needs more memory than there is\n", done.stderr
@@ -443,7 +417,6 @@ def test_bad_videos_name_the_file(folder, tmp_path):
     contents = {
         "empty.mp4": b"",
         "cut.mp4": good[:len(good) // 2],  # its index is at the end
-        "cut_index.mp4": good[:-300],
         "header.avi": make(folder, "mpeg4.avi").read_bytes()[:2000],
         "text.mp4": b"This is not a video.\n" * 50,
     }
@@ -463,23 +436,18 @@ def test_damaged_videos_give_what_they_hold(folder, tmp_path):
         assert len(got) == 8 and got == sorted(got) and 8 < got[-1] < 90, (name, got)
 
 
-def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path):
-    g = torch.Generator().manual_seed(1)
-    random = lambda n: torch.randint(0, n, (1,), generator=g).item()
-    outcomes = Counter()
-    for k in range(100):
-        name = list(FILES)[k % len(FILES)]
-        body, file = bytearray(make(folder, name).read_bytes()), tmp_path / name
-        a, n = random(len(body)), random(600)
-        body[a:None if k % 3 == 0 else a + n] = bytes(0 if k % 3 == 0 else n)  # cut off, or a hole
-        file.write_bytes(body)
-        try:
-            assert read_frames(Segment(file, None, [None, 2][k % 2]), 4).shape == (4, 3, 64, 64)
-            outcomes["read"] += 1
-        except DataError as e:
-            assert str(file) in str(e)
-            outcomes["refused"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 10
+@pytest.mark.parametrize("start", [None, 2])
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_gives_frames_or_a_data_error(folder, tmp_path, name, start):
+    body = make(folder, name).read_bytes()
+    path = tmp_path / name
+    for at in range(0, len(body), len(body) // 9):
+        for rest in (b"", bytes(300) + body[at + 300:]):  # cut off, or a hole
+            path.write_bytes(body[:at] + rest)
+            try:
+                assert len(shown(path, start, None, 4)) == 4
+            except DataError as error:
+                assert str(path) in str(error)
 
 
 def test_a_lost_frame_loses_no_others(tmp_path):
@@ -570,18 +538,6 @@ def test_what_the_disk_does_not_give_is_not_the_end(tmp_path):
 # ---- which files ----
 
 
-def test_data_sets_and_search_know_the_same_suffixes(tmp_path):
-    names = [f"clip{k}{suffix}" for k, suffix in enumerate(SUFFIXES)]
-    for name in names:
-        (tmp_path / name).touch()
-    assert sorted(index.videos_below(tmp_path, [])) == sorted(names)
-    (tmp_path / "Charades_v1_test.csv").write_text(
-        "id,script\n" + "".join(f"clip{k},A person waits.\n" for k in range(len(names)))
-    )
-    annotations = load_annotations("charades", tmp_path, "test")
-    assert [os.path.basename(segment.path) for segment in annotations.segments] == names
-
-
 @pytest.mark.parametrize("disk, asked", [("NFD", "NFC"), ("NFC", "NFD")])
 def test_names_in_another_unicode_form_are_found(tmp_path, disk, asked):
     root = tmp_path / unicodedata.normalize(asked, "vidéos")  # its own form may be another
@@ -602,14 +558,16 @@ def test_names_in_another_unicode_form_are_found(tmp_path, disk, asked):
 
 
 @pytest.fixture
-def film(folder, tmp_path):
-    return Segment(shutil.copy(make(folder, "bframes.mp4"), tmp_path / "film.mp4"))
+def film(tmp_path):
+    """Large enough for threads, which a conversion may leave behind: a forked process lacks them"""
+    write_video(tmp_path / "film.mp4", numbered(40, 320), g=8)
+    return Segment(tmp_path / "film.mp4")
 
 
 def test_cache_hit_equals_decoding_and_does_not_decode(film, tmp_path, capfd):
     cache = FrameCache(tmp_path / "c", 6)
     first = cache.read(film)
-    assert numbers(first) == sample_indices(100, 6)
+    assert numbers(first) == sample_indices(40, 6)
     stat = os.stat(film.path)
     with open(film.path, "wb") as file:  # same size and time, nothing to decode in it
         file.write(bytes(stat.st_size))
@@ -637,26 +595,18 @@ def test_damaged_cache_files_are_replaced(film, tmp_path):
         assert torch.equal(cache.read(film), first) and file.read_bytes() == whole
 
 
-def test_large_videos_are_cached_small(tmp_path):
-    large = torch.full((4, 300, 400, 3), 90, dtype=torch.uint8)
-    write_video(tmp_path / "large.mp4", large, preset="ultrafast")
-    frames = FrameCache(tmp_path / "c", 2).read(Segment(tmp_path / "large.mp4"))
-    assert frames.shape == (2, 3, 256, 341)
-
-
 def with_full_disk(folder, segments, out):
     if folder.name == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # a file can't grow beyond 500 bytes
-    torch.set_num_threads(1)
     cache = FrameCache(folder, 4)
     out.put([numbers(cache.read(segment)) for segment in segments])
 
 
-def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd):
+def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd, soon):
     (tmp_path / "file").write_text("mine")
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
-    segments = [film._replace(start=s / 10) for s in range(10)] * 2
+    segments = [film._replace(start=s / 2) for s in range(10)] * 2
     wanted = [numbers(read_frames(segment, 4)) for segment in segments]
     for name in ("shared", "shared", "full", "file"):
         args = (tmp_path / name, segments, out)
@@ -667,24 +617,3 @@ def test_processes_share_a_cache_and_do_without(film, tmp_path, capfd):
     assert len(said) == 2 and (tmp_path / "file").read_text() == "mine"
     assert f"frame cache {tmp_path}/file can't be written (File exists): videos are" in said[0]
     assert f"frame cache {tmp_path}/full can't be written (File too large): videos" in said[1]
-
-
-READ_THEN_FORK = """
-import sys
-from torch.utils.data import DataLoader
-from lib.video import Segment, read_frames
-def read(paths):
-    return read_frames(Segment(paths[0]), 12)
-first = read(sys.argv[1:])
-workers = dict(num_workers=2, multiprocessing_context="fork", timeout=30)
-for frames in DataLoader(sys.argv[1:] * 4, collate_fn=read, **workers):
-    assert frames.equal(first)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no worker is forked")
-def test_workers_read_after_the_process_that_forks_them_has(tmp_path):
-    """Threads that a conversion leaves behind are missing in the copy: it would wait for them."""
-    write_video(tmp_path / "x.mp4", numbered(40, 320))
-    command = [sys.executable, "-c", READ_THEN_FORK, str(tmp_path / "x.mp4")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)

@@ -4,11 +4,12 @@ import torch
 
 
 def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="yuv420p", setup=None,
-                movflags="", times=None, late=None, **options):
+                movflags="", times=None, late=None, source="rgb24", **options):
     """Write frames uint8 (n,H,W,3) to path, in a container by its suffix or by name.
 
     setup: what else to set of the stream. movflags: of mp4. times: when each frame is shown, in
-    frames. late: seconds of sound before the first one. options: of the codec, such as g="12".
+    frames. late: seconds of sound before the first one. source: what the frames' values are, as
+    FFmpeg calls it. options: of the codec, such as g="12".
     """
     layout = dict(movflags=movflags) if movflags else {}
     with av.open(str(path), "w", format=container, options=layout) as file:
@@ -29,7 +30,7 @@ def write_video(path, frames, fps=8, codec="libx264", container=None, pix_fmt="y
                 packets += sound.encode(silence)
             packets += sound.encode()
         for k, x in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(torch.as_tensor(x).numpy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(torch.as_tensor(x).numpy(), format=source)
             frame.pts = (times[k] if times else k) + int((late or 0) * fps)
             packets += stream.encode(frame)
         packets += stream.encode()
