@@ -387,7 +387,7 @@ def main(argv=None):
     p.add_argument("--galleries", type=int, nargs="+", default=[500, 1000, 2000, 4000])
     p.add_argument("--clip", nargs="+", default=["ViT-B/32", "ViT-B/16"])
     p.add_argument("--amp", nargs="+", default=["off", "bf16"])
-    p.add_argument("--batch", type=int, default=32, help="pairs")
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--chunk", type=int, default=64, help="frames")
     p.add_argument("--pieces", type=int, default=1_000_000)
     p.add_argument("--ckpt", default="model.pt", help="trained on shapes")

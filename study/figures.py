@@ -21,7 +21,6 @@ from data import Annotations  # noqa: E402
 from lib import exact  # noqa: E402
 from lib.common import DataError, Parser, check_outputs, program, written_whole  # noqa: E402
 from lib.processes import start_processes  # noqa: E402
-from lib.runs import beside  # noqa: E402
 from lib.tables import read_table  # noqa: E402
 from lib.weights import load_model  # noqa: E402
 from tmass import cosine, stochastic_text, support_text  # noqa: E402
@@ -176,7 +175,7 @@ def main(argv=None):
     kind = Path(args.out).suffix[1:]
     if kind not in ("svg", "png"):
         p.error(f"--out {args.out}: name a .svg or .png")
-    log = beside(options.ckpt, ".log.csv")
+    log = Path(options.ckpt).with_suffix(".log.csv")
     check_outputs({"--out": args.out}, [options.ckpt, log])
     try:
         import matplotlib
