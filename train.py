@@ -251,6 +251,11 @@ def read_batches(args, job, state, batches, annotations):
 # ---- what is trained ----
 
 
+def form_of(part):
+    """What must be the same for weights to go on: the class of a module, and its shapes."""
+    return type(part), {name: x.shape for name, x in part.state_dict().items()}
+
+
 def build(args, captions, saved, job):
     """Build the model to start from: that of --resume, --init or --clip. -> (model, tokenizer)."""
     if saved:
@@ -278,11 +283,6 @@ def build(args, captions, saved, job):
             raise DataError(f"--init {args.init} has {heads} heads: give --heads {heads}")
         job.say(f"init: {args.init}; starting anew: {', '.join(anew) or 'nothing'}")
     return model, tokenizer
-
-
-def form_of(part):
-    """What must be the same for weights to go on: the class of a module, and its shapes."""
-    return type(part), {name: x.shape for name, x in part.state_dict().items()}
 
 
 def make_optimizer(model, args):

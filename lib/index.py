@@ -65,9 +65,9 @@ def list_videos(paths, new=True):
     named = {}  # folder: {name: stamp} of the single files in it
     for path in map(spelled, paths):
         if os.path.isdir(path):
-            refused = []
-            stamps = videos_below(path, refused) if new else None
-            folders.append(Folder(path, stamps, refused))
+            reasons = []
+            stamps = videos_below(path, reasons) if new else None
+            folders.append(Folder(path, stamps, reasons))
         elif os.path.isfile(path):
             folder, name = os.path.split(path)
             named.setdefault(folder, {})[name] = _stamp_of(path)
@@ -90,10 +90,10 @@ def _stamp_of(path):
     return stat.st_size, stat.st_mtime_ns
 
 
-def videos_below(folder, refused):
+def videos_below(folder, reasons):
     """Find the videos in a folder, recursively, except hidden ones. -> {relative name: stamp}
 
-    Links to folders are followed, but each folder is visited once. refused: list to which error
+    Links to folders are followed, but each folder is visited once. reasons: list to which error
     messages are added.
     """
     folder = os.fspath(folder)
@@ -101,7 +101,7 @@ def videos_below(folder, refused):
     seen = set()
 
     def note(error):
-        refused.append(f"{error.filename}: {error.strerror}")
+        reasons.append(f"{error.filename}: {error.strerror}")
 
     def visible(names):
         return [name for name in names if name[0] != "." and name.lower() not in SYSTEM]
